@@ -1,0 +1,1 @@
+"""Scores of a model, with or without adapters: metrics, generation, likelihood."""

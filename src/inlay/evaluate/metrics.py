@@ -1,0 +1,182 @@
+"""Scores of predictions against references, each as its usual library computes it.
+
+Texts go to sacrebleu and rouge-score, labels to scikit-learn, numbers to scipy. The scales are the
+libraries' own (`METRICS[name].scale`): BLEU lies in 0–100, a share in 0–1, a correlation in −1–1.
+A score that is undefined (a correlation with a constant) is ``nan``, never a made-up number.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from inlay.core.errors import ConfigError, DataError, UserError, nearest, problems
+
+Kind = Literal["text", "label", "number"]
+Label = str | int
+References = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One score: what it compares, the range of its values, and the function."""
+
+    kind: Kind
+    scale: str
+    function: Callable[[Any, Any], float]
+
+
+def perplexity(nats: float, tokens: int) -> float:
+    """exp(nats per token). Args: the summed negative log-likelihood, the tokens it is summed over."""
+    _positive("tokens", tokens)
+    mean = nats / tokens
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def bits_per_byte(nats: float, nbytes: int) -> float:
+    """Bits the model needs for a byte of text; comparable between tokenizers and with a compressor."""
+    _positive("bytes", nbytes)
+    return nats / math.log(2) / nbytes
+
+
+def exact_match(predictions: Sequence[str], references: References) -> float:
+    """Share of the predictions that equal one of their references, white space around them aside."""
+    _same_length(predictions, references)
+    hits = [p.strip() in {r.strip() for r in row} for p, row in zip(predictions, references, strict=True)]
+    return sum(hits) / len(hits)
+
+
+def bleu(predictions: Sequence[str], references: References) -> float:
+    """Corpus BLEU of sacrebleu (13a tokenizer, exponential smoothing), 0–100.
+
+    Args:
+        predictions: one text a row.
+        references: one or more texts a row; rows may have different numbers of them.
+    """
+    _same_length(predictions, references)
+    most = max(len(row) for row in references)
+    # sacrebleu wants the n-th reference of every row as one stream, None where a row has fewer.
+    streams = [[row[n] if n < len(row) else None for row in references] for n in range(most)]
+    sacrebleu = _package("sacrebleu", "bleu")
+    return float(sacrebleu.corpus_bleu(list(predictions), streams, force=True).score)
+
+
+def rouge(
+    predictions: Sequence[str], references: References, kinds: Sequence[str] = ("rouge1", "rouge2", "rougeL")
+) -> dict[str, float]:
+    """Mean F-measure of rouge-score, 0–1, without stemming; a row counts with its best reference.
+
+    Args:
+        kinds: of ``rouge1``, ``rouge2``, ``rougeL`` and ``rougeLsum`` (sentences on lines of their own).
+    """
+    _same_length(predictions, references)
+    scorer = _package("rouge_score.rouge_scorer", "rouge").RougeScorer(list(kinds), use_stemmer=False)
+    rows = [scorer.score_multi(list(row), p) for p, row in zip(predictions, references, strict=True)]
+    return {kind: math.fsum(row[kind].fmeasure for row in rows) / len(rows) for kind in kinds}
+
+
+def accuracy(predictions: Sequence[Label], references: Sequence[Label]) -> float:
+    """Share of equal labels."""
+    _same_length(predictions, references)
+    sklearn = _package("sklearn.metrics", "accuracy")
+    return float(sklearn.accuracy_score(list(references), list(predictions)))
+
+
+def macro_f1(predictions: Sequence[Label], references: Sequence[Label]) -> float:
+    """F1 averaged over the labels that occur; one that is never predicted counts as zero."""
+    _same_length(predictions, references)
+    sklearn = _package("sklearn.metrics", "macro_f1")
+    return float(sklearn.f1_score(list(references), list(predictions), average="macro", zero_division=0.0))
+
+
+def matthews(predictions: Sequence[Label], references: Sequence[Label]) -> float:
+    """Matthews correlation (multi-class too); zero where one side has only one label, as usual."""
+    _same_length(predictions, references)
+    sklearn = _package("sklearn.metrics", "matthews")
+    return float(sklearn.matthews_corrcoef(list(references), list(predictions)))
+
+
+def pearson(predictions: Sequence[float], references: Sequence[float]) -> float:
+    """Linear correlation; ``nan`` where one side is constant."""
+    return _correlation("pearsonr", predictions, references)
+
+
+def spearman(predictions: Sequence[float], references: Sequence[float]) -> float:
+    """Rank correlation, ties with their mean rank; ``nan`` where one side is constant."""
+    return _correlation("spearmanr", predictions, references)
+
+
+def _rouge(kind: str) -> Callable[[Any, Any], float]:
+    return lambda predictions, references: rouge(predictions, references, [kind])[kind]
+
+
+METRICS: Mapping[str, Metric] = {
+    "exact_match": Metric(kind="text", scale="0–1", function=exact_match),
+    "bleu": Metric(kind="text", scale="0–100", function=bleu),
+    "rouge1": Metric(kind="text", scale="0–1", function=_rouge("rouge1")),
+    "rouge2": Metric(kind="text", scale="0–1", function=_rouge("rouge2")),
+    "rougeL": Metric(kind="text", scale="0–1", function=_rouge("rougeL")),
+    "rougeLsum": Metric(kind="text", scale="0–1", function=_rouge("rougeLsum")),
+    "accuracy": Metric(kind="label", scale="0–1", function=accuracy),
+    "macro_f1": Metric(kind="label", scale="0–1", function=macro_f1),
+    "matthews": Metric(kind="label", scale="−1–1", function=matthews),
+    "pearson": Metric(kind="number", scale="−1–1", function=pearson),
+    "spearman": Metric(kind="number", scale="−1–1", function=spearman),
+}
+
+
+def score(names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    """The named metrics, in the order of the names.
+
+    Args:
+        names: keys of `METRICS`, all of one kind.
+        predictions: texts, labels or numbers, one a row.
+        references: a list of texts a row, or one label or number a row.
+
+    Raises:
+        ConfigError: an unknown name, or names of different kinds.
+        DataError: no rows, or sides of different lengths.
+    """
+    wrong = [f"no metric {name!r}{nearest(name, METRICS)}" for name in names if name not in METRICS]
+    if wrong:
+        raise ConfigError(problems("metrics", wrong))
+    kinds = {METRICS[name].kind for name in names}
+    if len(kinds) > 1:
+        raise ConfigError(f"metrics of different kinds cannot be scored together: {', '.join(names)}")
+    return {name: METRICS[name].function(predictions, references) for name in names}
+
+
+def _correlation(function: str, predictions: Sequence[float], references: Sequence[float]) -> float:
+    _same_length(predictions, references)
+    if len(set(predictions)) < 2 or len(set(references)) < 2:
+        return math.nan
+    stats = _package("scipy.stats", "correlation")
+    return float(getattr(stats, function)(list(predictions), list(references)).statistic)
+
+
+def _package(name: str, metric: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"the metric {metric!r} needs the package {name.partition('.')[0]}; "
+            "install the metrics with: pip install 'inlay[eval]'"
+        ) from error
+
+
+def _positive(what: str, count: int) -> None:
+    if count <= 0:
+        raise DataError(f"nothing was scored: {count} {what}; expected at least one")
+
+
+def _same_length(predictions: Sequence[Any], references: Sequence[Any]) -> None:
+    if len(predictions) != len(references):
+        raise DataError(f"{len(predictions)} predictions for {len(references)} rows of references")
+    if not predictions:
+        raise DataError("no rows to score; expected at least one")
+    empty = [str(n) for n, row in enumerate(references, 1) if isinstance(row, list | tuple) and not row]
+    if empty:
+        raise DataError(f"rows without a reference: {', '.join(empty[:20])}")
