@@ -1,0 +1,158 @@
+"""Texts from prompts, in batches, with any mix of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from inlay.core.errors import ConfigError, DataError, problems
+from inlay.evaluate.batches import by_length, evaluating, pad, padding_id
+
+Prompt = str | Sequence[int]
+"""A text, or the token ids it has already been turned into."""
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    num_beams: int = 1,
+    temperature: float = 0.0,
+    batch_size: int = 8,
+    adapters: Sequence[str | None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """What the model writes after each prompt (decoder-only) or in answer to it (encoder–decoder).
+
+    Args:
+        model: a transformers model that can generate, with or without adapters attached.
+        tokenizer: its tokenizer; no setting of it is changed.
+        prompts: texts or token ids.
+        max_new_tokens: at most so many tokens a row; a row ends before at an end-of-text token.
+        num_beams: beam search over so many; 1 is greedy.
+        temperature: above 0 samples (seed torch for a repeatable draw).
+        batch_size: rows at a time.
+        adapters: an adapter name, or None for the base, for each prompt; without it, the active one.
+        progress: called with the number of rows each batch finished.
+
+    Returns:
+        One text a prompt, in the order of the prompts, without the prompt and without special tokens.
+
+    Raises:
+        ConfigError: numbers that make no sense together.
+        DataError: empty prompts, or ones that leave no room in the model's context.
+    """
+    _check_settings(max_new_tokens, num_beams, temperature)
+    if adapters is not None and len(adapters) != len(prompts):
+        raise ConfigError(f"{len(adapters)} adapters for {len(prompts)} prompts; give one (or None) a prompt")
+    rows = [tokenizer(p).input_ids if isinstance(p, str) else list(p) for p in prompts]
+    _check_room(model, [len(row) for row in rows], max_new_tokens)
+    filler = padding_id(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
+    settings = _generation_config(max_new_tokens, num_beams, temperature, filler, ends)
+    seq2seq = bool(model.config.is_encoder_decoder)
+    texts = [""] * len(rows)
+    with evaluating(model) as device:
+        for batch in by_length([len(row) for row in rows], batch_size):
+            inputs = [rows[n] for n in batch]
+            ids = pad(inputs, filler, "right" if seq2seq else "left")
+            mask = pad([[1] * len(row) for row in inputs], 0, "right" if seq2seq else "left")
+            with _choice(model, adapters, batch):
+                written = model.generate(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+                )
+            # An encoder–decoder repeats its start token where a decoder repeats the prompt.
+            fresh = written[:, 1:] if seq2seq else written[:, ids.shape[1] :]
+            for n, tokens in zip(batch, fresh.tolist(), strict=True):
+                texts[n] = _decode(tokenizer, tokens, ends)
+            if progress is not None:
+                progress(len(batch))
+    return texts
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a text, by the model's generation settings or by the tokenizer."""
+    stated = model.generation_config.eos_token_id
+    tokens = stated if isinstance(stated, list) else [stated]
+    return list(dict.fromkeys(int(t) for t in [*tokens, tokenizer.eos_token_id] if t is not None))
+
+
+def context_size(model: Any) -> int | None:
+    """Tokens the model can read, None where its positions are relative or unstated."""
+    size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(size) if size is not None and size > 0 else None
+
+
+def _generation_config(
+    max_new_tokens: int, beams: int, temperature: float, filler: int, ends: list[int]
+) -> Any:
+    from transformers import GenerationConfig
+
+    # Stated even where it is the default: the model's own settings, often sampling, fill in what is left out.
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else 1.0,
+        top_p=1.0,
+        top_k=0 if temperature > 0 else 50,
+        pad_token_id=filler,
+        eos_token_id=ends or None,
+    )
+
+
+def _decode(tokenizer: Any, tokens: list[int], ends: Sequence[int]) -> str:
+    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    text = tokenizer.decode(tokens[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)
+
+
+def _choice(
+    model: Any, adapters: Sequence[str | None] | None, batch: Sequence[int]
+) -> AbstractContextManager[Any]:
+    if adapters is None:
+        return nullcontext()
+    import inlay
+
+    choice: AbstractContextManager[Any] = inlay.use(model, [adapters[n] for n in batch])
+    return choice
+
+
+def _check_settings(max_new_tokens: int, num_beams: int, temperature: float) -> None:
+    checks = [
+        (max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; expected 1 or more"),
+        (num_beams >= 1, f"num_beams is {num_beams}; expected 1 or more"),
+        (0 <= temperature < float("inf"), f"temperature is {temperature}; expected 0 or more"),
+        (num_beams == 1 or temperature == 0, "beam search does not sample; leave num_beams or temperature"),
+    ]
+    wrong = [message for holds, message in checks if not holds]
+    if wrong:
+        raise ConfigError(problems("generation", wrong))
+
+
+def _check_room(model: Any, lengths: Sequence[int], max_new_tokens: int) -> None:
+    size = context_size(model)
+    wrong = []
+    for row, length in enumerate(lengths, 1):
+        needed = length if model.config.is_encoder_decoder else length + max_new_tokens
+        if length == 0:
+            wrong.append(f"prompt {row} has no tokens; give it at least a word")
+        elif size is not None and needed > size:
+            wrong.append(
+                f"prompt {row} has {length} tokens and leaves no room for {max_new_tokens} new ones in the "
+                f"model's context of {size}; shorten it or lower max_new_tokens"
+            )
+    if wrong:
+        rest = [f"and {len(wrong) - 20} more"] if len(wrong) > 20 else []
+        raise DataError(problems("prompts", wrong[:20] + rest))
+
+
+def room_for(model: Any, longest_prompt: int, wanted: int) -> int:
+    """`wanted` new tokens, or as many as the context has left after the longest prompt."""
+    size = context_size(model)
+    if size is None or model.config.is_encoder_decoder:
+        return wanted
+    return max(1, min(wanted, size - longest_prompt))
