@@ -111,7 +111,7 @@ def resolve_columns(
     if task is not None and task not in TASKS_OF[kind]:
         raise DataError(
             f"{kind} data ({', '.join(f'{r}={c}' for r, c in roles.items())}) is not for the task {task!r}, "
-            f"but for {' or '.join(TASKS_OF[kind])}. Choose that, or name other columns: {', '.join(names)}"
+            f"but for {' or '.join(TASKS_OF[kind])}. Choose that, or name other columns: {_listed(names)}"
         )
     return Layout(kind=kind, **roles)
 
@@ -146,12 +146,13 @@ def _serves(shape: tuple[str, ...], task: Task) -> bool:
 def _none_fits(wanted: set[str], names: list[str]) -> str:
     shapes = [s for s in _SHAPES if wanted <= set(s)]
     if len(shapes) != 1:  # nothing given: the shape that is begun
-        shapes = [s for s in _SHAPES if len(s) == 2 and any(role in names for role in s)][:1]
+        begun = (s for s in _SHAPES if len(s) == 2 and any(role in names for role in s))
+        shapes = list(islice(begun, 1))
     missing = [role for s in shapes for role in s if role not in names and role not in wanted]
     what = f"there is no column {missing[0]!r}{_like(missing[0], names)}" if missing else "no known columns"
     return (
-        f"{what}. The columns are: {', '.join(names)}. Expected {_EXPECTED}; for other names say, for "
-        "example, columns prompt=question,completion=answer (and check that the file has a header row)"
+        f"{what}. The columns are: {_listed(names)}. Expected {_EXPECTED}; for other names say, for "
+        "example, columns prompt=question,completion=answer (for a file without a header row, give header=)"
     )
 
 
@@ -184,7 +185,13 @@ def _broken_numbers(dataset: Dataset, column: str) -> bool:
 
 def _no_column(role: str, name: str, names: list[str]) -> str:
     like = _like(name, names)
-    return f"{role}={name}: there is no column {name!r}{like}. The columns are: {', '.join(names)}"
+    return f"{role}={name}: there is no column {name!r}{like}. The columns are: {_listed(names)}"
+
+
+def _listed(names: list[str]) -> str:
+    # A file without a header row has a whole row for names.
+    shown = [name if len(name) <= 40 else f"{name[:39]}…" for name in names[:30]]
+    return ", ".join(shown) + (", …" if len(names) > 30 else "")
 
 
 def _like(name: str, names: list[str]) -> str:

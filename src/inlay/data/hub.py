@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset, config, get_dataset_split_names, load_dataset
+from datasets import Dataset, DatasetDict, config, load_dataset
 
 from inlay.core.errors import DataError
 from inlay.data.table import chosen_split, with_origins
@@ -21,27 +21,23 @@ def read_hub(source: str, split: str | None) -> Dataset:
         DataError: no such data set or split, or no hub; in offline mode only the cache counts.
     """
     name, _, configuration = source.partition(":")
-    offline = config.HF_HUB_OFFLINE
     try:
-        wanted = split
-        if wanted is None:
-            splits = get_dataset_split_names(name, configuration or None)
-            wanted = chosen_split(splits, None, source)
-        found: Any = load_dataset(name, configuration or None, split=wanted)
-    except DataError:
-        raise
+        found: Any = load_dataset(name, configuration or None, split=split)
     except Exception as error:  # its own, requests', fsspec's and plain ValueErrors
-        raise DataError(_why(source, split, error, offline=offline)) from error
-    return with_origins(found, f"{source}[{wanted}]")
+        raise DataError(_why(source, split, error)) from error
+    if isinstance(found, DatasetDict):
+        split = chosen_split(list(found), None, source)
+        found = found[split]
+    return with_origins(found, f"{source}[{split}]")
 
 
-def _why(source: str, split: str | None, error: Exception, *, offline: bool) -> str:
+def _why(source: str, split: str | None, error: Exception) -> str:
     what = f"{source!r} is no local file, and could not be read as a data set of the hub"
-    reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-    if offline:
+    if config.HF_HUB_OFFLINE:
         return (
             f"{what}: offline mode is on (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE) and it is not in the cache. "
             "Give a local file, or download it once with offline mode off"
         )
+    reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
     asked = f" with split={split!r}" if split else ""
     return f"{what}{asked}: {reason}. Check the spelling and the connection, or give a local file"
