@@ -148,11 +148,3 @@ def _check_room(model: Any, lengths: Sequence[int], max_new_tokens: int) -> None
     if wrong:
         rest = [f"and {len(wrong) - 20} more"] if len(wrong) > 20 else []
         raise DataError(problems("prompts", wrong[:20] + rest))
-
-
-def room_for(model: Any, longest_prompt: int, wanted: int) -> int:
-    """`wanted` new tokens, or as many as the context has left after the longest prompt."""
-    size = context_size(model)
-    if size is None or model.config.is_encoder_decoder:
-        return wanted
-    return max(1, min(wanted, size - longest_prompt))

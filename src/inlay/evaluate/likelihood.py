@@ -8,7 +8,7 @@ encoder–decoder the labels are the decoder's own row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.core.errors import DataError
+from inlay.data import IGNORED
 from inlay.evaluate import metrics
 from inlay.evaluate.batches import by_length, evaluating, pad, padding_id
 
-IGNORED = -100
 Row = Mapping[str, Sequence[int]]
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,13 @@ class Likelihood:
         return metrics.bits_per_byte(self.nats, self.nbytes)
 
 
-def likelihood(model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int = 8) -> Likelihood:
+def likelihood(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int = 8, progress: Progress | None = None
+) -> Likelihood:
     """Score rows.
+
+    Args:
+        progress: called with the number of rows each batch finished.
 
     Raises:
         DataError: no token of any row is scored.
@@ -65,11 +71,13 @@ def likelihood(model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: i
             f"none of the {len(rows)} rows has a token to score; expected labels other than {IGNORED}"
         )
     texts = tokenizer.batch_decode(scored, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    nats = row_nats(model, tokenizer, rows, batch_size=batch_size)
+    nats = row_nats(model, tokenizer, rows, batch_size=batch_size, progress=progress)
     return Likelihood(nats=math.fsum(nats), tokens=tokens, nbytes=sum(len(t.encode()) for t in texts))
 
 
-def row_nats(model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int = 8) -> list[float]:
+def row_nats(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int = 8, progress: Progress | None = None
+) -> list[float]:
     """Summed nats of each row's scored tokens, in the order of the rows."""
     filler = padding_id(model, tokenizer)
     nats = [0.0] * len(rows)
@@ -82,6 +90,8 @@ def row_nats(model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int
             labels = pad([rows[n]["labels"] for n in batch], IGNORED, "right").to(device)
             for n, value in zip(batch, _batch_nats(model, ids, mask, labels), strict=True):
                 nats[n] = value
+            if progress is not None:
+                progress(len(batch))
     return nats
 
 
@@ -93,6 +103,7 @@ def rank_labels(
     *,
     length_normalised: bool = True,
     batch_size: int = 8,
+    progress: Progress | None = None,
 ) -> list[int]:
     """The most probable of the labels after each prompt: classification without a head.
 
@@ -108,7 +119,7 @@ def rank_labels(
     if empty or not labels:
         raise DataError(f"labels without tokens: {', '.join(empty) or 'none was given'}")
     rows = [_candidate(model, prompt, label) for prompt in prompts for label in labels]
-    nats = row_nats(model, tokenizer, rows, batch_size=batch_size)
+    nats = row_nats(model, tokenizer, rows, batch_size=batch_size, progress=progress)
     lengths = [len(label) if length_normalised else 1 for label in labels]
     scores = torch.tensor(nats, dtype=torch.float64).view(len(prompts), len(labels))  # (prompts, labels)
     return [int(n) for n in (scores / torch.tensor(lengths)).argmin(1)]

@@ -67,3 +67,37 @@ def seq2seq(request: pytest.FixtureRequest) -> Any:
     sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     config = BartConfig(**sizes, **_decoder_sizes(), decoder_start_token_id=1, forced_eos_token_id=None)
     return _random(BartForConditionalGeneration(config))
+
+
+def _tiny_llama(kind: str, **rest: Any) -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(max_position_embeddings=48, **sizes, **_decoder_sizes(), **rest)
+    return _random(getattr(transformers, kind)(config))
+
+
+@pytest.fixture(scope="session")
+def one_causal() -> Any:
+    return _tiny_llama("LlamaForCausalLM")
+
+
+@pytest.fixture(scope="session")
+def one_seq2seq() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return _random(
+        T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, **_decoder_sizes()))
+    )
+
+
+@pytest.fixture(scope="session")
+def classifier() -> Any:
+    """A decoder's head reads the last real token, so it must know the padding."""
+    return _tiny_llama("LlamaForSequenceClassification", num_labels=3)
+
+
+@pytest.fixture(scope="session")
+def regressor() -> Any:
+    return _tiny_llama("LlamaForSequenceClassification", num_labels=1)
