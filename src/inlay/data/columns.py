@@ -149,9 +149,9 @@ def _none_fits(wanted: set[str], names: list[str]) -> str:
         begun = (s for s in _SHAPES if len(s) == 2 and any(role in names for role in s))
         shapes = list(islice(begun, 1))
     missing = [role for s in shapes for role in s if role not in names and role not in wanted]
-    what = f"there is no column {missing[0]!r}{_like(missing[0], names)}" if missing else "no known columns"
+    what = f"there is no column {missing[0]!r}{_like(missing[0], names)}" if missing else "no known columns."
     return (
-        f"{what}. The columns are: {_listed(names)}. Expected {_EXPECTED}; for other names say, for "
+        f"{what} The columns are: {_listed(names)}. Expected {_EXPECTED}; for other names say, for "
         "example, columns prompt=question,completion=answer (for a file without a header row, give header=)"
     )
 
@@ -185,7 +185,7 @@ def _broken_numbers(dataset: Dataset, column: str) -> bool:
 
 def _no_column(role: str, name: str, names: list[str]) -> str:
     like = _like(name, names)
-    return f"{role}={name}: there is no column {name!r}{like}. The columns are: {_listed(names)}"
+    return f"{role}={name}: there is no column {name!r}{like} The columns are: {_listed(names)}"
 
 
 def _listed(names: list[str]) -> str:
@@ -196,7 +196,7 @@ def _listed(names: list[str]) -> str:
 
 def _like(name: str, names: list[str]) -> str:
     hint = nearest(name, names)
-    return hint.removesuffix("?") if hint.startswith("; did") else ""
+    return hint if hint.startswith("; did") else "."
 
 
 def _unknown_role(role: str) -> str:
