@@ -1,0 +1,80 @@
+"""inlay: small trained pieces set into a frozen model, flush with its surface.
+
+Importing this package does not import torch: public names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "attach": "inlay.core.attach",
+    "detach": "inlay.core.attach",
+    "use": "inlay.core.attach",
+    "adapters": "inlay.core.attach",
+    "merge": "inlay.core.merge",
+    "unmerge": "inlay.core.merge",
+    "MergeReport": "inlay.core.merge",
+    "Adapter": "inlay.core.adapter",
+    "save": "inlay.formats",
+    "load": "inlay.formats",
+    "LoRA": "inlay.methods.lora",
+    "DoRA": "inlay.methods.dora",
+    "IA3": "inlay.methods.ia3",
+    "Houlsby": "inlay.methods.houlsby",
+    "Pfeiffer": "inlay.methods.pfeiffer",
+    "ParallelAdapter": "inlay.methods.parallel",
+    "BitFit": "inlay.methods.bitfit",
+    "PromptTuning": "inlay.methods.prompt_tuning",
+    "PrefixTuning": "inlay.methods.prefix_tuning",
+    "TopLayers": "inlay.methods.top_layers",
+    "FullFineTuning": "inlay.methods.full",
+    "InlayError": "inlay.core.errors",
+    "UserError": "inlay.core.errors",
+}
+__all__ = sorted([*_HOMES, "methods", "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return import_module("inlay.methods")  # a package that can be called
+    if name not in _HOMES:
+        raise AttributeError(f"module 'inlay' has no attribute {name!r}")
+    import_module("inlay.bases")  # registers the layer types that the core can read
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from inlay.core.adapter import Adapter as Adapter
+    from inlay.core.attach import adapters as adapters
+    from inlay.core.attach import attach as attach
+    from inlay.core.attach import detach as detach
+    from inlay.core.attach import use as use
+    from inlay.core.errors import InlayError as InlayError
+    from inlay.core.errors import UserError as UserError
+    from inlay.core.merge import MergeReport as MergeReport
+    from inlay.core.merge import merge as merge
+    from inlay.core.merge import unmerge as unmerge
+    from inlay.formats import load as load
+    from inlay.formats import save as save
+    from inlay.methods import methods as methods
+    from inlay.methods.bitfit import BitFit as BitFit
+    from inlay.methods.dora import DoRA as DoRA
+    from inlay.methods.full import FullFineTuning as FullFineTuning
+    from inlay.methods.houlsby import Houlsby as Houlsby
+    from inlay.methods.ia3 import IA3 as IA3
+    from inlay.methods.lora import LoRA as LoRA
+    from inlay.methods.parallel import ParallelAdapter as ParallelAdapter
+    from inlay.methods.pfeiffer import Pfeiffer as Pfeiffer
+    from inlay.methods.prefix_tuning import PrefixTuning as PrefixTuning
+    from inlay.methods.prompt_tuning import PromptTuning as PromptTuning
+    from inlay.methods.top_layers import TopLayers as TopLayers

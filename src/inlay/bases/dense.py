@@ -1,0 +1,87 @@
+"""Dense layers: `nn.Linear`, transformers' transposed `Conv1D`, embeddings, convolutions and norms.
+
+Writing replaces the `Parameter` object instead of its values, so undoing is bit-exact and a tied partner
+(an output head that shares the embedding's matrix) keeps the values it had.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from inlay.core.layer import Kind, LayerShape, Undo, read_weight, shape_of, write_weight
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def raw(layer: nn.Module, name: str) -> Tensor | None:
+    """The registered parameter itself, past any adapter that answers for the attribute."""
+    return layer._parameters.get(name)
+
+
+def _shape(layer: nn.Module, kind: Kind, out_features: int, in_features: int) -> LayerShape | None:
+    weight = raw(layer, "weight")
+    if weight is None or not weight.is_floating_point():
+        return None  # no weight of its own, or a quantised store that another room must read
+    has_bias = raw(layer, "bias") is not None
+    return LayerShape(kind, in_features, out_features, has_bias, weight.dtype, weight.device)
+
+
+@shape_of.register
+def _(layer: nn.Linear) -> LayerShape | None:
+    return _shape(layer, "linear", layer.out_features, layer.in_features)
+
+
+@shape_of.register
+def _(layer: Conv1D) -> LayerShape | None:
+    weight = raw(layer, "weight")
+    return None if weight is None else _shape(layer, "linear", weight.shape[1], weight.shape[0])
+
+
+@shape_of.register
+def _(layer: nn.Embedding) -> LayerShape | None:
+    return _shape(layer, "embedding", layer.embedding_dim, layer.num_embeddings)
+
+
+@shape_of.register(nn.Conv1d)
+@shape_of.register(nn.Conv2d)
+@shape_of.register(nn.Conv3d)
+def _(layer: nn.Conv2d) -> LayerShape | None:
+    return _shape(layer, "conv", layer.out_channels, layer.in_channels)
+
+
+@shape_of.register
+def _(layer: nn.Module) -> LayerShape | None:
+    """A norm is known by its name and by one vector of weights: every model has an RMSNorm class of its own."""
+    weight = raw(layer, "weight")
+    if type(layer).__name__.endswith(("Norm", "Norm1d", "Norm2d", "Norm3d")) and weight is not None and weight.ndim == 1:
+        return _shape(layer, "norm", weight.shape[0], weight.shape[0])
+    return None
+
+
+def _transposed(layer: nn.Module) -> bool:
+    return isinstance(layer, (Conv1D, nn.Embedding))
+
+
+@read_weight.register
+def _(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight = raw(layer, "weight")
+    assert weight is not None, "shape_of() answers None for a layer without a weight"
+    return (weight.t() if _transposed(layer) else weight), raw(layer, "bias")
+
+
+@write_weight.register
+def _(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Undo:
+    old = {name: raw(layer, name) for name in ("weight", "bias")}
+    new = {"weight": weight.t().contiguous() if _transposed(layer) else weight, "bias": bias}
+    for name, value in new.items():
+        before = old[name]
+        if value is not None:
+            dtype = before.dtype if before is not None else value.dtype
+            layer._parameters[name] = nn.Parameter(value.detach().to(dtype), requires_grad=False)
+
+    def undo() -> None:
+        for name, parameter in old.items():
+            layer._parameters[name] = parameter  # type: ignore[assignment]
+
+    return undo

@@ -1,0 +1,148 @@
+"""The class exchange: how a host gets a say in its module's forward.
+
+`adopt(host)` gives the module a subclass of its own class that differs in a few methods and keeps the name,
+so `isinstance`, `state_dict`, parameter names, tied weights and name-based look-ups stay as they were, and
+`release` puts the old class back. Subclasses are made once per class and feature set.
+
+    forward       asks the host before and after the base's forward
+    root          the model itself: rows are checked, prompts computed and hidden, generation prepared
+    checkpoint    a checkpointed layer recomputes under the route of its forward, and only where gradients flow
+    positions     a table of learned positions, or a rotary one, that moves on behind a prompt
+    stack         an encoder that virtual tokens join;  pooler: its pooler, which must not see them
+    parameters    names whose values an adapter may replace
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core import prompting
+from inlay.core.host import Host
+
+
+def adopt(host: Host, features: frozenset[str]) -> None:
+    """Give the host's module the subclass that has `features`, or its own class back if there are none."""
+    module = host.module
+    host.features = features
+    parameters = host.replaced
+    if not features and not parameters:
+        release(host)
+        return
+    module.__dict__["_inlay_host"] = host
+    module.__dict__.pop("forward", None)  # an instance's forward (accelerate's hooks) is called through the host
+    if "checkpoint" in features:
+        module.__dict__.setdefault("_inlay_checkpoint", module.__dict__.pop("_gradient_checkpointing_func", None))
+    module.__class__ = _subclass(host.original_class, features, parameters)
+
+
+def release(host: Host) -> None:
+    """Put the module's own class and forward back."""
+    module = host.module
+    if not getattr(type(module), "inlay_adapted", False):
+        return
+    module.__class__ = host.original_class
+    module.__dict__.pop("_inlay_host", None)
+    if host.original_forward is not None:
+        module.__dict__["forward"] = host.original_forward
+    function = module.__dict__.pop("_inlay_checkpoint", None)
+    if function is not None:
+        module.__dict__["_gradient_checkpointing_func"] = function
+
+
+@functools.cache
+def _subclass(cls: type[nn.Module], features: frozenset[str], parameters: frozenset[str]) -> type[nn.Module]:
+    body: dict[str, Any] = {
+        "inlay_adapted": True,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    bases: tuple[type, ...] = (cls,)
+    if features & {"forward", "root", "stack", "pooler", "rotary"}:
+        body["forward"] = _forward(cls, features)
+    if "root" in features and hasattr(cls, "generate"):
+        body["generate"] = _generate(cls)
+    if "checkpoint" in features:
+        body["_gradient_checkpointing_func"] = property(_checkpoint_function, _set_checkpoint_function)
+    if "positions" in features:
+        # Between the class and nn.Embedding, so that the offset a subclass adds itself is added first.
+        bases = (ShiftedPositions,) if cls is nn.Embedding else (cls, ShiftedPositions)
+    body |= {name: property(functools.partial(_parameter, name)) for name in parameters}
+    return type(cls.__name__, bases, body)
+
+
+def _parameter(name: str, module: nn.Module) -> Tensor | None:
+    host: Host = module.__dict__["_inlay_host"]
+    return host.parameter(name)
+
+
+def _forward(cls: type[nn.Module], features: frozenset[str]) -> Callable[..., Any]:
+    wrappers = [w for name, w in prompting.WRAPPERS.items() if name in features]
+
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        host: Host = self.__dict__["_inlay_host"]
+        inner: Callable[..., Any] = host.original_forward or functools.partial(cls.forward, self)
+        for wrap in wrappers:
+            inner = functools.partial(wrap, host, inner)
+        return host.run(inner, args, kwargs) if "forward" in features else inner(*args, **kwargs)
+
+    return forward
+
+
+def _generate(cls: type[nn.Module]) -> Callable[..., Any]:
+    @functools.wraps(cls.generate)  # type: ignore[arg-type]
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        host: Host = self.__dict__["_inlay_host"]
+        with prompting.generation(host, args, kwargs):
+            return cls.generate(self, *args, **kwargs)  # type: ignore[operator]
+
+    return generate
+
+
+def _checkpoint_function(module: nn.Module) -> Callable[..., Any]:
+    host: Host = module.__dict__["_inlay_host"]
+    inner = module.__dict__.get("_inlay_checkpoint")
+    if inner is None:
+        raise AttributeError("_gradient_checkpointing_func")
+    return functools.partial(_checkpointed, host, inner)
+
+
+def _set_checkpoint_function(module: nn.Module, function: Callable[..., Any]) -> None:
+    module.__dict__["_inlay_checkpoint"] = function
+
+
+def _checkpointed(host: Host, inner: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """Run a checkpointed layer so that its recomputation, after every `use` block is left, takes the same route.
+
+    The prompts' tensors enter as arguments: a reentrant checkpoint runs its own backward for each layer, and
+    would otherwise walk the graph that made them once a layer. An empty tensor that requires gradients stands
+    in for the inputs that do not, so the base's embeddings never have to.
+    """
+    roster = host.roster
+    route, call = roster.current(), roster.call.get()
+    tensors = call.tensors(host.path) if call is not None else []
+    flows = any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *tensors))
+    if not flows and not any(p.requires_grad for p in host.module.parameters()):
+        return function(*args)
+    anchor = torch.empty(0, requires_grad=True)
+
+    def run(_: Tensor, *given: Any) -> Any:
+        inside = call.with_tensors(host.path, list(given[: len(tensors)])) if call is not None else None
+        with roster.bind(route, inside):
+            return function(*given[len(tensors) :])
+
+    return inner(run, anchor, *tensors, *args)
+
+
+class ShiftedPositions(nn.Embedding):
+    """A table of learned positions that counts a prompt's positions too."""
+
+    def forward(self, positions: Tensor) -> Tensor:
+        host: Host = self.__dict__["_inlay_host"]
+        return super().forward(prompting.shift(host, positions))

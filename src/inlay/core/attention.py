@@ -1,0 +1,257 @@
+"""Attention with key/value pairs in front of the text's own.
+
+Softmax over two segments is two softmaxes weighted by their log-sum-exp, so the text's attention stays as
+it is (causal, masked, cached, grouped) and the prefix is a second, small attention beside it:
+
+    out = e^(l_text − l) · text + e^(l_prefix − l) · prefix         l = log(e^l_text + e^l_prefix)
+
+`naive` computes one softmax over both segments; it is exact, handles dropout and soft-capping, and is the
+oracle of `fused`, which runs the CPU's flash kernel on the text. In the backward pass each segment's kernel
+is given the *merged* output and log-sum-exp: dS = P ∘ (dP − rowsum(dO ∘ O)) holds for every part of the row.
+
+The function is registered with transformers once for each implementation it stands before, for attention and
+for masks alike: without the second, the mask would arrive as None and padded rows would be silently wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from inlay.core.call import Call
+from inlay.core.errors import UnsupportedError
+from inlay.core.host import Host
+
+PREFIX = "inlay_"
+Attended: TypeAlias = tuple[Tensor, Tensor | None]
+
+
+def implementation(original: str) -> str:
+    """The registered name that stands before `original` (``sdpa``, ``eager``, …)."""
+    if original.startswith(PREFIX):
+        return original
+    name = PREFIX + original
+    if name not in AttentionInterface._global_mapping:
+        masks = AttentionMaskInterface._global_mapping
+        if original not in masks:
+            raise UnsupportedError(f"attention implementation {original!r} has no mask function that prompts could use")
+
+        def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Attended:
+            return attend(original, module, query, key, value, mask, **kwargs)
+
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, masks[original])
+    return name
+
+
+def attend(
+    original: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> Attended:
+    """One attention module's work: the base's own where no row has a prefix here.
+
+    Args:
+        query: (rows, heads, tokens, head size); key, value: (rows, key heads, keys, head size).
+
+    Returns:
+        (rows, tokens, heads, head size), and the attention weights over the text where the base gives them.
+    """
+    host: Host | None = module.__dict__.get("_inlay_host")
+    call = host.roster.call.get() if host is not None else None
+    if host is None or call is None:
+        return _base(original, module)(module, query, key, value, mask, **kwargs)
+    if call.capture is not None:
+        call.capture[host.path] = (key[0], value[0])
+        return _base(original, module)(module, query, key, value, mask, **kwargs)
+    prefixes = _prefixes(host, call, query)
+    if not prefixes:
+        return _base(original, module)(module, query, key, value, mask, **kwargs)
+    _refuse(host, call, key, kwargs)
+    if fusible(query, value, prefixes, kwargs):
+        return fused(module, query, key, value, mask, prefixes, **kwargs), None
+    return naive(module, query, key, value, mask, prefixes, **kwargs)
+
+
+Prefix: TypeAlias = tuple[Tensor | None, Tensor, Tensor]
+"""Row indices (None for all), keys and values (key heads, length, head size)."""
+
+
+def _prefixes(host: Host, call: Call, query: Tensor) -> list[Prefix]:
+    found = []
+    for name in call.route.used:
+        pair = call.prefixes.get(name, {}).get(host.path)
+        if pair is not None:
+            rows = None if call.route.single else call.route.index(name, query)
+            found.append((rows, pair[0].to(query.dtype), pair[1].to(query.dtype)))
+    return found
+
+
+def _refuse(host: Host, call: Call, key: Tensor, kwargs: dict[str, Any]) -> None:
+    window = kwargs.get("sliding_window")
+    longest = max((call.shifts[n] for n in call.route.used if n in call.prefilled), default=0)
+    if window is not None and longest and key.shape[2] + longest > window:
+        raise UnsupportedError(
+            f"{host.path}: {key.shape[2]} tokens behind {longest} virtual ones exceed the sliding window of {window}, so "
+            "a prompt that is prefilled once would be seen where the model could not see it; shorten the input"
+        )
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedError(f"{host.path} has attention sinks, which prompts do not support")
+
+
+def _base(original: str, module: nn.Module) -> Any:
+    if original == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return AttentionInterface._global_mapping[original]
+
+
+def naive(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prefixes: list[Prefix],
+    *, scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+) -> Attended:  # fmt: skip
+    """One softmax over prefix and text, a group of rows at a time."""
+    additive = _additive(module, query, key, mask, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    covered = torch.zeros(query.shape[0], dtype=torch.bool)
+    out = query.new_zeros(query.shape[:3] + value.shape[-1:])
+    weights = None
+    groups = list(prefixes)
+    for rows, _, _ in prefixes:
+        covered[slice(None) if rows is None else rows.cpu()] = True
+    if not bool(covered.all()):
+        none = key.new_zeros((key.shape[1], 0, key.shape[-1]))
+        groups.append(((~covered).nonzero()[:, 0].to(query.device), none, none[..., : value.shape[-1]]))
+    for rows, prefix_key, prefix_value in groups:
+        at: Any = slice(None) if rows is None else rows
+        q, bias = query[at], additive[at] if additive.shape[0] > 1 else additive
+        k = _joined(prefix_key, key[at], q)
+        v = _joined(prefix_value, value[at], q)
+        scores = q.float() @ k.float().transpose(2, 3) * scale
+        if kwargs.get("softcap") is not None:
+            scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
+        length = prefix_key.shape[1]
+        scores = scores + nn.functional.pad(bias, (length, 0))
+        probabilities = nn.functional.dropout(scores.softmax(-1).to(q.dtype), dropout, training=module.training)
+        part = probabilities @ v
+        if rows is None:
+            out, weights = part, probabilities[..., length:]
+        else:
+            out = out.index_copy(0, rows, part)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _joined(prefix: Tensor, text: Tensor, query: Tensor) -> Tensor:
+    """Prefix and text along the keys, repeated for grouped heads."""
+    both = torch.cat([prefix[None].expand(text.shape[0], -1, -1, -1), text], dim=2)
+    return both.repeat_interleave(query.shape[1] // both.shape[1], dim=1)
+
+
+def _additive(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    """The text's mask and position bias as numbers to add, (rows or 1, heads or 1, tokens, keys), float32.
+
+    With no mask, transformers leaves causality to the kernel; the rule is the one of its own `sdpa`.
+    """
+    tokens, keys = query.shape[2], key.shape[2]
+    lowest = torch.finfo(torch.float32).min
+    if mask is None:
+        added = torch.zeros((1, 1, tokens, keys), device=query.device)
+        if _is_causal(module, tokens, kwargs):
+            added = added.masked_fill(torch.ones_like(added, dtype=torch.bool).triu(keys - tokens + 1), lowest)
+    elif mask.dtype == torch.bool:
+        added = torch.zeros(mask.shape, device=query.device).masked_fill(~mask, lowest)
+    else:
+        added = mask[..., :keys].float()
+    bias = kwargs.get("position_bias")
+    return added if bias is None else (added + bias.float()).clamp(min=lowest)
+
+
+def _is_causal(module: nn.Module, tokens: int, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    return tokens > 1 and bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def fusible(query: Tensor, value: Tensor, prefixes: list[Prefix], kwargs: dict[str, Any]) -> bool:
+    """Whether `fused` computes this: on the CPU, without dropout, soft-capping or trained biases."""
+    bias = kwargs.get("position_bias")
+    return (
+        query.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1]
+        and not kwargs.get("dropout")
+        and kwargs.get("softcap") is None
+        and not kwargs.get("output_attentions")
+        and not (bias is not None and bias.requires_grad)
+    )
+
+
+def fused(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prefixes: list[Prefix],
+    *, scaling: float | None = None, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """The flash kernel on the text, a small attention on each prefix, merged by log-sum-exp."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = mask is None and _is_causal(module, query.shape[2], kwargs) and kwargs.get("position_bias") is None
+    added = None
+    if not causal and (mask is not None or kwargs.get("position_bias") is not None):
+        added = _additive(module, query, key, mask, kwargs).to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    rows = [r for r, _, _ in prefixes]
+    pairs = [t.repeat_interleave(repeat, 0) for _, k, v in prefixes for t in (k, v)]
+    out: Tensor = MergedAttention.apply(query, key, value, added, causal, scale, rows, *pairs)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2)
+
+
+class MergedAttention(torch.autograd.Function):
+    """Text and prefixes merged; saves the inputs, the merged output and its log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float,
+                rows: list[Tensor | None], *pairs: Tensor) -> Tensor:  # fmt: skip
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        out, lse = out.clone(), lse.clone()
+        for i, index in enumerate(rows):
+            at: Any = slice(None) if index is None else index
+            scores = _scores(query[at], pairs[2 * i], scale)
+            lse_prefix = scores.logsumexp(-1)  # (rows, heads, tokens)
+            prefix = (scores - lse_prefix[..., None]).exp().to(query.dtype) @ pairs[2 * i + 1]
+            merged = torch.logaddexp(lse[at], lse_prefix)
+            text_share = (lse[at] - merged).exp()[..., None]
+            prefix_share = (lse_prefix - merged).exp()[..., None]
+            out[at] = (out[at] * text_share + prefix * prefix_share).to(out.dtype)
+            lse[at] = merged
+        ctx.save_for_backward(query, key, value, mask, out, lse, *pairs)
+        ctx.causal, ctx.scale, ctx.rows = causal, scale, rows
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        query, key, value, mask, out, lse, *pairs = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
+        )
+        total = (grad.float() * out.float()).sum(-1, keepdim=True)
+        d_pairs: list[Tensor] = []
+        for i, index in enumerate(ctx.rows):
+            at: Any = slice(None) if index is None else index
+            prefix_key, prefix_value = pairs[2 * i], pairs[2 * i + 1]
+            p = (_scores(query[at], prefix_key, ctx.scale) - lse[at][..., None]).exp()
+            d_p = (grad[at] @ prefix_value.transpose(-1, -2)).float()
+            d_scores = (p * (d_p - total[at]) * ctx.scale).to(query.dtype)
+            d_query[at] = d_query[at] + d_scores @ prefix_key
+            d_pairs += [
+                torch.einsum("rhtp,rhtd->hpd", d_scores, query[at]),
+                torch.einsum("rhtp,rhtd->hpd", p.to(query.dtype), grad[at]),
+            ]
+        return d_query, d_key, d_value, None, None, None, None, *d_pairs
+
+
+def _scores(query: Tensor, prefix_key: Tensor, scale: float) -> Tensor:
+    """(rows, heads, tokens, length), float32."""
+    return (query @ prefix_key.transpose(-1, -2)).float() * scale

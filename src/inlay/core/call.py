@@ -1,0 +1,56 @@
+"""What one forward of the model needs to know beside its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from inlay.core.prompt import KeyValues
+from inlay.core.route import Route
+
+
+@dataclass(frozen=True)
+class Call:
+    """The route of a forward, and the prompts of the adapters on it, computed once.
+
+    Attributes:
+        prefixes: adapter → attention path → (keys, values) in front of the text there.
+        shifts: adapter → number of positions by which its text moves on in a decoder.
+        sequences: adapter → virtual tokens (length, hidden) that take part in an encoder's sequence.
+        prefilled: the adapters whose prefix is text that was run through the model, so that a sliding
+            window applies to it.
+        rows: of the batch, once the model is called.
+        capture: where attention modules leave their own keys and values while a prompt is prefilled.
+    """
+
+    route: Route
+    prefixes: dict[str, KeyValues] = field(default_factory=dict)
+    shifts: dict[str, int] = field(default_factory=dict)
+    sequences: dict[str, Tensor] = field(default_factory=dict)
+    prefilled: frozenset[str] = frozenset()
+    rows: int | None = None
+    capture: KeyValues | None = None
+
+    @property
+    def block(self) -> int:
+        """Length of the virtual block in an encoder's sequence: the longest of the batch."""
+        return max((s.shape[0] for s in self.sequences.values()), default=0)
+
+    def tensors(self, below: str) -> list[Tensor]:
+        """The prefix tensors used at attention modules below a path, in a fixed order."""
+        return [t for kv in self.prefixes.values() for p, pair in kv.items() if is_below(p, below) for t in pair]
+
+    def with_tensors(self, below: str, tensors: list[Tensor]) -> Call:
+        """This call with the tensors that `tensors(below)` lists replaced."""
+        given = iter(tensors)
+        new = {
+            name: {p: (next(given), next(given)) if is_below(p, below) else pair for p, pair in kv.items()}
+            for name, kv in self.prefixes.items()
+        }
+        return replace(self, prefixes=new)
+
+
+def is_below(path: str, ancestor: str) -> bool:
+    """Whether the module at `path` is the one at `ancestor` or inside it."""
+    return ancestor == "" or path == ancestor or path.startswith(ancestor + ".")

@@ -1,0 +1,80 @@
+"""The first contract: a change to what one layer computes.
+
+    x ── pre ──▶ layer ──▶ post ──▶ y          the activation view: row-wise, so rows may differ
+    (w, b) ────▶ weight ───▶ (w', b')          the weight view: for merging; must agree with the first
+
+Both views are given by the method and held equal by a law. `post` is told the site's base as a `BaseView`,
+because some methods (DoRA) need the frozen weight itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from inlay.core.layer import Kind
+from inlay.core.method import Method
+from inlay.core.select import Places, select
+from inlay.core.site import Site
+
+if TYPE_CHECKING:
+    from inlay.core.pieces import Piece
+    from inlay.core.view import ModelView
+
+
+class Delta(nn.Module):
+    """One trained piece at one site. Abstract; `__init__` makes storage, `initialise` fills it."""
+
+    merges: ClassVar[bool] = True
+
+    def initialise(self, site: Site) -> None:
+        """Fill the parameters of a fresh delta; not called when stored ones are about to be read in.
+
+        Draws from torch's global generator. May read the base (`site.read_weight()`), never write it.
+        """
+
+    def pre(self, x: Tensor) -> Tensor:
+        """What enters the layer. ``x``: (..., in)."""
+        return x
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """What leaves the layer.
+
+        Args:
+            x: what entered it, after `pre`: (..., in), ids (...) for an embedding.
+            y: what the base computed from it: (..., out), the part only where the site is a part.
+            site: for `site.read_weight()`.
+        """
+        return y
+
+    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The layer's new weight and bias, in canonical layout (`core/layer.py`) and the weight's dtype.
+
+        Raises:
+            NotImplementedError: no weight has this effect; `merges` is False then.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no weight view")
+
+
+def cast(parameter: Tensor, like: Tensor) -> Tensor:
+    """An adapter's float32 parameter in the dtype of the activations it meets; gradients stay float32."""
+    return parameter.to(like.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaMethod(Method, ABC):
+    """A method that builds one `Delta` per selected site."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
+
+    @abstractmethod
+    def build(self, site: Site) -> Delta:
+        """A delta for `site` with uninitialised parameters."""
+
+    def pieces(self, view: ModelView, places: Places) -> list[Piece]:
+        from inlay.core.pieces import DeltaPiece
+
+        return [DeltaPiece(s, self.build(s)) for s in select(view, places, self.default_where, self.kinds)]

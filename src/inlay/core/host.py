@@ -1,0 +1,207 @@
+"""A host: one module of the base, and everything adapters do to it.
+
+The module keeps its place, its parameters and their names; only its class is exchanged for a subclass whose
+`forward` asks the host (`core/adapted.py`). Deltas are stored below the module's child `inlay`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.delta import Delta
+from inlay.core.errors import UnsupportedError
+from inlay.core.route import Route
+from inlay.core.site import Site
+from inlay.core.subset import Difference
+
+if TYPE_CHECKING:
+    from inlay.core.roster import Roster
+
+Forward = Callable[..., Any]
+
+
+class Storage(nn.ModuleDict):
+    """Adapter name → its trained modules at one host. Recognised by type, never by name."""
+
+    inlay_storage = True
+
+
+class Host:
+    """What adapters do at one module.
+
+    Attributes:
+        deltas: adapter → its deltas here, in the order they act.
+        differences: adapter → parameter name → what is added to it.
+        copies: adapter → parameter name → the adapter's own values.
+        feeds: hosts whose deltas read this module's input as their ``x``.
+        features: what the module's subclass does (`core/adapted.py`).
+        encoder: whether the module's positions are those of an encoder's sequence.
+    """
+
+    def __init__(self, roster: Roster, path: str, module: nn.Module) -> None:
+        self.roster, self.path, self.module = roster, path, module
+        self.deltas: dict[str, list[tuple[Site, Delta]]] = {}
+        self.differences: dict[str, dict[str, Difference]] = {}
+        self.copies: dict[str, dict[str, nn.Parameter]] = {}
+        self.feeds: list[Host] = []
+        self.original_class = type(module)
+        self.original_forward: Forward | None = module.__dict__.get("forward")
+        self.captured: dict[int, Tensor] = {}
+        self.features: frozenset[str] = frozenset()
+        self.encoder = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Host:
+        import copy
+
+        new = object.__new__(Host)
+        memo[id(self)] = new
+        for name, value in self.__dict__.items():
+            new.__dict__[name] = {} if name == "captured" else copy.deepcopy(value, memo)
+        return new
+
+    # -- parameters ---------------------------------------------------------------------------
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """Names of the parameters that some adapter changes or replaces."""
+        names = [set(d) for owner in (self.differences, self.copies) for d in owner.values()]
+        return frozenset(set().union(*names)) if names else frozenset()
+
+    def parameter(self, name: str) -> Tensor | None:
+        """What the module sees as its parameter `name`: the base's, or the active adapter's."""
+        value = self.module._parameters[name]
+        route = self.roster.current()
+        adapter = route.names[0] if route.single else None
+        if value is None or adapter is None or self.roster.merged is not None:
+            return value
+        copied = self.copies.get(adapter, {}).get(name)
+        if copied is not None:
+            return copied.to(value.dtype)
+        difference = self.differences.get(adapter, {}).get(name)
+        return value if difference is None else difference.apply_to(value)
+
+    # -- the forward --------------------------------------------------------------------------
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's forward under the current route."""
+        if self.feeds:
+            for host in self.feeds:
+                host.captured[_thread()] = _first(args, kwargs)
+        if self.roster.merged is not None:
+            return forward(*args, **kwargs)
+        route = self.roster.current()
+        if not route.single:
+            return self._mixed(route, forward, args, kwargs)
+        name = route.names[0]
+        deltas = self.deltas.get(name, ()) if name is not None else ()
+        if not deltas:
+            return forward(*args, **kwargs)
+        x = _first(args, kwargs)
+        for site, delta in deltas:
+            if site.part is None and site.source is None:
+                x = delta.pre(x)
+        y = forward(*_with_first(args, kwargs, x)[0], **_with_first(args, kwargs, x)[1])
+        x = self._input(deltas, x)
+        return _on_tensor(y, lambda t: self._post(deltas, x, t))
+
+    def _input(self, deltas: Sequence[tuple[Site, Delta]], x: Tensor) -> Tensor:
+        """The ``x`` of `post`: this module's input, or what entered the module that feeds it."""
+        if all(site.source is None for site, _ in deltas):
+            return x
+        return self.captured.pop(_thread())
+
+    def _post(self, deltas: Sequence[tuple[Site, Delta]], x: Tensor, y: Tensor) -> Tensor:
+        for site, delta in deltas:
+            if site.part is None:
+                y = delta.post(x, y, site).to(y.dtype)
+            else:
+                part = site.part.take(y)
+                y = site.part.put(y, delta.post(x, part, site).to(y.dtype))
+        return y
+
+    def _mixed(self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One base call; before and after it, each adapter's rows on their own."""
+        names = [n for n in route.used if n in self.deltas]
+        copied = any(n in self.copies for n in route.used)
+        if not names and not copied:
+            return forward(*args, **kwargs)
+        x = _first(args, kwargs)
+        rows = {n: route.index(n, x) for n in dict.fromkeys(route.names)}
+        seen = x
+        for name in names:
+            for site, delta in self.deltas[name]:
+                if site.part is None and site.source is None and type(delta).pre is not Delta.pre:
+                    seen = _put_rows(seen, rows[name], delta.pre(seen[rows[name]]))
+        if copied:
+            y = self._split(route, forward, args, kwargs, seen, rows)
+        else:
+            new_args, new_kwargs = _with_first(args, kwargs, seen)
+            y = forward(*new_args, **new_kwargs)
+        if not names:
+            return y
+        x = self._input([d for n in names for d in self.deltas[n]], seen)
+
+        def post(t: Tensor) -> Tensor:
+            out = t.clone()
+            for name in names:
+                index = rows[name] if t.shape[0] == seen.shape[0] else route.index(name, t)
+                source = rows[name] if x.shape[0] == seen.shape[0] else route.index(name, x)
+                out[index] = self._post(self.deltas[name], x[source], t[index])
+            return out
+
+        return _on_tensor(y, post)
+
+    def _split(
+        self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor,
+        rows: dict[str | None, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """A layer that an adapter owns a copy of: each adapter's rows through its own values."""
+        parts = []
+        for name, index in rows.items():
+            new_args, new_kwargs = _with_first(args, kwargs, x[index])
+            with self.roster.only(name):
+                y = forward(*new_args, **new_kwargs)
+            if not isinstance(y, Tensor):
+                raise UnsupportedError(f"{self.path} returns a {type(y).__name__}, so its saved copies cannot share a batch")
+            parts.append(y)
+        shapes = {tuple(p.shape[1:]) for p in parts}
+        if len(shapes) > 1:
+            raise UnsupportedError(
+                f"the adapters' copies of {self.path} give outputs of different shapes {sorted(shapes)}; "
+                "run them one after another"
+            )
+        order = torch.argsort(torch.cat(list(rows.values())))
+        return torch.cat(parts)[order]
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A module's input: its first argument, by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _with_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): x}
+
+
+def _put_rows(into: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    out = into.clone()
+    out[rows] = values.to(into.dtype)
+    return out
+
+
+def _on_tensor(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change a module's output; of a tuple, its first entry."""
+    if isinstance(y, tuple):
+        return (change(y[0]), *y[1:])
+    return change(y)

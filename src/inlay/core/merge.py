@@ -1,0 +1,152 @@
+"""Folding an adapter into the base's weights, and taking it back bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.adapter import Adapter
+from inlay.core.delta import Delta
+from inlay.core.errors import UnsupportedError, problems
+from inlay.core.layer import Undo, read_weight, write_weight
+from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
+from inlay.core.roster import Merged, Roster, roster_of
+from inlay.core.site import Site
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging cost.
+
+    Attributes:
+        layers: path → largest absolute difference between the merged weight and the value the base's
+            type could hold; 0 where the type lost nothing.
+        untied: whether an input embedding and an output head that shared a matrix no longer do.
+    """
+
+    layers: dict[str, float]
+    untied: bool = False
+
+    @property
+    def worst(self) -> float:
+        """The largest rounding error of any merged value."""
+        return max(self.layers.values(), default=0.0)
+
+
+def merge(model: nn.Module, name: str) -> MergeReport:
+    """Fold adapter `name` into the base, in place. The model then costs what the base costs.
+
+    The sum is formed in float32 and rounded once to the base's type; the report says what that cost.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+        UnsupportedError: some piece has no weight with the same effect, or another merge is in effect.
+            The model is as it was.
+    """
+    roster = roster_of(model)
+    adapter = roster.require(name)
+    if roster.merged is not None:
+        raise UnsupportedError(f"adapter {roster.merged.name!r} is already merged; call unmerge() first")
+    wrong = [
+        f"{p.key}: {type(p.prompt if isinstance(p, PromptPiece) else p.delta).__name__} acts on activations"
+        for p in adapter.pieces
+        if isinstance(p, PromptPiece) or (isinstance(p, DeltaPiece) and not p.delta.merges)
+    ]
+    if wrong:
+        raise UnsupportedError(problems(f"adapter {name!r} ({adapter.method.name}) has no weights to merge", wrong[:8]))
+    undo: list[Undo] = []
+    errors: dict[str, float] = {}
+    try:
+        with torch.no_grad():
+            untied = _merge_parameters(roster, adapter, undo, errors)
+            _merge_deltas(roster, adapter, undo, errors)
+            untied = _untie(roster, adapter, undo) or untied
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    roster.merged = Merged(name, undo)
+    return MergeReport(errors, untied)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take the merge back: the very parameters that were there before, bit for bit.
+
+    Raises:
+        UnsupportedError: nothing is merged.
+    """
+    roster = roster_of(model)
+    if roster.merged is None:
+        raise UnsupportedError("nothing is merged into this model")
+    for step in reversed(roster.merged.undo):
+        step()
+    roster.merged = None
+
+
+def _merge_deltas(roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> None:
+    for host in roster.hosts.values():
+        placed = host.deltas.get(adapter.name)
+        if not placed:
+            continue
+        weight, bias = read_weight(host.module)
+        dtype = weight.dtype
+        exact, exact_bias = weight.float(), None if bias is None else bias.float()
+        for site, delta in placed:
+            exact, exact_bias = _weight_of(site, delta, exact, exact_bias)
+        errors[host.path] = _loss(exact, dtype)
+        undo.append(write_weight(host.module, exact, exact_bias))
+
+
+def _weight_of(site: Site, delta: Delta, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A delta's weight view, on its part of a fused layer where the site is one."""
+    if site.part is None:
+        return delta.weight(weight, bias)
+    part_bias = None if bias is None else site.part.take(bias, 0)
+    new, new_bias = delta.weight(site.part.take(weight, 0), part_bias)
+    if bias is not None and new_bias is not None:
+        bias = site.part.put(bias, new_bias, 0)
+    return site.part.put(weight, new, 0), bias
+
+
+def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> bool:
+    """Differences and copies replace parameters at every module that shares them, so ties stay."""
+    new: dict[int, nn.Parameter] = {}
+    for host in roster.hosts.values():
+        names = {**host.differences.get(adapter.name, {}), **host.copies.get(adapter.name, {})}
+        for name in names:
+            old = host.module._parameters[name]
+            assert old is not None
+            if id(old) not in new:
+                copy = host.copies.get(adapter.name, {}).get(name)
+                value = copy if copy is not None else host.differences[adapter.name][name].apply_to(old.float())
+                errors[f"{host.path}.{name}"] = _loss(value, old.dtype)
+                new[id(old)] = nn.Parameter(value.detach().to(old.dtype), requires_grad=False)
+            host.module._parameters[name] = new[id(old)]
+            undo.append(_putter(host.module, name, old))
+    return False
+
+
+def _putter(module: nn.Module, name: str, parameter: nn.Parameter) -> Undo:
+    def put() -> None:
+        module._parameters[name] = parameter
+
+    return put
+
+
+def _untie(roster: Roster, adapter: Adapter, undo: list[Undo]) -> bool:
+    """A head that no longer equals the embedding must not be tied to it again when the model is saved."""
+    config = getattr(roster.model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return False
+    ends = [getattr(roster.model, f"get_{n}_embeddings", lambda: None)() for n in ("input", "output")]
+    if None in ends or ends[0]._parameters.get("weight") is ends[1]._parameters.get("weight"):
+        return False
+    config.tie_word_embeddings = False  # type: ignore[union-attr]
+    undo.append(lambda: setattr(config, "tie_word_embeddings", True))
+    return True
+
+
+def _loss(exact: Tensor, dtype: torch.dtype) -> float:
+    return float((exact.to(dtype).float() - exact.float()).abs().max()) if exact.numel() else 0.0

@@ -1,0 +1,101 @@
+"""What a method is: a frozen dataclass of hyper-parameters that says what to build, never where.
+
+A method file defines one subclass of `DeltaMethod`, `PromptMethod` or `SubsetMethod` (the three
+contracts, in `delta.py`, `prompt.py` and `subset.py`). Class variables carry the facts that tables,
+the command line and the training defaults are derived from; the fields are the hyper-parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from inlay.core.errors import ConfigError, nearest, problems
+
+if TYPE_CHECKING:
+    from inlay.core.pieces import Piece
+    from inlay.core.select import Places, Where
+    from inlay.core.view import ModelView
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a method likes to be trained when the user does not say.
+
+    Attributes:
+        learning_rate: peak rate of AdamW.
+        schedule: a `transformers` scheduler name (``linear``, ``cosine``, ``constant_with_warmup``).
+        warmup: share of the steps over which the rate rises.
+        weight_decay: AdamW's decoupled decay.
+    """
+
+    learning_rate: float
+    schedule: str = "linear"
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Hyper-parameters of one published method. Abstract; subclasses are final.
+
+    Class variables:
+        name: registry key, file name, command-line word and documentation row.
+        paper: where it was published.
+        family: heading in the methods table.
+        recipe: training defaults.
+        default_where: the paper's places, as roles (`core/roles.py`), for every architecture.
+        expected_failures: law name → why the method cannot obey it; an unexpected pass fails.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    family: ClassVar[str]
+    recipe: ClassVar[Recipe]
+    default_where: ClassVar[Where]
+    expected_failures: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def pieces(self, view: ModelView, places: Places) -> list[Piece]:
+        """Build everything this method puts into a model, without touching the model.
+
+        Args:
+            view: read-only access to the model: sites, attention places, parameters.
+            places: where the user wants it; the paper's places where the user said nothing.
+
+        Raises:
+            SelectionError: the places match nothing, or what the method cannot adapt.
+        """
+
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> list[Self]:
+        """Small instances that the laws are run with; every branch of the method appears."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for YAML, JSON and file headers: the registry key and every field."""
+        return {"method": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Unknown or ill-typed keys are errors with the nearest name."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        given = {k: v for k, v in values.items() if k != "method"}
+        wrong = [f"unknown hyper-parameter {k!r}{nearest(k, known)}" for k in given if k not in known]
+        if wrong:
+            raise ConfigError(problems(f"method {cls.name!r}", wrong))
+        return cls(**{k: _plain(v) for k, v in given.items()})
+
+    def require(self, *checks: tuple[bool, str]) -> None:
+        """Raise one `ConfigError` that lists every check that is false."""
+        wrong = [message for holds, message in checks if not holds]
+        if wrong:
+            raise ConfigError(problems(f"method {self.name!r}", wrong))
+
+
+def _plain(value: Any) -> Any:
+    """Lists from YAML and JSON become tuples, so that the method stays hashable."""
+    return tuple(_plain(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,81 @@
+"""The second contract: trained positions that no one sees.
+
+    TokenPrompt      vectors at the input, before the embedded text       (length, hidden)
+    KeyValuePrompt   key/value pairs at attention, before the text's own   (key heads, length, head size)
+
+A method says what the vectors are. The core (`core/prompting.py`) owns lengths, masks, positions, labels
+and caches: outputs keep the input's length, and virtual positions never show.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from inlay.core.method import Method
+from inlay.core.select import Places
+
+if TYPE_CHECKING:
+    from inlay.core.pieces import Piece
+    from inlay.core.view import ModelView
+
+KeyValues = dict[str, tuple[Tensor, Tensor]]
+
+
+class TokenPrompt(nn.Module, ABC):
+    """Virtual tokens in front of the text. Abstract.
+
+    On a decoder they are run through the model once a call and served as key/value pairs, which is exact
+    because no later token can change them; on an encoder they take part in the sequence.
+    """
+
+    length: int
+
+    @abstractmethod
+    def embeddings(self) -> Tensor:
+        """The virtual tokens' input embeddings, (length, hidden)."""
+
+    def initialise(self, view: ModelView) -> None:  # noqa: B027 - most prompts have a random start of their own
+        """Fill the parameters of a fresh prompt; not called when stored ones are about to be read in."""
+
+
+class KeyValuePrompt(nn.Module, ABC):
+    """Key/value pairs in front of the text's own at some attention modules. Abstract."""
+
+    length: int
+
+    @abstractmethod
+    def keys_values(self) -> KeyValues:
+        """Attention module path → (keys, values), each (key heads, length, head size)."""
+
+    def initialise(self, view: ModelView) -> None:  # noqa: B027
+        """As `TokenPrompt.initialise`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMethod(Method, ABC):
+    """A method that builds one prompt for the whole model."""
+
+    @abstractmethod
+    def build(self, view: ModelView, layers: tuple[int, ...] | None) -> TokenPrompt | KeyValuePrompt:
+        """A prompt with uninitialised parameters.
+
+        Args:
+            layers: numbers of the layers that take part, or None for the paper's.
+
+        Raises:
+            UnsupportedError: nothing can be put in front of this model's text exactly.
+        """
+
+    def pieces(self, view: ModelView, places: Places) -> list[Piece]:
+        from inlay.core.errors import SelectionError
+        from inlay.core.pieces import PromptPiece
+
+        if places.where is not None:
+            raise SelectionError(
+                f"method {self.name!r} goes in front of the text, so it takes no `where`; use `layers` to say how deep"
+            )
+        return [PromptPiece("prompt", self.build(view, places.layers))]

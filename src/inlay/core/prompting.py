@@ -1,0 +1,291 @@
+"""How virtual positions enter a model and never show.
+
+    decoder            a token prompt is run through the model once a call (one row, however many rows the
+                       batch has) and its keys and values stand in front of every row's own: exact, because
+                       nothing after the prompt can change it. The text's positions move on by its length.
+    encoder            a token prompt joins the sequence: embeddings, mask and token types grow on the left, the
+                       outputs are cut back. Rows with shorter prompts, or none, have masked slots there.
+    key/value prompt   stands in front of the text's own keys and values at its attention modules.
+
+The functions here wrap the forwards of special modules (`core/adapted.py` says which).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.call import Call
+from inlay.core.errors import UnsupportedError
+from inlay.core.host import Host
+from inlay.core.pieces import PromptPiece
+from inlay.core.prompt import KeyValues, TokenPrompt
+from inlay.core.roster import Roster
+from inlay.core.route import Route
+
+Forward = Callable[..., Any]
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "inputs", "attention_mask", "input_values")
+
+
+def prepare(roster: Roster, route: Route) -> Call:
+    """Compute the prompts of every adapter on the route."""
+    prefixes: dict[str, KeyValues] = {}
+    shifts: dict[str, int] = {}
+    sequences: dict[str, Tensor] = {}
+    prefilled = set()
+    for name in route.used:
+        pairs: list[KeyValues] = []
+        for piece in roster.require(name).pieces:
+            if not isinstance(piece, PromptPiece):
+                continue
+            prompt = piece.prompt
+            if not isinstance(prompt, TokenPrompt):
+                pairs.append(prompt.keys_values())
+            elif roster.encoder:
+                sequences[name] = prompt.embeddings()
+                continue
+            else:
+                pairs.append(_prefill(roster, name, prompt))
+                prefilled.add(name)
+            shifts[name] = shifts.get(name, 0) + prompt.length
+        if pairs:
+            prefixes[name] = _joined(pairs)
+    return Call(route, prefixes, shifts, sequences, frozenset(prefilled))
+
+
+def _joined(pairs: list[KeyValues]) -> KeyValues:
+    """Several prompts of one adapter behind one another."""
+    if len(pairs) == 1:
+        return pairs[0]
+    paths = dict.fromkeys(p for kv in pairs for p in kv)
+    return {
+        p: (
+            torch.cat([kv[p][0] for kv in pairs if p in kv], dim=1),
+            torch.cat([kv[p][1] for kv in pairs if p in kv], dim=1),
+        )
+        for p in paths
+    }
+
+
+def _prefill(roster: Roster, name: str, prompt: TokenPrompt) -> KeyValues:
+    """Run the virtual tokens through the model under their own adapter and keep what attention saw."""
+    model: Any = roster.model
+    base = getattr(model, "base_model", model)
+    embeddings = prompt.embeddings()
+    weight = next(iter(model.get_input_embeddings()._parameters.values()))
+    captured: KeyValues = {}
+    route = Route((name,))
+    with roster.bind(route, Call(route, capture=captured)):
+        base(inputs_embeds=embeddings.to(weight.dtype)[None], use_cache=False)
+    if not captured:
+        raise UnsupportedError(f"no attention module of {type(model).__name__} passed through the attention interface")
+    return captured
+
+
+# -- wrappers ---------------------------------------------------------------------------------------
+
+
+def root(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+    """The model's own forward: check rows, compute prompts, hide what they left in the outputs."""
+    roster = host.roster
+    route, call = roster.current(), roster.call.get()
+    rows = _rows(args, kwargs)
+    if rows is not None:
+        route.check_rows(rows)
+    if call is not None and call.capture is not None:
+        return inner(*args, **kwargs)
+    if call is None:
+        if roster.merged is not None or not any(roster.has_prompt(n) for n in route.used):
+            return inner(*args, **kwargs)
+        call = prepare(roster, route)
+    call = replace(call, rows=rows)
+    with roster.bind(route, call):
+        if not (call.block and _encoder_decoder(roster)):
+            return inner(*args, **kwargs)
+        return _seq2seq(host, inner, call, args, kwargs)
+
+
+def _seq2seq(host: Host, inner: Forward, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An encoder–decoder with virtual tokens in its encoder: the decoder must see them in the mask."""
+    given = {**dict(zip(_names(host), args, strict=False)), **kwargs}
+    mask, block = given.get("attention_mask"), call.block
+    encoded = given.get("encoder_outputs")
+    source = encoded[0] if encoded is not None else _present(given, "input_ids", "inputs_embeds")
+    length = source.shape[1] - (block if encoded is not None else 0)
+    if mask is None:
+        mask = source.new_ones((source.shape[0], length), dtype=torch.long)
+    given["attention_mask"] = torch.cat([_valid(call, mask), mask], dim=1)
+    as_tuple = given.get("return_dict") is False
+    out = inner(**{**given, "return_dict": True})
+    if getattr(out, "encoder_last_hidden_state", None) is not None and encoded is None:
+        out.encoder_last_hidden_state = out.encoder_last_hidden_state[:, block:]
+    if getattr(out, "encoder_hidden_states", None) is not None and encoded is None:
+        out.encoder_hidden_states = tuple(h[:, block:] for h in out.encoder_hidden_states)
+    return out.to_tuple() if as_tuple else out
+
+
+def stack(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+    """An encoder that virtual tokens join."""
+    roster = host.roster
+    call = roster.call.get()
+    if call is None and any(roster.has_prompt(n) for n in roster.current().used):
+        call = prepare(roster, roster.current())
+    if call is None or not call.sequences:
+        return inner(*args, **kwargs)
+    given = {**dict(zip(_names(host), args, strict=False)), **kwargs}
+    block, module = call.block, host.module
+    embeds = given.get("inputs_embeds")
+    if embeds is None:
+        embeds = module.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
+    rows, length = embeds.shape[:2]
+    call = replace(call, rows=rows)
+    mask = given.get("attention_mask")
+    if mask is None:
+        mask = embeds.new_ones((rows, length), dtype=torch.long)
+    if mask.dim() != 2:
+        raise UnsupportedError("a token prompt needs a two-dimensional attention mask (rows, tokens)")
+    if mask.shape[1] == length:
+        mask = torch.cat([_valid(call, mask), mask], dim=1)
+    if given.get("token_type_ids") is not None:
+        types = given["token_type_ids"]
+        given["token_type_ids"] = torch.cat([types.new_zeros((rows, block)), types], dim=1)
+    if given.get("position_ids") is not None:
+        positions = given["position_ids"]
+        ahead = torch.arange(block, device=positions.device).expand(positions.shape[0], block)
+        given["position_ids"] = torch.cat([ahead, positions + block], dim=1)
+    whole = torch.cat([_block(call, embeds), embeds], dim=1)
+    given |= {"input_ids": None, "inputs_embeds": whole, "attention_mask": mask}
+    as_tuple = given.pop("return_dict", None) is False
+    with roster.bind(call.route, call):
+        out = inner(**given)
+    if not _encoder_decoder(roster):
+        _cut(out, block)
+    return out.to_tuple() if as_tuple else out
+
+
+def pooler(host: Host, inner: Forward, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The pooler reads the first token: the text's, not the prompt's."""
+    call = host.roster.call.get()
+    return inner(hidden if call is None else hidden[:, call.block :], *args, **kwargs)
+
+
+def rotary(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Rotary positions count a prompt's positions too."""
+    if "position_ids" in kwargs:
+        return inner(*args, **{**kwargs, "position_ids": shift(host, kwargs["position_ids"])})
+    return inner(args[0], shift(host, args[1]), *args[2:], **kwargs)
+
+
+# Innermost first: a module may be root and stack at once.
+WRAPPERS: dict[str, Callable[..., Any]] = {"rotary": rotary, "pooler": pooler, "stack": stack, "root": root}
+
+
+def shift(host: Host, positions: Tensor) -> Tensor:
+    """Positions of the text behind each row's prompt.
+
+    In a decoder the text begins behind the prompt. In an encoder the sequence holds the longest prompt's
+    slots for all rows, so rows with shorter prompts move back.
+    """
+    call = host.roster.call.get()
+    if call is None or call.capture is not None:
+        return positions
+    if host.encoder:
+        by = {n: call.sequences[n].shape[0] if n in call.sequences else 0 for n in call.route.names if n is not None}
+        offset = -call.block
+    else:
+        by, offset = call.shifts, 0
+    if call.route.single:
+        moved = by.get(call.route.names[0] or "", 0) + offset
+        return positions if moved == 0 else (positions + moved).clamp(min=0)
+    moves = [(by.get(n, 0) if n is not None else 0) + offset for n in call.route.names_for(call.rows or 0)]
+    if not any(moves):
+        return positions
+    column = torch.tensor(moves, device=positions.device)[:, None]
+    return (positions + column).clamp(min=0)
+
+
+@contextmanager
+def generation(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Everything `generate` does happens under one route, with the prompts computed once."""
+    roster = host.roster
+    route = roster.current()
+    prompted = roster.merged is None and any(roster.has_prompt(n) for n in route.used)
+    if not route.per_row and not prompted:
+        yield
+        return
+    rows = _rows(args, kwargs)
+    if rows is not None:
+        replace(route, expand=1).check_rows(rows)
+    route = replace(route, expand=_copies(host.module, kwargs))
+    with torch.no_grad(), roster.bind(route, prepare(roster, route)):
+        yield
+
+
+def _copies(model: Any, kwargs: dict[str, Any]) -> int:
+    """How many rows generation makes of each: its beams, or its samples."""
+    config = kwargs.get("generation_config") or model.generation_config
+    values = [kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
+    return max(values)
+
+
+# -- small parts ------------------------------------------------------------------------------------
+
+
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The number of rows of a batch: the leading dimension of the first tensor among its inputs."""
+    for value in (*args, *(kwargs.get(n) for n in INPUTS)):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    return None
+
+
+def _names(host: Host) -> list[str]:
+    parameters = inspect.signature(inspect.unwrap(host.original_class.forward)).parameters
+    return [n for n, p in parameters.items() if n != "self" and p.kind is not p.VAR_KEYWORD]
+
+
+def _present(given: dict[str, Any], *names: str) -> Tensor:
+    found = next((given[n] for n in names if given.get(n) is not None), None)
+    if found is None:
+        raise UnsupportedError(f"a prompt needs one of {', '.join(names)} in the call")
+    return found  # type: ignore[no-any-return]
+
+
+def _encoder_decoder(roster: Roster) -> bool:
+    return bool(getattr(getattr(roster.model, "config", None), "is_encoder_decoder", False))
+
+
+def _valid(call: Call, mask: Tensor) -> Tensor:
+    """The mask of the virtual block, (rows, block): a row's own prompt at its right end."""
+    block = call.block
+    lengths = [
+        call.sequences[n].shape[0] if n in call.sequences else 0 for n in call.route.names_for(mask.shape[0])
+    ]
+    slots = torch.arange(block, device=mask.device)[None, :]
+    first = block - torch.tensor(lengths, device=mask.device)[:, None]
+    return (slots >= first).to(mask.dtype)
+
+
+def _block(call: Call, embeds: Tensor) -> Tensor:
+    """The virtual block itself, (rows, block, hidden); unused slots are zero and masked."""
+    block, names = call.block, call.route.names_for(embeds.shape[0])
+    padded = {
+        n: nn.functional.pad(s.to(embeds.dtype), (0, 0, block - s.shape[0], 0)) for n, s in call.sequences.items()
+    }
+    empty = embeds.new_zeros((block, embeds.shape[2]))
+    return torch.stack([padded.get(n, empty) if n is not None else empty for n in names])
+
+
+def _cut(out: Any, block: int) -> None:
+    """Cut the virtual positions out of an encoder's outputs, in place."""
+    out.last_hidden_state = out.last_hidden_state[:, block:]
+    if getattr(out, "hidden_states", None) is not None:
+        out.hidden_states = tuple(h[:, block:] for h in out.hidden_states)
+    if getattr(out, "attentions", None) is not None:
+        out.attentions = tuple(None if a is None else a[..., block:, block:] for a in out.attentions)

@@ -1,0 +1,127 @@
+"""The adapters of one model, which of them is active, and the hosts they live at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from inlay.core.adapter import Adapter
+from inlay.core.call import Call
+from inlay.core.errors import AdapterNameError, RouteError, UnsupportedError, nearest
+from inlay.core.host import Host
+from inlay.core.pieces import PromptPiece, SubsetPiece
+from inlay.core.route import Route
+from inlay.core.scope import Scoped
+
+
+@dataclass
+class Merged:
+    """A merge that is in effect: whose, and how to take it back."""
+
+    name: str
+    undo: list[Callable[[], None]]
+
+
+@dataclass(eq=False)
+class Roster:
+    """State shared by all hosts of one model; kept on the model's root.
+
+    Attributes:
+        active: the adapter used where no `use` block says otherwise; None is the base.
+        requires_grad: the base's flags before the first attach, by parameter name.
+        merged: the merge in effect, if any.
+    """
+
+    model: nn.Module
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    hosts: dict[str, Host] = field(default_factory=dict)
+    active: str | None = None
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    attention: list[tuple[Any, str]] = field(default_factory=list)
+    merged: Merged | None = None
+    selected: Scoped[Route] = field(default_factory=Scoped)
+    call: Scoped[Call] = field(default_factory=Scoped)
+    encoder: bool = False  # whether virtual tokens join an encoder's sequence instead of a decoder's cache
+
+    def current(self) -> Route:
+        """The route in force in this context."""
+        call = self.call.get()
+        if call is not None:
+            return call.route
+        selected = self.selected.get()
+        if selected is not None:
+            return selected
+        return Route((self.active,))
+
+    def bind(self, route: Route, call: Call | None) -> AbstractContextManager[object]:
+        """Put a route and a call in force, as they were when a checkpointed layer first ran."""
+        stack = ExitStack()
+        stack.enter_context(self.selected.bind(route))
+        stack.enter_context(self.call.bind(call))
+        return stack
+
+    def only(self, name: str | None) -> AbstractContextManager[object]:
+        """Put a single adapter in force for some of a mixed batch's rows."""
+        call = self.call.get()
+        route = Route((name,))
+        return self.bind(route, None if call is None else replace(call, route=route))
+
+    def require(self, name: str) -> Adapter:
+        """The adapter of that name.
+
+        Raises:
+            AdapterNameError: there is none; the base is never used in its place.
+        """
+        if name not in self.adapters:
+            there = ", ".join(sorted(self.adapters)) or "none"
+            raise AdapterNameError(f"no adapter {name!r} on this model (there: {there}){nearest(name, self.adapters)}")
+        return self.adapters[name]
+
+    def check(self, choice: str | None | Sequence[str | None]) -> Route:
+        """Resolve the argument of `use`, or say everything that is wrong with it."""
+        route = Route.of(choice)
+        for name in route.used:
+            self.require(name)
+        if self.merged is not None and set(route.names) != {self.merged.name}:
+            raise RouteError(
+                f"adapter {self.merged.name!r} is merged into the base, so nothing else can be used; call unmerge() first"
+            )
+        if not route.single:
+            whole = [n for n in route.used if any(isinstance(p, SubsetPiece) for p in self.adapters[n].pieces)]
+            if whole:
+                raise RouteError(
+                    f"{', '.join(map(repr, whole))} changes the base's own weights ("
+                    f"{', '.join(sorted({self.adapters[n].method.name for n in whole}))}), which all rows share, "
+                    "so it cannot be mixed with other adapters in one batch; run its rows on their own"
+                )
+        return route
+
+    def has_prompt(self, name: str | None) -> bool:
+        return name is not None and any(isinstance(p, PromptPiece) for p in self.require(name).pieces)
+
+
+def roster_of(model: nn.Module) -> Roster:
+    """The roster of an attached model, also when it is compiled or wrapped for data parallelism.
+
+    Raises:
+        UnsupportedError: nothing is attached.
+    """
+    found = find_roster(model)
+    if found is None:
+        raise UnsupportedError("this model has no adapters: call inlay.attach(model, method) or inlay.load(model, folder)")
+    return found
+
+
+def find_roster(model: nn.Module) -> Roster | None:
+    seen: Any = model
+    while seen is not None:
+        roster = getattr(seen, "__dict__", {}).get("_inlay_roster")
+        if isinstance(roster, Roster):
+            return roster
+        modules = getattr(seen, "_modules", {})
+        seen = modules.get("_orig_mod") or (modules.get("module") if len(modules) == 1 else None)
+    return None

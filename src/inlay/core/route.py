@@ -1,0 +1,91 @@
+"""Which rows of a batch go through which adapter.
+
+`use` binds a choice to the calling context; a `Route` is that choice resolved: one name for all rows,
+or one a row. Sites see tensors in several shapes, so a row's place is found from the leading dimension:
+
+    (rows, tokens, features)     row = index                       most models
+    (rows × tokens, features)    row = index // tokens             models that flatten before a linear
+    (rows × beams, ...)          row = index // beams              beam search and several samples a prompt
+
+Any other count raises: a wrong guess would serve one user's adapter to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from inlay.core.errors import RouteError
+
+
+@dataclass(frozen=True)
+class Route:
+    """A resolved choice.
+
+    Attributes:
+        names: a single entry that holds for all rows, or one entry a row; None is the base.
+        per_row: whether `names` is one a row.
+        expand: copies of each row that generation makes (beams, samples), 1 elsewhere.
+    """
+
+    names: tuple[str | None, ...]
+    per_row: bool = False
+    expand: int = 1
+
+    @staticmethod
+    def of(choice: str | None | Sequence[str | None]) -> Route:
+        if choice is None or isinstance(choice, str):
+            return Route((choice,))
+        if len(choice) == 0:
+            raise RouteError("use(model, []) names no row: give one adapter name (or None) for each row of the batch")
+        return Route(tuple(choice), per_row=True)
+
+    @property
+    def single(self) -> bool:
+        """Whether all rows share one adapter (or the base)."""
+        return len(set(self.names)) == 1
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The adapters that some row uses, in order of first appearance."""
+        return tuple(dict.fromkeys(n for n in self.names if n is not None))
+
+    def check_rows(self, rows: int) -> None:
+        """Raise unless a batch of `rows` is one that this route was made for."""
+        if self.per_row and rows not in (len(self.names), len(self.names) * self.expand):
+            raise RouteError(
+                f"use() names {len(self.names)} rows but the batch has {rows}; give one adapter name (or None) a row"
+            )
+
+    def names_for(self, rows: int) -> tuple[str | None, ...]:
+        """The adapter of each of `rows` rows, copies made by generation included."""
+        self.check_rows(rows)
+        if not self.per_row:
+            return self.names * rows
+        return tuple(n for n in self.names for _ in range(rows // len(self.names)))
+
+    def index(self, name: str | None, like: Tensor) -> Tensor:
+        """The indices along `like`'s leading dimension that belong to `name`.
+
+        Raises:
+            RouteError: the leading dimension is no size that a batch of this route can have.
+        """
+        count, rows = like.shape[0], len(self.names)
+        flat = like.dim() == 2 and count % rows == 0
+        if count not in (rows, rows * self.expand) and not flat:
+            raise RouteError(
+                f"a layer received {count} rows while use() names {rows}: this model rearranges rows there, so a "
+                "mixed batch cannot be routed exactly; run the adapters one after another, or choose other places"
+            )
+        owned = tuple(r for r, n in enumerate(self.names) if n == name)
+        make = _row_index.__wrapped__ if torch.compiler.is_compiling() else _row_index
+        return make(owned, count // rows, like.device)
+
+
+@lru_cache(maxsize=256)
+def _row_index(rows: tuple[int, ...], repeat: int, device: torch.device) -> Tensor:
+    return torch.tensor([r * repeat + i for r in rows for i in range(repeat)], device=device)

@@ -1,0 +1,60 @@
+"""A place in a model that one delta is built for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.layer import Kind, read_weight
+from inlay.core.part import Part
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One layer, a part of a fused layer, or the output of a sublayer.
+
+    Attributes:
+        path: of the module whose call is adapted.
+        kind: the layer's kind; ``output`` for a module that is only seen through its input and output.
+        in_features, out_features: of the canonical weight, or of the part.
+        bias: whether the layer has one.
+        role: what the layer is for (`core/roles.py`), or None.
+        part: the part of a fused layer's outputs, or None for the whole.
+        source: path of the module whose *input* is this site's ``x``, where that is another one: a delta
+            beside a feed-forward reads what enters its first matrix and adds to what leaves its last.
+    """
+
+    path: str
+    module: nn.Module
+    kind: Kind
+    in_features: int
+    out_features: int
+    bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    role: str | None = None
+    part: Part | None = None
+    source: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The name under which this site's tensors are stored."""
+        return self.path if self.part is None else f"{self.path}:{self.part.name}"
+
+    def read_weight(self) -> tuple[Tensor, Tensor | None]:
+        """The base's weight and bias in canonical layout; of the part, where the site is one."""
+        weight, bias = read_weight(self.module)
+        if self.part is None:
+            return weight, bias
+        return self.part.take(weight, 0), None if bias is None else self.part.take(bias, 0)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Uninitialised storage for an adapter's parameter: on the layer's device, in full precision.
+
+        Adapters are kept in float32 beside a half-precision base, because an update of 1e-4 of a weight's
+        size is lost in bfloat16; they are cast where they are used.
+        """
+        dtype = self.dtype if self.dtype == torch.float64 else torch.float32
+        return torch.empty(*shape, device=self.device, dtype=dtype)

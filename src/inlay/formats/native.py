@@ -1,0 +1,154 @@
+"""inlay's own format: one safetensors file whose header says everything about the adapter.
+
+    <folder>/adapter.safetensors        tensors under the names of `Adapter.tensors()`
+        metadata["inlay"]               JSON: format, method, places, modules_to_save, base fingerprint, digest
+
+The file is read in three steps, each of which refuses before the next takes memory: the header (against the
+file's own size), names and shapes (against what the method builds on this model), and the values (against the
+digest). All that is wrong is said in one error, and the model is only touched when nothing is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import inlay
+from inlay.core.adapter import Adapter, digest_of
+from inlay.core.attach import build, install
+from inlay.core.errors import AdapterFileError, BaseMismatchError, ConfigError, OutputError, problems
+from inlay.core.fingerprint import Fingerprint, fingerprint
+from inlay.core.method import Method
+from inlay.core.select import Places
+
+FILE = "adapter.safetensors"
+FORMAT = 1
+HEADER_LIMIT = 64 * 2**20  # bytes; a real header holds some hundred bytes a tensor
+KEYS = {"format", "name", "method", "places", "modules_to_save", "base", "base_name", "digest", "inlay"}
+
+
+def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
+    """Write the adapter beside its final name, then rename: the folder never holds half a file."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in adapter.tensors().items()}
+    header = {
+        "format": FORMAT,
+        "name": adapter.name,
+        "method": adapter.method.to_dict(),
+        "places": adapter.places.to_dict(),
+        "modules_to_save": list(adapter.modules_to_save),
+        "base": fingerprint(model, without=adapter.copies).to_dict(),
+        "base_name": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
+        "digest": digest_of(tensors),
+        "inlay": inlay.__version__,
+    }
+    path = folder / FILE
+    part = folder / f".{FILE}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, metadata={"inlay": json.dumps(header)})
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"{folder}: the adapter could not be written ({error}); free space or choose another folder") from error
+    return path
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """What a stored adapter says of itself, with ``tensors``: name → {"dtype", "shape"}; no tensor is read.
+
+    Raises:
+        AdapterFileError: there is no adapter, or its header is not one that inlay writes.
+    """
+    path = folder / FILE if folder.is_dir() or not folder.suffix else folder
+    try:
+        raw = _raw_header(path)
+        header = json.loads(raw.pop("__metadata__", {}).get("inlay", "null"))
+    except FileNotFoundError as error:
+        raise AdapterFileError(f"{folder}: no {FILE} there; expected a folder that inlay.save wrote") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT or not KEYS >= set(header) >= KEYS - {"base_name", "inlay"}:
+        raise AdapterFileError(f"{path}: not an adapter of inlay's format {FORMAT} (its header lacks or adds entries)")
+    return {**header, "path": str(path), "tensors": {n: {"dtype": t["dtype"], "shape": t["shape"]} for n, t in raw.items()}}
+
+
+def _raw_header(path: Path) -> dict[str, Any]:
+    """The safetensors header, once its sizes agree with the file's."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise ValueError(f"its header claims {length} bytes of a file of {size}")
+        raw = json.loads(file.read(length))
+    if not isinstance(raw, dict):
+        raise ValueError("its header is not a table of tensors")
+    end = max((t["data_offsets"][1] for n, t in raw.items() if n != "__metadata__"), default=0)
+    if 8 + length + end != size:
+        raise ValueError(f"its tensors end at byte {8 + length + end} of a file of {size}")
+    return raw
+
+
+def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool) -> Adapter:
+    """Attach a stored adapter, strictly."""
+    header = read_header(folder)
+    path = Path(header["path"])
+    try:
+        method = _method(header["method"])
+        places = Places.from_dict(header["places"])
+        stored_base = Fingerprint.from_dict(header["base"])
+        adapter = build(
+            model, method, name=name or header["name"], places=places, modules_to_save=header["modules_to_save"]
+        )
+    except (ConfigError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{path}: its header cannot be used ({error})") from error
+    expected = adapter.tensors()
+    _check_names(path, header["tensors"], expected)
+    differences = stored_base.differences(fingerprint(model, without=adapter.copies))
+    if differences:
+        trained_on = f" ({header['base_name']})" if header.get("base_name") else ""
+        raise BaseMismatchError(
+            problems(f"{path} was trained on another base{trained_on}; load the base it belongs to", differences)
+        )
+    tensors = _tensors(path)
+    if digest_of(tensors) != header["digest"]:
+        raise AdapterFileError(f"{path}: its values do not match its digest, so it was damaged or changed; copy it again")
+    with torch.no_grad():
+        for key, target in expected.items():
+            target.copy_(tensors[key])
+    install(model, adapter, trainable=trainable)
+    return adapter
+
+
+def _method(values: Mapping[str, Any]) -> Method:
+    from inlay.methods import method_named
+
+    return method_named(str(values["method"])).from_dict(values)
+
+
+def _check_names(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Every difference between what is stored and what the method builds here, in one error."""
+    wrong = [f"{n} is missing" for n in expected if n not in stored]
+    wrong += [f"{n} is stored, but nothing here takes it" for n in stored if n not in expected]
+    wrong += [
+        f"{n} has shape {tuple(stored[n]['shape'])}, expected {tuple(t.shape)}"
+        for n, t in expected.items()
+        if n in stored and tuple(stored[n]["shape"]) != tuple(t.shape)
+    ]
+    if wrong:
+        raise AdapterFileError(problems(f"{path} does not fit this model", wrong))
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{path}: not a whole safetensors file ({error}); copy it again") from error

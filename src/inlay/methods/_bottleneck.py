@@ -1,0 +1,50 @@
+"""What the bottleneck adapters share: two projections with a nonlinearity between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.core.delta import Delta, cast
+from inlay.core.site import Site
+
+Nonlinearity = Literal["relu", "gelu", "silu"]
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+class BottleneckDelta(Delta):
+    """y + scale · W_up f(W_down input + b_down) + b_up, where the input is the sublayer's output or its input.
+
+    Args:
+        size: of the bottleneck.
+        beside: whether the adapter reads what enters the sublayer (parallel) or what leaves it (serial).
+        fill: the paper's initialisation of (down, up); biases start at zero.
+    """
+
+    merges: ClassVar[bool] = False
+
+    def __init__(
+        self, site: Site, size: int, nonlinearity: str, fill: Callable[[Tensor, Tensor], object],
+        *, scale: float = 1.0, beside: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        entering = site.in_features if beside else site.out_features
+        self.function, self.scale, self.beside, self.fill = FUNCTIONS[nonlinearity], scale, beside, fill
+        self.down = nn.Parameter(site.empty(size, entering))  # (size, in)
+        self.down_bias = nn.Parameter(site.empty(size))
+        self.up = nn.Parameter(site.empty(site.out_features, size))  # (out, size)
+        self.up_bias = nn.Parameter(site.empty(site.out_features))
+
+    def initialise(self, site: Site) -> None:
+        self.fill(self.down, self.up)
+        nn.init.zeros_(self.down_bias)
+        nn.init.zeros_(self.up_bias)
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        entering = x if self.beside else y
+        inner = self.function(F.linear(entering, cast(self.down, entering), cast(self.down_bias, entering)))
+        outer = F.linear(inner, cast(self.up, inner), cast(self.up_bias, inner))
+        return y.add(outer, alpha=self.scale)

@@ -1,0 +1,65 @@
+"""BitFit: only the biases are trained.
+
+Ben Zaken et al. 2021, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+Language-models", arXiv:2106.10199.
+
+    y = W x + b + d          d starts at zero; at every layer that has a bias, norms included
+
+A model without biases (Llama) has nothing to train, and is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from inlay.core.delta import Delta, DeltaMethod, cast
+from inlay.core.errors import SelectionError, problems
+from inlay.core.layer import Kind
+from inlay.core.method import Recipe
+from inlay.core.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit(DeltaMethod):
+    """A trained offset on every bias. No hyper-parameters."""
+
+    name: ClassVar[str] = "bitfit"
+    paper: ClassVar[str] = "arXiv:2106.10199"
+    family: ClassVar[str] = "selective"
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)
+    default_where: ClassVar[str] = "biases"
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "norm", "conv")
+
+    def build(self, site: Site) -> Delta:
+        if not site.bias:
+            raise SelectionError(problems("where", [f"{site.path} has no bias to train"]))
+        return BiasDelta(site)
+
+    @classmethod
+    def examples(cls) -> list[BitFit]:
+        return [cls()]
+
+
+class BiasDelta(Delta):
+    """An offset for each output feature."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.channels_first = site.kind == "conv"
+        self.offset = nn.Parameter(site.empty(site.out_features))  # (out)
+
+    def initialise(self, site: Site) -> None:
+        nn.init.zeros_(self.offset)
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        offset = cast(self.offset, y)
+        if self.channels_first:
+            offset = offset.reshape(-1, *(1,) * (y.dim() - 2))  # (out, 1, ...) beside (batch, out, ...)
+        return y + offset
+
+    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert bias is not None
+        return weight, bias + self.offset

@@ -1,0 +1,112 @@
+"""DoRA: a low-rank update of the weight's direction, and its magnitude on its own.
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, equations 5 and 11.
+
+    W' = m ∘ (W + s B A) / ‖W + s B A‖            norm over each output's row of an nn.Linear weight
+    m starts at ‖W‖, so W' = W; the norm is a constant in the backward pass (section 4.3)
+
+The rows' norms are found without forming the dense sum:
+
+    ‖W + sBA‖² = ‖W‖² + 2s ⟨W Aᵀ, B⟩ + s² ⟨B A Aᵀ, B⟩      per row; ‖W‖² is computed once
+
+Dropout acts on what enters base and update alike, as in the authors' code: m multiplies both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.core.delta import Delta, DeltaMethod, cast
+from inlay.core.method import Recipe
+from inlay.core.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(DeltaMethod):
+    """Weight-decomposed low-rank update.
+
+    Attributes:
+        rank: of the direction's update; the paper starts at half of what LoRA would get.
+        alpha: numerator of the scale alpha / rank.
+        dropout: on the layer's input, base path included, in training.
+    """
+
+    name: ClassVar[str] = "dora"
+    paper: ClassVar[str] = "arXiv:2402.09353"
+    family: ClassVar[str] = "low rank"
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
+    default_where: ClassVar[tuple[str, ...]] = ("query", "key", "value", "up", "down")
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.require(
+            (self.rank >= 1, f"rank is {self.rank}, expected at least 1"),
+            (0 <= self.dropout < 1, f"dropout is {self.dropout}, expected at least 0 and below 1"),
+        )
+
+    def build(self, site: Site) -> Delta:
+        return DroppedDelta(site, self) if self.dropout else DoRADelta(site, self)
+
+    @classmethod
+    def examples(cls) -> list[DoRA]:
+        return [cls(rank=2), cls(rank=4, alpha=1.0)]
+
+
+class DoRADelta(Delta):
+    """At a linear layer."""
+
+    def __init__(self, site: Site, method: DoRA) -> None:
+        super().__init__()
+        self.scale = method.alpha / method.rank
+        self.a = nn.Parameter(site.empty(method.rank, site.in_features))  # (rank, in)
+        self.b = nn.Parameter(site.empty(site.out_features, method.rank))  # (out, rank)
+        self.magnitude = nn.Parameter(site.empty(site.out_features))  # (out)
+        self.base_squares: Tensor | None = None  # (out), of the frozen weight
+
+    def initialise(self, site: Site) -> None:
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        nn.init.zeros_(self.b)
+        # The very expression that `post` divides by, so that the quotient starts at exactly 1.
+        self.magnitude.copy_(self.norm(site.read_weight()[0]))
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """Row norms of W + s B A, (out), float32, without the dense sum."""
+        if self.base_squares is None or self.base_squares.device != weight.device:
+            self.base_squares = weight.float().square().sum(1)
+        cross = F.linear(weight, cast(self.a, weight)).float()  # W Aᵀ, (out, rank)
+        low = self.b @ (self.a @ self.a.t())  # (out, rank)
+        squares = (2 * self.scale * cross + self.scale**2 * low).mul(self.b).sum(1)
+        return (self.base_squares + squares).clamp(min=0).sqrt()
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        weight, bias = site.read_weight()
+        with torch.no_grad():
+            norm = self.norm(weight)
+        update = F.linear(F.linear(x, cast(self.a, x)), cast(self.b, x))
+        plain = y if bias is None else y - bias
+        turned = plain.add(update, alpha=self.scale) * cast(self.magnitude / norm, y)
+        return turned if bias is None else turned + bias
+
+    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        turned = weight + self.scale * (self.b @ self.a)
+        return turned * (self.magnitude / turned.norm(dim=1))[:, None], bias
+
+
+class DroppedDelta(DoRADelta):
+    """With dropout in front of the layer."""
+
+    def __init__(self, site: Site, method: DoRA) -> None:
+        super().__init__(site, method)
+        self.dropout = method.dropout
+
+    def pre(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)

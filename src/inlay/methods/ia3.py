@@ -1,0 +1,73 @@
+"""(IA)³: learned vectors that rescale keys, values and the feed-forward's inner activations.
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+arXiv:2205.05638, section 3.3.
+
+    softmax(Q (l_k ∘ Kᵀ) / √d) (l_v ∘ V)          l_k, l_v on the outputs of the key and value projections
+    (l_ff ∘ γ(W₁ x)) W₂                           l_ff on the input of the second feed-forward matrix
+
+All vectors start at one. Query projections, attention outputs and other layers named `dense` are left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from inlay.core.delta import Delta, DeltaMethod, cast
+from inlay.core.method import Recipe
+from inlay.core.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(DeltaMethod):
+    """Infused Adapter by Inhibiting and Amplifying Inner Activations. No hyper-parameters."""
+
+    name: ClassVar[str] = "ia3"
+    paper: ClassVar[str] = "arXiv:2205.05638"
+    family: ClassVar[str] = "rescaling"
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2)
+    default_where: ClassVar[tuple[str, ...]] = ("key", "value", "down")
+
+    def build(self, site: Site) -> Delta:
+        return InputDelta(site) if site.role == "down" else OutputDelta(site)
+
+    @classmethod
+    def examples(cls) -> list[IA3]:
+        return [cls()]
+
+
+class InputDelta(Delta):
+    """What enters the layer is rescaled: the feed-forward's second matrix."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(site.empty(site.in_features))  # (in)
+
+    def initialise(self, site: Site) -> None:
+        nn.init.ones_(self.scale)
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x * cast(self.scale, x)
+
+    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.scale, bias
+
+
+class OutputDelta(Delta):
+    """What leaves the layer is rescaled: keys and values."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(site.empty(site.out_features))  # (out)
+
+    def initialise(self, site: Site) -> None:
+        nn.init.ones_(self.scale)
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        return y * cast(self.scale, y)
+
+    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.scale[:, None], None if bias is None else bias * self.scale

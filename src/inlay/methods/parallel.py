@@ -1,0 +1,63 @@
+"""Scaled parallel adapters: a bottleneck beside the feed-forward.
+
+He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning", arXiv:2110.04366, table 1.
+
+    x ── feed-forward ──────────────── + ── y          h ← h + s W_up relu(W_down x)
+     └── W_down ── relu ── W_up ── · s ─┘
+
+Initialised like LoRA: W_down Kaiming-uniform with a = √5, W_up and biases zero; s = 4.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from inlay.core.delta import Delta, DeltaMethod
+from inlay.core.layer import Kind
+from inlay.core.method import Recipe
+from inlay.core.site import Site
+from inlay.methods._bottleneck import FUNCTIONS, BottleneckDelta
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelAdapter(DeltaMethod):
+    """One adapter a layer, beside the feed-forward.
+
+    Attributes:
+        bottleneck: inner size; the paper uses 512.
+        scale: of what the adapter adds.
+        nonlinearity: ``relu``, ``gelu`` or ``silu``.
+    """
+
+    name: ClassVar[str] = "parallel"
+    paper: ClassVar[str] = "arXiv:2110.04366"
+    family: ClassVar[str] = "adapter"
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
+    default_where: ClassVar[tuple[str, ...]] = ("mlp_block",)
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output")
+
+    bottleneck: int = 64
+    scale: float = 4.0
+    nonlinearity: str = "relu"
+
+    def __post_init__(self) -> None:
+        self.require(
+            (self.bottleneck >= 1, f"bottleneck is {self.bottleneck}, expected at least 1"),
+            (self.nonlinearity in FUNCTIONS, f"nonlinearity is {self.nonlinearity!r}, expected one of {sorted(FUNCTIONS)}"),
+        )
+
+    def build(self, site: Site) -> Delta:
+        return BottleneckDelta(site, self.bottleneck, self.nonlinearity, _as_lora, scale=self.scale, beside=True)
+
+    @classmethod
+    def examples(cls) -> list[ParallelAdapter]:
+        return [cls(bottleneck=4), cls(bottleneck=4, scale=1.0, nonlinearity="silu")]
+
+
+def _as_lora(down: Tensor, up: Tensor) -> None:
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+    nn.init.zeros_(up)

@@ -1,0 +1,113 @@
+"""Prefix tuning: trained keys and values in front of every attention's own.
+
+Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190, equations 2–3.
+
+    h_i = P_θ[i, :] for i in the prefix, at every layer; P_θ = MLP(P'), the MLP reparameterises training
+    Embedding(length, d) ── Linear(d, projection) ── tanh ── Linear(projection, 2 · layers · key size)
+
+The paper's text lets P' be as wide as the MLP; the official code, which produced its results, embeds in the
+hidden size first. We follow the code. On an encoder–decoder the encoder's self-attention, the decoder's
+self-attention and its cross-attention have a prefix and an MLP each, as in the authors' BART model. In a
+decoder the text's positions move on by the length, as they did there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.errors import SelectionError
+from inlay.core.method import Recipe
+from inlay.core.prompt import KeyValuePrompt, KeyValues, PromptMethod
+from inlay.core.view import AttentionPlace, ModelView
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(PromptMethod):
+    """Key/value prefixes.
+
+    Attributes:
+        length: positions; the paper uses 10 for table-to-text and 200 for summarisation.
+        projection: inner size of the reparameterising MLP (512 or 800 in the paper); None trains the prefix itself.
+    """
+
+    name: ClassVar[str] = "prefix-tuning"
+    paper: ClassVar[str] = "arXiv:2101.00190"
+    family: ClassVar[str] = "soft prompt"
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
+    default_where: ClassVar[str] = "attention"
+    expected_failures: ClassVar[dict[str, str]] = {"identity": "a prefix changes the output from the start"}
+
+    length: int = 20
+    projection: int | None = 512
+
+    def __post_init__(self) -> None:
+        self.require(
+            (self.length >= 1, f"length is {self.length}, expected at least 1"),
+            (self.projection is None or self.projection >= 1, f"projection is {self.projection}, expected None or a size"),
+        )
+
+    def build(self, view: ModelView, layers: tuple[int, ...] | None) -> KeyValuePrompt:
+        places = [p for p in view.attention_places() if layers is None or p.layer in layers]
+        if not places:
+            raise SelectionError(f"layers {layers} have no attention to put a prefix in front of")
+        return Prefix(places, self, view.hidden_size)
+
+    @classmethod
+    def examples(cls) -> list[PrefixTuning]:
+        return [cls(length=3, projection=6), cls(length=4, projection=None)]
+
+
+class Prefix(KeyValuePrompt):
+    """One prefix for each kind of attention: an encoder's, a decoder's, a decoder's look at the encoder."""
+
+    def __init__(self, places: list[AttentionPlace], method: PrefixTuning, hidden: int) -> None:
+        super().__init__()
+        self.length = method.length
+        self.groups: dict[str, list[AttentionPlace]] = {}
+        for place in places:
+            self.groups.setdefault(f"{place.stack}{'.cross' if place.cross else ''}".replace(".", "_"), []).append(place)
+        self.parts = nn.ModuleDict({key: _Part(group, method, hidden) for key, group in self.groups.items()})
+
+    def initialise(self, view: ModelView) -> None:
+        for part in self.parts.values():
+            part.initialise()  # type: ignore[operator]
+
+    def keys_values(self) -> KeyValues:
+        found: KeyValues = {}
+        for key, group in self.groups.items():
+            first = group[0]
+            flat = self.parts[key]()  # (length, layers * 2 * key heads * head size)
+            shaped = flat.view(self.length, len(group), 2, first.key_heads, first.head_dim).permute(1, 2, 3, 0, 4)
+            for place, pair in zip(group, shaped, strict=True):
+                found[place.path] = (pair[0], pair[1])  # (key heads, length, head size)
+        return found
+
+
+class _Part(nn.Module):
+    """(length, layers * 2 * key size): trained directly, or through the MLP."""
+
+    def __init__(self, group: list[AttentionPlace], method: PrefixTuning, hidden: int) -> None:
+        super().__init__()
+        first = group[0]
+        width = len(group) * 2 * first.key_heads * first.head_dim
+        dtype = first.dtype if first.dtype == torch.float64 else torch.float32
+        mid, length = method.projection, method.length
+        self.table = nn.Parameter(torch.empty(length, width if mid is None else hidden, device=first.device, dtype=dtype))
+        self.inner = None if mid is None else nn.Linear(hidden, mid, device=first.device, dtype=dtype)
+        self.outer = None if mid is None else nn.Linear(mid, width, device=first.device, dtype=dtype)
+
+    def initialise(self) -> None:
+        nn.init.normal_(self.table, std=0.02 if self.inner is None else 1.0)
+        for linear in (self.inner, self.outer):
+            if linear is not None:
+                linear.reset_parameters()
+
+    def forward(self) -> Tensor:
+        if self.inner is None or self.outer is None:
+            return self.table
+        out: Tensor = self.outer(torch.tanh(self.inner(self.table)))
+        return out

@@ -1,0 +1,129 @@
+"""Prompt tuning: trained vectors in front of the embedded input.
+
+Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691, section 2.
+
+    [P_e ; X_e]          P_e (length, hidden); on an encoder–decoder in front of the encoder's input only
+
+Initialisation (section 3.2): ``random`` uniform in ±0.5; ``vocabulary`` embeddings of tokens drawn from the 5,000
+most common (a subword vocabulary is ordered by frequency, so its first 5,000 that are not special); ``text``
+the tokens of a text, repeated to the length; ``labels`` one slot a class label, several tokens averaged, the
+rest drawn from the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.errors import ConfigError, UnsupportedError
+from inlay.core.method import Recipe
+from inlay.core.prompt import PromptMethod, TokenPrompt
+from inlay.core.view import ModelView
+
+COMMON = 5_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuning(PromptMethod):
+    """A soft prompt.
+
+    Attributes:
+        length: virtual tokens; the paper's default is 100.
+        init: ``random``, ``vocabulary``, ``text`` or ``labels``.
+        text: for ``text``.
+        labels: class labels, for ``labels``.
+    """
+
+    name: ClassVar[str] = "prompt-tuning"
+    paper: ClassVar[str] = "arXiv:2104.08691"
+    family: ClassVar[str] = "soft prompt"
+    # The paper's 0.3 is Adafactor's, whose step is relative to the parameter's size.
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-2, schedule="constant_with_warmup")
+    default_where: ClassVar[str] = "input"
+    expected_failures: ClassVar[dict[str, str]] = {"identity": "virtual tokens change the output from the start"}
+
+    length: int = 20
+    init: Literal["random", "vocabulary", "text", "labels"] = "vocabulary"
+    text: str = ""
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = ("random", "vocabulary", "text", "labels")
+        self.require(
+            (self.length >= 1, f"length is {self.length}, expected at least 1"),
+            (self.init in known, f"init is {self.init!r}, expected one of {known}"),
+            ((self.init == "text") == bool(self.text), "init='text' and a `text` go together"),
+            ((self.init == "labels") == bool(self.labels), "init='labels' and `labels` go together"),
+            (len(self.labels) <= self.length, f"{len(self.labels)} labels do not fit a length of {self.length}"),
+        )
+
+    def build(self, view: ModelView, layers: tuple[int, ...] | None) -> TokenPrompt:
+        if layers is not None:
+            raise ConfigError("method 'prompt-tuning' acts at the input, so it takes no `layers`")
+        return SoftPrompt(view, self)
+
+    @classmethod
+    def examples(cls) -> list[PromptTuning]:
+        return [cls(length=3, init="random"), cls(length=5)]
+
+
+class SoftPrompt(TokenPrompt):
+    """The trained vectors."""
+
+    def __init__(self, view: ModelView, method: PromptTuning) -> None:
+        super().__init__()
+        self.method, self.length = method, method.length
+        table = _table(view)
+        dtype = table.dtype if table.dtype == torch.float64 else torch.float32
+        self.vectors = nn.Parameter(torch.empty(method.length, table.shape[1], dtype=dtype, device=table.device))
+
+    def embeddings(self) -> Tensor:
+        return self.vectors
+
+    def initialise(self, view: ModelView) -> None:
+        if self.method.init == "random":
+            nn.init.uniform_(self.vectors, -0.5, 0.5)
+            return
+        embedding: Any = view.input_embedding
+        rows = self._rows(view)
+        # Through the layer and not its table, because some models scale what they look up.
+        means = [embedding(torch.tensor(ids, device=self.vectors.device)).mean(0) for ids in rows]
+        self.vectors.copy_(torch.stack(means))
+
+    def _rows(self, view: ModelView) -> list[list[int]]:
+        """For each slot, the vocabulary entries whose embeddings are averaged."""
+        if self.method.init == "text":
+            ids = _tokenizer(view)(self.method.text, add_special_tokens=False)["input_ids"]
+            return [[ids[i % len(ids)]] for i in range(self.length)]
+        special: set[int] = set()
+        named: list[list[int]] = []
+        if self.method.init == "labels":
+            tokenizer = _tokenizer(view)
+            named = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in self.method.labels]
+        special.update(i for n in ("bos", "eos", "pad") if isinstance(i := getattr(view.config, f"{n}_token_id", None), int))
+        common = [i for i in range(min(COMMON + len(special), _table(view).shape[0])) if i not in special]
+        drawn = torch.randint(len(common), (self.length - len(named),)).tolist()
+        return named + [[common[i]] for i in drawn]
+
+
+def _table(view: ModelView) -> Tensor:
+    weight = None if view.input_embedding is None else view.input_embedding._parameters.get("weight")
+    if weight is None:
+        raise UnsupportedError(f"{type(view.model).__name__} has no token embeddings, so it has no place for a soft prompt")
+    return weight
+
+
+def _tokenizer(view: ModelView) -> Any:
+    from transformers import AutoTokenizer
+
+    path = getattr(view.config, "_name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"init from words needs the model's tokenizer, but none was found at {path!r}: load the model from a folder "
+            "that holds its tokenizer, or choose init='vocabulary'"
+        ) from error
