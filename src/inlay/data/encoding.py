@@ -90,16 +90,21 @@ def encode(
     template.check([*dataset.column_names, "prompt", "text", "pair"])
     found = Findings("the data cannot be used")
     encoder, features = _encoder(job), _features(job)
-    tables, long, kept = [], 0, 0
+    tables, lengths, kept = [], list[int](), 0
     for start in range(0, len(dataset), _BATCH):
         rows = Rows.of(dataset[start : start + _BATCH], start, found)
         all_encodings = encoder(rows)
         good = [e for row, some in enumerate(all_encodings) if some for e in _usable(some, rows, row, job)]
-        long += sum(some[0].length > max_length for some in all_encodings if some)
+        lengths += [some[0].length for some in all_encodings if some]
         kept += len(good)
         tables.append(_table(good, features))
     if not kept and not found.count:
         found.add(f"all {len(dataset)} rows are longer than {max_length} tokens, so none is left", _LONG)
+    long = sum(length > max_length for length in lengths)
+    found.hint(
+        _LONG,
+        f"Of {len(dataset)} rows {long} are too long; the longest has {max(lengths, default=0)} tokens.",
+    )
     found.raise_if_any()
     if long:
         _log.info("%d of %d rows are longer than %d tokens: %s", long, len(dataset), max_length, on_long)

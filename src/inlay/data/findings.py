@@ -16,6 +16,7 @@ class Findings:
     heading: str
     _shown: dict[str, list[str]] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
+    _hints: dict[str, str] = field(default_factory=dict)
 
     def add(self, problem: str, remedy: str) -> None:
         """Note one problem; problems that share a remedy are listed together."""
@@ -23,6 +24,11 @@ class Findings:
         if len(shown) < LISTED:
             shown.append(problem)
         self._counts[remedy] = self._counts.get(remedy, 0) + 1
+
+    def hint(self, remedy: str, hint: str) -> None:
+        """Put a sentence before a remedy that was given, where only the end of all rows tells it."""
+        if remedy in self._shown:
+            self._hints[remedy] = hint
 
     @property
     def count(self) -> int:
@@ -33,14 +39,17 @@ class Findings:
         """The text of the error: each problem on its line, each remedy after its problems."""
         if self.count == 1:
             ((remedy, shown),) = self._shown.items()
-            return f"{self.heading}: {shown[0]}. {remedy}"
+            return f"{self.heading}: {shown[0]}. {self._advice(remedy)}"
         lines = [f"{self.heading} ({self.count} problems):"]
         for remedy, shown in self._shown.items():
             lines += [f"  - {problem}" for problem in shown]
             if more := self._counts[remedy] - len(shown):
                 lines.append(f"  - and {more} more")
-            lines.append(f"    {remedy}")
+            lines.append(f"    {self._advice(remedy)}")
         return "\n".join(lines)
+
+    def _advice(self, remedy: str) -> str:
+        return f"{self._hints[remedy]} {remedy}" if remedy in self._hints else remedy
 
     def raise_if_any(self) -> None:
         """Raises: DataError: something was added."""

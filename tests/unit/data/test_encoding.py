@@ -100,6 +100,7 @@ class TestLong:
             encode(dataset, PAIRS, byte_level, task="causal", max_length=20)
         message = str(caught.value)
         assert "12 problems" in message and f"{path}, row 2 (line 3) has " in message
+        assert "Of 13 rows 12 are too long; the longest has " in message
         assert "more than 20" in message and "and 2 more" in message and "on_long" in message
 
     def test_drop_logs_how_many(self, byte_level, caplog):
