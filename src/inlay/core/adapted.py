@@ -5,6 +5,7 @@ so `isinstance`, `state_dict`, parameter names, tied weights and name-based look
 `release` puts the old class back. Subclasses are made once per class and feature set.
 
     forward       asks the host before and after the base's forward
+    attention     keeps its class: the attention function finds the host by itself
     root          the model itself: rows are checked, prompts computed and hidden, generation prepared
     checkpoint    a checkpointed layer recomputes under the route of its forward, and only where gradients flow
     positions     a table of learned positions, or a rotary one, that moves on behind a prompt
@@ -27,26 +28,29 @@ from inlay.core.host import Host
 
 def adopt(host: Host, features: frozenset[str]) -> None:
     """Give the host's module the subclass that has `features`, or its own class back if there are none."""
+    release(host)
     module = host.module
     host.features = features
     parameters = host.replaced
-    if not features and not parameters:
-        release(host)
+    if features or parameters:
+        module.__dict__["_inlay_host"] = host
+    if not features - {"attention"} and not parameters:
         return
-    module.__dict__["_inlay_host"] = host
     module.__dict__.pop("forward", None)  # an instance's forward (accelerate's hooks) is called through the host
     if "checkpoint" in features:
-        module.__dict__.setdefault("_inlay_checkpoint", module.__dict__.pop("_gradient_checkpointing_func", None))
+        function = module.__dict__.pop("_gradient_checkpointing_func", None)
+        if function is not None:
+            module.__dict__["_inlay_checkpoint"] = function
     module.__class__ = _subclass(host.original_class, features, parameters)
 
 
 def release(host: Host) -> None:
     """Put the module's own class and forward back."""
     module = host.module
+    module.__dict__.pop("_inlay_host", None)
     if not getattr(type(module), "inlay_adapted", False):
         return
     module.__class__ = host.original_class
-    module.__dict__.pop("_inlay_host", None)
     if host.original_forward is not None:
         module.__dict__["forward"] = host.original_forward
     function = module.__dict__.pop("_inlay_checkpoint", None)

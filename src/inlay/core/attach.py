@@ -309,7 +309,7 @@ def _place_prompt(roster: Roster, name: str, piece: PromptPiece) -> None:
             _grant(roster, f"{encoder_path}.pooler" if encoder_path else "pooler", "pooler")
     else:
         for place in view.attention_places():
-            _host(roster, place.path, adopted=True)
+            _grant(roster, place.path, "attention")
             config = getattr(place.module, "config", view.config)
             original = config._attn_implementation or "eager"
             if implementation(original) != original:
@@ -363,12 +363,10 @@ class _Held(nn.Module):
         self.value = parameter
 
 
-def _host(roster: Roster, path: str, *, adopted: bool = False) -> Host:
+def _host(roster: Roster, path: str) -> Host:
     host = roster.hosts.get(path)
     if host is None:
         host = roster.hosts[path] = Host(roster, path, roster.model.get_submodule(path))
-    if adopted:
-        host.module.__dict__["_inlay_host"] = host
     return host
 
 
