@@ -1,0 +1,38 @@
+"""What every test runs under: no network, one torch thread a worker, repeatable property tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports the hub's client, which reads these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# No deadline: the first example pays for imports and for building models.
+settings.register_profile(
+    "inlay", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("inlay")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Several workers share the cores; more threads than cores make each of them slower."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real data, `INLAY_SHARED` or `../shared`; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("INLAY_SHARED") or Path(__file__).parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set INLAY_SHARED to its folder")
+    return folder

@@ -1,0 +1,162 @@
+"""Imports point one way, and importing inlay is light.
+
+A room is a folder of `src/inlay` (or a module beside them). Its row below names the rooms it may import; an
+import inside a function or under `TYPE_CHECKING` counts as well, because it is a dependency all the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import inlay
+
+SOURCE = Path(inlay.__file__).parent
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "sklearn", "sacrebleu", "pandas"}
+
+MIDDLE = {"core", "methods", "bases", "formats", "kernels"}
+# The package itself, `import inlay`, is the public face of these rooms and counts as the room "inlay".
+ALLOWED: dict[str, set[str]] = {
+    "core": set(),
+    "bases": {"core"},
+    "kernels": {"core"},
+    "formats": {"core", "methods"},  # a file names its method; the registry knows the class
+    "methods": {"core", "kernels"},
+    "assets": {"core"},
+    "data": {"core"},
+    "plan": {"inlay", *MIDDLE},
+    "evaluate": {"inlay", "data", *MIDDLE},
+    "train": {"inlay", "data", "evaluate", "plan", "assets", *MIDDLE},
+    "testing": {"inlay", *MIDDLE},
+    "cli": {"inlay", "train", "evaluate", "plan", "data", "assets", "demo", *MIDDLE},
+    "demo": {"inlay", "train", "evaluate", "data", "assets", *MIDDLE},
+    "inlay": MIDDLE,
+}
+# (file, room it imports) → why. An entry that is no longer needed fails.
+EXCEPTIONS: dict[tuple[str, str], str] = {}
+
+PUBLIC = {
+    *("attach", "detach", "use", "adapters", "merge", "unmerge", "save", "load", "methods"),
+    *("LoRA", "DoRA", "IA3", "Houlsby", "Pfeiffer", "ParallelAdapter", "BitFit"),
+    *("PromptTuning", "PrefixTuning", "TopLayers", "FullFineTuning"),
+    *("Adapter", "MergeReport", "InlayError", "UserError", "__version__"),
+}
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(SOURCE).parts[0]
+    return "inlay" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> Iterator[str]:
+    """The rooms that a file names in its imports."""
+    package = ("inlay", *path.relative_to(SOURCE).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            origin = ".".join(part for part in (above, node.module or "") if part)
+            # `from inlay import core` names a room in its second half, `from inlay import LoRA` does not.
+            # The version is a constant of the package, not a dependency on it.
+            inner = [alias.name for alias in node.names if alias.name != "__version__"]
+            names = [f"inlay.{name}" for name in inner] if origin == "inlay" else [origin]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "inlay":
+                yield parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "inlay"
+
+
+def crossings() -> set[tuple[str, str]]:
+    """Every (file, room) with a file that imports another room."""
+    return {
+        (str(path.relative_to(SOURCE)), room)
+        for path in sorted(SOURCE.rglob("*.py"))
+        for room in imported_rooms(path)
+        if room != room_of(path)
+    }
+
+
+def test_every_room_has_a_row() -> None:
+    rooms = {room_of(path) for path in SOURCE.rglob("*.py")}
+    assert rooms <= set(ALLOWED), "name the new room in ALLOWED, with the rooms it may import"
+
+
+def test_rows_make_no_circle() -> None:
+    remaining = {room: ALLOWED[room] - {room} for room in ALLOWED}
+    while remaining:
+        free = [room for room, needs in remaining.items() if not needs & set(remaining)]
+        assert free, f"these rooms import each other: {sorted(remaining)}"
+        for room in free:
+            del remaining[room]
+
+
+def test_imports_point_one_way() -> None:
+    against = [
+        f"src/inlay/{file} imports {room}"
+        for file, room in sorted(crossings())
+        if room not in ALLOWED[room_of(SOURCE / file)] and (file, room) not in EXCEPTIONS
+    ]
+    assert against == []
+
+
+def test_exceptions_are_still_needed() -> None:
+    assert set(EXCEPTIONS) <= crossings()
+
+
+@pytest.mark.parametrize(
+    ("source", "rooms"),
+    [
+        ("import torch", []),
+        ("import inlay", ["inlay"]),
+        ("from inlay import LoRA", ["inlay"]),
+        ("from inlay import core, train", ["core", "train"]),
+        ("from inlay import __version__", []),
+        ("import inlay.methods.lora", ["methods"]),
+        ("from ..data import rows", ["data"]),
+        ("from . import other", ["cli"]),
+        ("def f():\n    from inlay.plan.memory import peak", ["plan"]),
+    ],
+)
+def test_the_reader_of_imports(source: str, rooms: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_args, **_kwargs: source)
+    assert list(imported_rooms(SOURCE / "cli" / "some.py")) == rooms
+
+
+def test_public_names_are_pinned() -> None:
+    assert set(inlay.__all__) == PUBLIC
+    assert [name for name in sorted(PUBLIC) if not hasattr(inlay, name)] == []
+
+
+@pytest.mark.parametrize("earlier", ["", "import inlay.methods; ", "from inlay.methods import registry; "])
+def test_methods_is_callable_whatever_was_imported_before(earlier: str) -> None:
+    answer = python(f"{earlier}import inlay; print(*inlay.methods())")
+    assert answer.split()[:2] == ["lora", "dora"]
+
+
+def test_importing_inlay_is_light() -> None:
+    assert loaded_by("import inlay, inlay.core.errors") == set()
+
+
+def test_help_is_light() -> None:
+    run = "import sys; sys.argv = ['inlay', '--help']\ntry:\n    from inlay.cli.main import main; main()"
+    assert loaded_by(f"{run}\nexcept SystemExit as end:\n    assert not end.code, end.code") == set()
+
+
+def loaded_by(code: str) -> set[str]:
+    """Which heavy libraries a fresh interpreter has imported after running `code`."""
+    report = f"\nimport sys\nprint('loaded:', *sorted({HEAVY!r} & set(sys.modules)))"
+    return set(python(code + report).splitlines()[-1].split()[1:])
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
