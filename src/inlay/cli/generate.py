@@ -1,0 +1,96 @@
+"""`inlay generate`: texts from prompts, each with an adapter of its own if need be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from inlay.cli.output import stages, write_json
+
+BASE_ITSELF = "none"
+
+
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder of an adapter, or 'none' for the base itself. Once for all prompts, or once for "
+            "each prompt in the same order, or several for one prompt; all in one batch."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Transformers folder or hub name. Default: the embedded base."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a text.")] = 128,
+    num_beams: Annotated[int, typer.Option(help="Beam search over so many; 1 is greedy.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Above 0, tokens are drawn at random.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Write what follows each prompt."""
+    import torch
+    from inlay.cli.models import load_adapted, prompt_tokens
+
+    from inlay.evaluate.generate import generate_texts
+
+    asked, chosen = paired(prompts, adapter or [])
+    folders = list(dict.fromkeys(word for word in chosen if word != BASE_ITSELF))
+    loaded = load_adapted(base, folders)
+    names: list[str | None] = [loaded.names.get(word) for word in chosen]
+    torch.manual_seed(seed)
+    with stages(as_json) as report:
+        report("texts", 0, len(asked))
+        texts = generate_texts(
+            loaded.model,
+            loaded.tokenizer,
+            [prompt_tokens(loaded, text, word) for text, word in zip(asked, chosen, strict=True)],
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            temperature=temperature,
+            batch_size=batch_size,
+            adapters=names if folders else None,
+        )
+    rows = [
+        {"prompt": prompt, "adapter": None if word == BASE_ITSELF else word, "text": text}
+        for prompt, word, text in zip(asked, chosen, texts, strict=True)
+    ]
+    if as_json:
+        write_json(rows)
+    else:
+        _show(rows)
+
+
+def paired(prompts: Sequence[str], adapters: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Prompts and adapters as equally long lists.
+
+    Raises:
+        ConfigError: several of both, but not as many.
+    """
+    from inlay.core.errors import ConfigError
+
+    given = list(adapters) or [BASE_ITSELF]
+    if len(given) > 1 and len(prompts) > 1 and len(given) != len(prompts):
+        raise ConfigError(
+            f"{len(given)} adapters for {len(prompts)} prompts; give one adapter for all prompts, one for "
+            f"each prompt, or several for a single prompt ({BASE_ITSELF!r} stands for the base itself)"
+        )
+    rows = max(len(given), len(prompts))
+    return (
+        list(prompts) * (rows if len(prompts) == 1 else 1),
+        given * (rows if len(given) == 1 else 1),
+    )
+
+
+def _show(rows: Sequence[dict[str, str | None]]) -> None:
+    """A single text alone, so that it can be piped; several under headings."""
+    if len(rows) == 1:
+        typer.echo(rows[0]["text"])
+        return
+    for row in rows:
+        typer.echo(f"── {row['prompt']}  [{row['adapter'] or 'base'}]")
+        typer.echo(f"{row['text']}\n")

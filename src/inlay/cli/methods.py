@@ -1,0 +1,97 @@
+"""`inlay methods`: every method, what it costs on a model, and what it supports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inlay.cli.output import show_table, write_json
+
+if TYPE_CHECKING:
+    from inlay.core.method import Method
+
+
+def methods(
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Transformers folder or hub name to count parameters on. Default: the embedded base."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """List every method: family, hyper-parameters, trained parameters, what it supports."""
+    from inlay.train.loading import load_base
+
+    model, _ = load_base(base)
+    rows = describe(model)
+    if as_json:
+        write_json({"base": base or "embedded", "methods": rows})
+        return
+    columns = ("method", "family", "hyper-parameters", "merges", "mixed batches", "paper", "trained", "share")
+    show_table(
+        f"Methods, counted on {base or 'the embedded base'} at their defaults",
+        columns,
+        [_cells(row) for row in rows],
+        numbers=2,
+    )
+
+
+def describe(model: Any) -> list[dict[str, Any]]:
+    """A row a method, found out by building it for `model`, which is left as it is.
+
+    Keys: ``method, family, paper, hyper_parameters, where, recipe``; ``trained`` and ``share`` (of the base's
+    parameters), ``merges`` (into the base's weights), ``mixed_batches`` (rows of one batch with different
+    adapters). A method that this model cannot carry has ``unsupported`` with the reason instead.
+    """
+    from inlay.methods import registry
+
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return [_describe_one(model, total, cls) for cls in registry().values()]
+
+
+def _describe_one(model: Any, total: int, cls: type[Method]) -> dict[str, Any]:
+    import dataclasses
+
+    from inlay.core.attach import build
+    from inlay.core.errors import SelectionError, UnsupportedError
+    from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
+    from inlay.core.select import Places
+
+    method = cls()
+    facts: dict[str, Any] = {
+        "method": cls.name,
+        "family": cls.family,
+        "paper": cls.paper,
+        "hyper_parameters": {k: v for k, v in method.to_dict().items() if k != "method"},
+        "where": cls.default_where,
+        "recipe": dataclasses.asdict(cls.recipe),
+    }
+    try:
+        adapter = build(model, method, name="described", places=Places.of(None, None))
+    except (SelectionError, UnsupportedError) as error:
+        return facts | {"unsupported": str(error)}
+    pieces = adapter.pieces
+    return facts | {
+        "trained": adapter.count,
+        "share": adapter.count / total,
+        "merges": all(
+            not isinstance(p, PromptPiece) and (not isinstance(p, DeltaPiece) or p.delta.merges)
+            for p in pieces
+        ),
+        "mixed_batches": not any(isinstance(p, SubsetPiece) for p in pieces),
+    }
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    settings = ", ".join(f"{key}={_plain(value)}" for key, value in row["hyper_parameters"].items()) or "–"
+    names = [row["method"], row["family"], settings]
+    if "unsupported" in row:
+        return [*names, "–", "–", row["paper"], "not on this base", ""]
+    supports = ["yes" if row[key] else "no" for key in ("merges", "mixed_batches")]
+    return [*names, *supports, row["paper"], f"{row['trained']:,}", f"{row['share']:.2%}"]
+
+
+def _plain(value: Any) -> str:
+    return "–" if value is None else str(value)

@@ -1,0 +1,91 @@
+"""What commands print: JSON for programs on standard output, tables for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+
+def write_json(data: Any) -> None:
+    """One JSON document on standard output; numbers that JSON does not know (nan, infinity) become null."""
+    sys.stdout.write(json.dumps(_finite(data), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def show_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: int = 0
+) -> None:
+    """A table on standard output.
+
+    Args:
+        numbers: how many of the last columns hold numbers, which stand to the right.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for place, name in enumerate(columns):
+        right = place >= len(columns) - numbers
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console().print(table)
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A score for people: ``undefined`` for nan."""
+    if math.isnan(value):
+        return "undefined"
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "infinite"
+
+
+def errors_console() -> Console:
+    """Where progress goes, so that standard output stays for results."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def stages(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage of a task; nothing when quiet or when nobody watches.
+
+    Yields:
+        A function of the stage's name, the steps done, and all steps.
+    """
+    console = errors_console()
+    if quiet or not console.is_terminal:
+        yield lambda stage, done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        known: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in known:
+                known[stage] = bars.add_task(stage, total=total)
+            bars.update(known[stage], completed=done, total=total)
+
+        yield report
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {str(key): _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value
