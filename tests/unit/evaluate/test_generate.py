@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import inlay
 from inlay.core.errors import ConfigError, DataError
 from inlay.evaluate.generate import context_size, generate_texts
 
@@ -113,3 +114,20 @@ def test_progress_counts_every_row(causal: Any, tokenizer: Any) -> None:
     seen: list[int] = []
     generate_texts(causal, tokenizer, PROMPTS, max_new_tokens=1, batch_size=2, progress=seen.append)
     assert seen == [2, 2, 1]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_prompt_has_its_own_adapter(causal: Any, tokenizer: Any, beams: int) -> None:
+    model = copy.deepcopy(causal)
+    torch.manual_seed(0)
+    for name, method in (("low", inlay.LoRA(rank=2)), ("prefix", inlay.PrefixTuning(length=3))):
+        for parameter in inlay.attach(model, method, name=name).parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    chosen = ["low", None, "prefix", "low", "prefix"]
+    found = generate_texts(
+        model, tokenizer, PROMPTS, max_new_tokens=7, num_beams=beams, adapters=chosen, batch_size=3
+    )
+    for prompt, name, text in zip(PROMPTS, chosen, found, strict=True):
+        with inlay.use(model, name):
+            assert [text] == generate_texts(model, tokenizer, [prompt], max_new_tokens=7, num_beams=beams)
+    assert found != generate_texts(causal, tokenizer, PROMPTS, max_new_tokens=7, num_beams=beams)
