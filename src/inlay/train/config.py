@@ -1,0 +1,156 @@
+"""What a training run is: one frozen model, the same from flags, YAML, JSON or Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from inlay.core.errors import ConfigError, nearest, problems
+
+Task = Literal["causal", "seq2seq", "classification", "regression"]
+Precision = Literal["bf16", "fp32"]
+OnLong = Literal["error", "truncate", "drop", "split"]
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+
+
+class RunConfig(BaseModel):
+    """One run, whole. `None` means: found out when the run starts, then saved in ``run.yaml``.
+
+    Attributes:
+        data: file or `datasets` id to train on.
+        out: folder the run writes to.
+        base: transformers folder or hub id; None is the embedded base.
+        eval_data: file or id to evaluate on during training.
+        eval_share: share of `data` held out for that where `eval_data` is not given; 0 is none.
+        task: None is guessed from the columns and the base.
+        columns: role → column, where the names are not the roles.
+        prompt_template: text with column names in braces that becomes the prompt.
+        separator: between prompt and completion, never scored.
+        method: registry key.
+        settings: the method's hyper-parameters.
+        where: places; None is the paper's. ``re:`` in front makes it a regular expression.
+        layers: numbers of the layers to stay within.
+        modules_to_save: whole modules to train; a freshly initialised head is added by itself.
+        name: of the adapter.
+        epochs, steps: length of the run; steps, where given, decide.
+        batch_size: rows in one forward pass.
+        accumulate: forward passes in one step.
+        learning_rate, schedule, warmup, weight_decay: None is the method's recipe; warmup is a share of the steps.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        max_length: tokens a row may have; None is what the base can read.
+        on_long: what happens to longer rows; None splits plain text and refuses the rest.
+        seed: of every random draw.
+        precision: of the base's weights; None is the base's own.
+        gradient_checkpointing: recompute activations instead of keeping them.
+        eval_every, save_every: steps between evaluations and between checkpoints.
+        early_stopping: evaluations without a better score after which the run ends.
+        report_to: of ``tensorboard``, ``wandb``, ``mlflow``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str
+    out: str
+    base: str | None = None
+    eval_data: str | None = None
+    eval_share: float = Field(default=0.05, ge=0, lt=1)
+    task: Task | None = None
+    columns: dict[str, str] = {}
+    prompt_template: str = "{prompt}"
+    separator: str = "\n"
+    method: str = "lora"
+    settings: dict[str, Any] = {}
+    where: str | list[str] | None = None
+    layers: list[int] | None = None
+    modules_to_save: list[str] = []
+    name: str = "default"
+    epochs: float = Field(default=3.0, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    schedule: Schedule | None = None
+    warmup: float | None = Field(default=None, ge=0, lt=1)
+    weight_decay: float | None = Field(default=None, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    max_length: int | None = Field(default=None, ge=2)
+    on_long: OnLong | None = None
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    precision: Precision | None = None
+    gradient_checkpointing: bool = False
+    eval_every: int | None = Field(default=None, ge=1)
+    save_every: int | None = Field(default=None, ge=1)
+    early_stopping: int | None = Field(default=None, ge=1)
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+
+    @model_validator(mode="after")
+    def _evaluates(self) -> Self:
+        if self.early_stopping and self.eval_data is None and self.eval_share == 0:
+            raise ValueError("early_stopping needs evaluations: give eval_data, or an eval_share above 0")
+        return self
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], *, origin: str = "configuration") -> RunConfig:
+        """Check plain values.
+
+        Raises:
+            ConfigError: everything that is wrong with them, unknown names with the nearest known one.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(problems(origin, [_said(e) for e in error.errors()])) from None
+
+    @classmethod
+    def read(cls, path: Path, **changes: Any) -> RunConfig:
+        """The configuration in a YAML or JSON file, with `changes` on top."""
+        return cls.of({**read_values(path), **changes}, origin=str(path))
+
+    def to_yaml(self) -> str:
+        """The inverse of `read`, fields in the order of the class."""
+        import yaml
+
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+    def changed(self, **changes: Any) -> RunConfig:
+        """A copy with other values, checked again."""
+        return RunConfig.of({**self.model_dump(), **changes})
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file, unchecked.
+
+    Raises:
+        ConfigError: no such file, or not a mapping.
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}). Give a YAML or JSON file") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not YAML or JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, expected `name: value` lines such as `data: rows.jsonl`")
+    return values
+
+
+def _said(error: Any) -> str:
+    """One of pydantic's errors in our words."""
+    name = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "extra_forbidden":
+            return f"unknown option {name!r}{nearest(name, RunConfig.model_fields)}"
+        case "missing":
+            return f"{name} is missing; it has no default"
+        case "value_error":
+            return str(error["ctx"]["error"])
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{name} is {error['input']!r}: {message}"

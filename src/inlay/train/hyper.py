@@ -1,0 +1,93 @@
+"""Hyper-parameters from words: ``rank=16`` typed by the method's own field."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from inlay.core.errors import ConfigError, nearest, problems
+from inlay.core.method import Method
+
+
+def parse_settings(method: str, words: Sequence[str]) -> dict[str, Any]:
+    """``["rank=16", "dropout=0.1"]`` as values of the types that the method's fields have.
+
+    Lists are written with commas, an absent value as ``none``.
+
+    Raises:
+        ConfigError: all words that are not ``name=value``, name no hyper-parameter or do not fit its type.
+    """
+    hints = _fields(method)
+    found: list[str] = []
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            found.append(f"{word!r} is not of the form name=value")
+        elif name not in hints:
+            found.append(f"unknown hyper-parameter {name!r}{nearest(name, hints)}")
+        elif name in values:
+            found.append(f"{name} is given twice")
+        else:
+            try:
+                values[name] = _typed(hints[name], text.strip())
+            except ValidationError:
+                found.append(f"{name}={text.strip()!r} is not {_called(hints[name])}")
+    if found:
+        raise ConfigError(problems(f"--set, method {method!r}", found))
+    return values
+
+
+def build_method(name: str, settings: Mapping[str, Any]) -> Method:
+    """The method that a configuration describes.
+
+    Raises:
+        ConfigError: an unknown method, unknown hyper-parameters, values of the wrong type or out of range.
+    """
+    from inlay.methods import method_named
+
+    hints = _fields(name)
+    found, values = [], {}
+    for key, value in settings.items():
+        if key not in hints:
+            found.append(f"unknown hyper-parameter {key!r}{nearest(key, hints)}")
+            continue
+        try:
+            values[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError:
+            found.append(f"{key}={value!r} is not {_called(hints[key])}")
+    if found:
+        raise ConfigError(problems(f"method {name!r}", found))
+    return method_named(name).from_dict(values)
+
+
+def _fields(method: str) -> dict[str, Any]:
+    from inlay.methods import method_named
+
+    cls = method_named(method)
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _typed(hint: Any, text: str) -> Any:
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    if any(get_origin(option) in (tuple, list) for option in options):
+        return TypeAdapter(hint).validate_python([part.strip() for part in text.split(",") if part.strip()])
+    return TypeAdapter(hint).validate_strings(text)
+
+
+def _called(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if get_origin(hint) is None:
+        return names.get(hint, getattr(hint, "__name__", str(hint)))
+    options = get_args(hint)
+    if all(isinstance(option, str) for option in options):
+        return "one of " + ", ".join(map(str, options))
+    return str(hint).replace("typing.", "")

@@ -1,0 +1,281 @@
+"""A base model and its tokenizer from a folder or the hub, strictly, without warnings."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from inlay.core.errors import ConfigError, problems
+from inlay.train.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+AUTO = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SHOWN = 8
+
+
+class Base(NamedTuple):
+    """A loaded base.
+
+    Attributes:
+        fresh: names of modules that the base's files have no weights for, so that they must be trained.
+    """
+
+    model: Any
+    tokenizer: Any
+    fresh: tuple[str, ...]
+
+
+def load_base(
+    path: str | Path | None,
+    *,
+    task: str = "causal",
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Base:
+    """Load a base for a task.
+
+    Args:
+        path: transformers folder or hub id; None is the embedded base. A hub id is taken from the local cache
+            where it is there, so that no network is needed.
+        task: ``causal``, ``seq2seq``, ``classification`` or ``regression``.
+        num_labels: outputs of a classification head; those of `label_names` where None.
+        label_names: names of the classes, in order. A head trained for other names counts as fresh.
+        dtype: of the weights; None is the files' own (float16 on a CPU, where it is slow and coarse, becomes float32).
+
+    Raises:
+        ConfigError: not a model, weights that are missing or damaged, an architecture that cannot do the task,
+            no tokenizer; the message says what to give instead.
+    """
+    source = base_source(path)
+    with quiet_libraries():
+        config = read_config(source)
+        _check_task(config, source, task)
+        labels = _head_options(task, num_labels, label_names)
+        model, info = _read_model(source, task, labels, dtype)
+        tokenizer = _read_tokenizer(source)
+    fresh = _fresh_modules(model, info, source, task)
+    if task == "classification" and label_names is not None and not fresh and _other_labels(config, label_names):
+        fresh = head_modules(model)
+    _settle(model, tokenizer, task)
+    return Base(model, tokenizer, fresh)
+
+
+def base_source(path: str | Path | None) -> str:
+    """The folder or hub id that `path` means.
+
+    Raises:
+        ConfigError: a path that is no model folder.
+    """
+    if path is None:
+        from inlay.assets import base_path
+
+        path = base_path()
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return str(folder)
+    if folder.is_file():
+        raise ConfigError(f"base {path} is a file; expected a transformers model folder (config.json and weights)")
+    if isinstance(path, Path) or not _HUB_ID.fullmatch(path) or path.startswith("."):
+        raise ConfigError(f"base {path}: there is no such folder. Give a transformers model folder, or a hub id (owner/name)")
+    return path
+
+
+def read_config(source: str) -> Any:
+    """The base's transformers configuration.
+
+    Raises:
+        ConfigError: unreadable, of an unknown architecture, or not to be had.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return _cached_first(AutoConfig.from_pretrained, source)
+    except OSError as error:
+        raise ConfigError(_unreachable(source)) from error
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"base {source}: its config.json cannot be used ({_first_line(error)})") from error
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """The modules of a model that are not its trunk: heads."""
+    trunk = getattr(model, "base_model", None)
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if child is not trunk and name != "inlay" and any(True for _ in child.parameters())
+    )
+
+
+def _cached_first(read: Any, source: str, **options: Any) -> Any:
+    """Read from the local cache if it is there; else ask the hub."""
+    if Path(source).is_dir():
+        return read(source, **options)
+    try:
+        return read(source, local_files_only=True, **options)
+    except OSError:
+        return read(source, **options)
+
+
+def _check_folder(folder: Path) -> None:
+    names = {entry.name for entry in folder.iterdir()}
+    if "config.json" not in names:
+        if names & {"adapter.safetensors", "adapter_config.json"}:
+            raise ConfigError(f"base {folder} is an adapter, not a model. Give the base it was trained on")
+        raise ConfigError(f"base {folder} is not a model folder: it has no config.json. Give a transformers model folder")
+    if not any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise ConfigError(
+            f"base {folder} has a config.json but no weights (*.safetensors). Download the weights beside it; a large file "
+            "kept outside of git must be fetched too"
+        )
+
+
+def _check_task(config: Any, source: str, task: str) -> None:
+    import transformers
+
+    if task not in AUTO:
+        raise ConfigError(f"task {task!r} is unknown; known: {', '.join(AUTO)}")
+    able = [name for name, auto in AUTO.items() if type(config) in getattr(transformers, auto)._model_mapping]
+    if task not in able:
+        can = f"it can do {', '.join(able)}" if able else "no text task is known for it"
+        raise ConfigError(f"base {source} ({config.model_type}) cannot do the task {task}: {can}. Choose another task or base")
+
+
+def _head_options(task: str, num_labels: int | None, label_names: Sequence[str] | None) -> dict[str, Any]:
+    if task == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    if task != "classification":
+        return {}
+    if label_names is not None:
+        return {
+            "id2label": dict(enumerate(label_names)),
+            "label2id": {name: i for i, name in enumerate(label_names)},
+            "num_labels": len(label_names),
+            "problem_type": "single_label_classification",
+        }
+    return {} if num_labels is None else {"num_labels": num_labels, "problem_type": "single_label_classification"}
+
+
+def _read_model(source: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    auto = getattr(transformers, AUTO[task])
+    try:
+        model, info = _cached_first(
+            auto.from_pretrained,
+            source,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=bool(labels),
+            **labels,
+        )
+    except SafetensorError as error:
+        raise ConfigError(f"base {source}: its weights are damaged or cut short ({error}). Download them again") from error
+    except OSError as error:
+        raise ConfigError(f"base {source}: its weights cannot be read ({_first_line(error)})") from error
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ConfigError(f"base {source} cannot be loaded for {task}: {_first_line(error)}") from error
+    if dtype is None and model.dtype == torch.float16 and not torch.cuda.is_available():
+        model = model.float()
+    return model, info
+
+
+def _read_tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return _cached_first(AutoTokenizer.from_pretrained, source)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"base {source} has no tokenizer that can be read ({_first_line(error)}). Put its tokenizer files "
+            "(tokenizer.json, tokenizer_config.json) into the folder"
+        ) from error
+
+
+def _fresh_modules(model: Any, info: dict[str, Any], source: str, task: str) -> tuple[str, ...]:
+    """The modules without weights; an error where these are more than a head."""
+    mismatched = {key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())}
+    missing = {str(key) for key in info.get("missing_keys", ())} | mismatched
+    parameters = {name for name, _ in model.named_parameters()}
+    missing &= parameters
+    trunk = f"{getattr(model, 'base_model_prefix', '') or ' '}."
+    pooler = re.compile(r"(^|\.)pooler\.")
+    wrong = sorted(
+        name
+        for name in missing
+        if task in ("causal", "seq2seq") or (name.startswith(trunk) and (name in mismatched or not pooler.search(name)))
+    )
+    if wrong:
+        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+        raise ConfigError(
+            problems(f"base {source} lacks weights that the task {task} needs, so it cannot be used", [*wrong[:_SHOWN], *more])
+        )
+    return collapse(missing, parameters)
+
+
+def collapse(missing: Collection[str], parameters: Collection[str]) -> tuple[str, ...]:
+    """The largest modules all of whose parameters are missing, in the order of `parameters`."""
+    found: list[str] = []
+    for name in (name for name in parameters if name in missing):
+        parts = name.split(".")[:-1]
+        chosen = ".".join(parts)
+        for depth in range(len(parts) - 1, 0, -1):
+            parent = ".".join(parts[:depth])
+            if any(other.startswith(parent + ".") and other not in missing for other in parameters):
+                break
+            chosen = parent
+        if chosen not in found:
+            found.append(chosen)
+    return tuple(sorted(found))
+
+
+def _other_labels(config: Any, label_names: Sequence[str]) -> bool:
+    known = [config.id2label[i] for i in sorted(config.id2label)]
+    return known != list(label_names)
+
+
+def _settle(model: Any, tokenizer: Any, task: str) -> None:
+    """Make model and tokenizer agree on padding, which a classifier on a decoder finds a text's end by."""
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if task in ("classification", "regression") and tokenizer.pad_token_id is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the base embeds only {size}: they do not belong together. "
+            "Use the base's own tokenizer files"
+        )
+
+
+def _unreachable(source: str) -> str:
+    if Path(source).is_dir():
+        try:
+            json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"base {source}: its config.json is not JSON ({error}). Download it again"
+        return f"base {source}: its config.json cannot be used"
+    return (
+        f"base {source}: there is no such folder, and no model of that name in the local cache or reachable on the hub. "
+        "Check the name, or give a folder"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,34 @@
+"""Noise of libraries that says nothing a user can act on, off while a run lasts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence progress bars and notices of transformers and datasets; errors still show.
+
+    What these notices are about (weights that are missing or of other shapes, special tokens) is checked
+    in `loading.py`, which raises instead.
+    """
+    import datasets
+    from transformers.utils import logging
+
+    # The tokenizer is only used before the data loader's workers exist, so forking is safe.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    dataset_bars = datasets.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if not dataset_bars:
+            datasets.enable_progress_bars()
