@@ -7,10 +7,10 @@ from inlay.core.errors import ConfigError
 
 
 def test_pairs_of_prompts_and_adapters() -> None:
-    assert paired(["a", "b"], []) == (["a", "b"], ["none", "none"])
+    assert paired(["a", "b"], []) == (["a", "b"], [None, None])
     assert paired(["a", "b"], ["x"]) == (["a", "b"], ["x", "x"])
-    assert paired(["a", "b"], ["x", "none"]) == (["a", "b"], ["x", "none"])
-    assert paired(["a"], ["x", "y", "none"]) == (["a", "a", "a"], ["x", "y", "none"])
+    assert paired(["a", "b"], ["x", "none"]) == (["a", "b"], ["x", None])
+    assert paired(["a"], ["x", "y", "none"]) == (["a", "a", "a"], ["x", "y", None])
 
 
 def test_counts_that_do_not_fit() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from inlay.cli.output import stages, write_json
+from inlay.cli.output import count, stages, write_json
 
 BASE_ITSELF = "none"
 
@@ -30,33 +30,37 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Above 0, tokens are drawn at random.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--plain", help="With the chat template or without. Default: as in training."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Write what follows each prompt."""
     import torch
-    from inlay.cli.models import load_adapted, prompt_tokens
 
+    from inlay.cli.models import load_adapted, prompt_tokens
     from inlay.evaluate.generate import generate_texts
 
     asked, chosen = paired(prompts, adapter or [])
-    folders = list(dict.fromkeys(word for word in chosen if word != BASE_ITSELF))
+    folders = list(dict.fromkeys(word for word in chosen if word is not None))
     loaded = load_adapted(base, folders)
-    names: list[str | None] = [loaded.names.get(word) for word in chosen]
+    check_generates(loaded.task, folders)
     torch.manual_seed(seed)
     with stages(as_json) as report:
-        report("texts", 0, len(asked))
         texts = generate_texts(
             loaded.model,
             loaded.tokenizer,
-            [prompt_tokens(loaded, text, word) for text, word in zip(asked, chosen, strict=True)],
+            [prompt_tokens(loaded, text, word, chat=chat) for text, word in zip(asked, chosen, strict=True)],
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             temperature=temperature,
             batch_size=batch_size,
-            adapters=names if folders else None,
+            adapters=[word and loaded.names[word] for word in chosen] if folders else None,
+            progress=count(report, "texts", len(asked)),
         )
     rows = [
-        {"prompt": prompt, "adapter": None if word == BASE_ITSELF else word, "text": text}
+        {"prompt": prompt, "adapter": word, "text": text}
         for prompt, word, text in zip(asked, chosen, texts, strict=True)
     ]
     if as_json:
@@ -65,15 +69,15 @@ def generate(
         _show(rows)
 
 
-def paired(prompts: Sequence[str], adapters: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Prompts and adapters as equally long lists.
+def paired(prompts: Sequence[str], adapters: Sequence[str]) -> tuple[list[str], list[str | None]]:
+    """Prompts and adapters (None for the base itself) as equally long lists.
 
     Raises:
         ConfigError: several of both, but not as many.
     """
     from inlay.core.errors import ConfigError
 
-    given = list(adapters) or [BASE_ITSELF]
+    given = [None if word == BASE_ITSELF else word for word in adapters] or [None]
     if len(given) > 1 and len(prompts) > 1 and len(given) != len(prompts):
         raise ConfigError(
             f"{len(given)} adapters for {len(prompts)} prompts; give one adapter for all prompts, one for "
@@ -84,6 +88,17 @@ def paired(prompts: Sequence[str], adapters: Sequence[str]) -> tuple[list[str], 
         list(prompts) * (rows if len(prompts) == 1 else 1),
         given * (rows if len(given) == 1 else 1),
     )
+
+
+def check_generates(task: str, folders: Sequence[str]) -> None:
+    """Raise a `ConfigError` where the adapters were trained to label texts, not to write them."""
+    from inlay.core.errors import ConfigError
+
+    if task not in ("causal", "seq2seq"):
+        raise ConfigError(
+            f"{', '.join(folders)} was trained for {task} and labels texts instead of writing them; "
+            "use `inlay evaluate --predictions FILE`"
+        )
 
 
 def _show(rows: Sequence[dict[str, str | None]]) -> None:

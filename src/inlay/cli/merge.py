@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,13 +21,12 @@ def merge(
 ) -> None:
     """Fold an adapter into its base and write model and tokenizer; inlay is not needed to use them."""
     check_unused(out)
+    import inlay
     from inlay.cli.models import load_adapted
 
-    import inlay
-
-    model, tokenizer, names = load_adapted(base, [adapter])
-    report = inlay.merge(model, names[0])
-    write_merged(model, tokenizer, out)
+    loaded = load_adapted(base, [str(adapter)])
+    report = inlay.merge(loaded.model, loaded.names[str(adapter)])
+    write_merged(loaded.model, loaded.tokenizer, out)
     facts = {
         "out": str(out),
         "layers": len(report.layers),
@@ -63,23 +60,16 @@ def write_merged(model: Any, tokenizer: Any, folder: Path) -> None:
     Raises:
         OutputError: the folder is in use or cannot be written; nothing of it is left then.
     """
-    from safetensors import SafetensorError
+    from inlay.train.folder import write_beside
+    from inlay.train.quiet import quiet_libraries
 
-    from inlay.core.errors import OutputError
+    def write(part: Path) -> None:
+        with quiet_libraries():
+            model.save_pretrained(part, state_dict=base_tensors(model))
+            tokenizer.save_pretrained(part)
 
     check_unused(folder)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        beside.mkdir(parents=True)
-        model.save_pretrained(beside, state_dict=base_tensors(model))
-        tokenizer.save_pretrained(beside)
-        os.replace(beside, folder)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{folder}: the merged model could not be written ({error}); free space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    write_beside(folder, write)
 
 
 def base_tensors(model: Any) -> dict[str, Any]:

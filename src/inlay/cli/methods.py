@@ -22,10 +22,9 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """List every method: family, hyper-parameters, trained parameters, what it supports."""
-    from inlay.train.loading import load_base
+    from inlay.train import load_base
 
-    model, _ = load_base(base)
-    rows = describe(model)
+    rows = describe(load_base(base).model)
     if as_json:
         write_json({"base": base or "embedded", "methods": rows})
         return
@@ -54,6 +53,7 @@ def describe(model: Any) -> list[dict[str, Any]]:
 def _describe_one(model: Any, total: int, cls: type[Method]) -> dict[str, Any]:
     import dataclasses
 
+    import inlay.bases  # registers the layer types that can be read  # noqa: F401
     from inlay.core.attach import build
     from inlay.core.errors import SelectionError, UnsupportedError
     from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece

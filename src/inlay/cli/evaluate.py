@@ -1,0 +1,183 @@
+"""`inlay evaluate`: scores of a base, with or without an adapter, on a data file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inlay.cli.output import number, show_table, stages, write_json
+
+if TYPE_CHECKING:
+    from inlay.cli.models import Loaded
+    from inlay.data import Layout, Task
+    from inlay.evaluate.run import Evaluation
+    from inlay.train import TrainingRecord
+
+
+def evaluate(
+    data: Annotated[str, typer.Option(help="CSV, TSV, JSONL, Parquet or text file, or a datasets id.")],
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder of an adapter. Default: the base itself.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Transformers folder or hub name. Default: the adapter's, else the embedded base."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a datasets id.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns under other names: prompt=mr,completion=ref.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="causal, seq2seq, classification or regression. Default: as in training."),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated. Texts: loss, perplexity, bits_per_byte, exact_match, bleu, rouge1, "
+            "rouge2, rougeL, rougeLsum. Labels: accuracy, macro_f1, matthews. Numbers: pearson, spearman."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens a row may have. Default: as in training, else the context.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of a generated text. Default: a little more than the longest reference."),
+    ] = None,
+    num_beams: Annotated[int, typer.Option(help="Beam search over so many; 1 is greedy.")] = 1,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Write predictions and references to this JSONL file; needs a metric of answers."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Score a base, with or without an adapter, on a data file."""
+    from inlay.cli.models import load_adapted, template_of
+    from inlay.data import read_table
+    from inlay.evaluate.run import Settings, check_metrics
+    from inlay.evaluate.run import evaluate as score
+    from inlay.train import read_record
+    from inlay.train.prepare import context_of
+
+    names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
+    record = read_record(adapter) if adapter else None
+    dataset = read_table(data, split=split)
+    layout, task = _purpose(dataset, columns, task, record, base)
+    if names is not None:
+        check_metrics(names, layout)
+    loaded = load_adapted(base, [adapter] if adapter else [], task=task)
+    _check_trained(loaded, base)
+    settings = Settings(
+        batch_size=batch_size,
+        max_length=max_length
+        or (record.max_length if record is not None else context_of(loaded.model, loaded.tokenizer)),
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        label_names=_labels(loaded, record),
+        template=template_of(record),
+    )
+    began = time.monotonic()
+    with stages(as_json) as report:
+        found = score(
+            loaded.model,
+            loaded.tokenizer,
+            dataset,
+            layout,
+            task,
+            metrics=names,
+            settings=settings,
+            progress=report,
+        )
+    if predictions is not None:
+        _write_predictions(predictions, found)
+    if as_json:
+        facts = {key: value for key, value in found.items() if key != "predictions"}
+        seconds = round(time.monotonic() - began, 3)
+        write_json({"data": data, "base": base, "adapter": adapter, **facts, "seconds": seconds})
+    else:
+        _show(found, adapter, data)
+
+
+def _purpose(
+    dataset: Any, columns: str | None, task: str | None, record: TrainingRecord | None, base: str | None
+) -> tuple[Layout, Task]:
+    """How to read the rows, and the task: as told, else as in training, else what data and base suggest."""
+    from inlay.data import parse_columns, resolve_columns
+
+    given = parse_columns(columns) if columns else {}
+    if not given and record is not None and set(record.columns.values()) <= set(dataset.column_names):
+        given = record.columns
+    wanted: Any = task or (record.task if record is not None else None)
+    layout = resolve_columns(dataset, given, task=wanted)
+    return layout, wanted or _guessed_task(layout, base)
+
+
+def _guessed_task(layout: Layout, base: str | None) -> Task:
+    """The first task for such data that the base was trained for, by the architecture it names."""
+    from inlay.core.errors import ConfigError
+    from inlay.data.columns import TASKS_OF
+    from inlay.train.loading import base_source, read_config
+
+    source = base_source(base)
+    named = " ".join(read_config(source).architectures or [])
+    words = {
+        "causal": ("ForCausalLM", "LMHeadModel"),
+        "seq2seq": ("ForConditionalGeneration", "ForSeq2SeqLM"),
+        "classification": ("ForSequenceClassification",),
+        "regression": ("ForSequenceClassification",),
+    }
+    for task in TASKS_OF[layout.kind]:
+        if any(word in named for word in words[task]):
+            return task
+    raise ConfigError(
+        f"base {source} ({named or 'no architecture named'}) was not trained for {layout.kind} data; say "
+        f"with --task which of {', '.join(TASKS_OF[layout.kind])} it should do, or give an --adapter"
+    )
+
+
+def _check_trained(loaded: Loaded, base: str | None) -> None:
+    from inlay.core.errors import ConfigError
+
+    if loaded.fresh:
+        raise ConfigError(
+            f"the base {base or 'embedded in inlay'} has no trained {', '.join(loaded.fresh)} for the task "
+            f"{loaded.task}, so its answers would be random; give an --adapter that was trained for it"
+        )
+
+
+def _labels(loaded: Loaded, record: TrainingRecord | None) -> list[str] | None:
+    """The labels in the order of the head's outputs; a record's even where a language model answers."""
+    if record is not None and record.labels is not None:
+        return list(record.labels)
+    if loaded.task != "classification":
+        return None
+    names = loaded.model.config.id2label
+    return [str(names[place]) for place in sorted(names)]
+
+
+def _write_predictions(path: Path, found: Evaluation) -> None:
+    from inlay.core.errors import ConfigError
+    from inlay.train.folder import write_text
+
+    if not found["predictions"]:
+        raise ConfigError(
+            f"there are no predictions to write to {path}: {', '.join(found['metrics'])} only score the "
+            "given texts. Add a metric of answers, for example --metrics exact_match"
+        )
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found["predictions"]))
+
+
+def _show(found: Evaluation, adapter: str | None, data: str) -> None:
+    from inlay.evaluate.metrics import METRICS
+
+    scales = {name: metric.scale for name, metric in METRICS.items()}
+    units = {"loss": "nats a token", "perplexity": "≥ 1", "bits_per_byte": "bits a byte", **scales}
+    rows = [(name, units[name], number(value)) for name, value in found["metrics"].items()]
+    title = f"{adapter or 'base'} on {data} ({found['rows']:,} rows, {found['kind']})"
+    show_table(title, ("metric", "scale", "score"), rows, numbers=1)

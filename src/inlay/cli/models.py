@@ -1,0 +1,115 @@
+"""A base with the adapters that a command names, and how each of them wants to be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inlay.data import Template
+    from inlay.train import TrainingRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model in which every named adapter is attached, the last one active.
+
+    Attributes:
+        task: that the model was loaded for.
+        names: folder → the adapter's name in the model.
+        records: folder → what its training left beside it, or None.
+        fresh: modules that neither the base nor an adapter has weights for.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: str
+    names: Mapping[str, str]
+    records: Mapping[str, TrainingRecord | None]
+    fresh: tuple[str, ...]
+
+
+def load_adapted(base: str | None, folders: Sequence[str], *, task: str | None = None) -> Loaded:
+    """Load a base and attach adapters to it.
+
+    Args:
+        base: transformers folder or hub name; None is the one the adapters were trained on, and the embedded
+            one where that is not recorded.
+        folders: of adapters.
+        task: None is the one the adapters were trained for, ``causal`` where that is not recorded.
+
+    Raises:
+        ConfigError: the adapters disagree about base, task or labels, or the base cannot be loaded.
+        AdapterFileError, BaseMismatchError: an adapter that cannot be attached.
+    """
+    import inlay
+    from inlay.train import load_base, read_record
+
+    records = {folder: read_record(folder) for folder in folders}
+    if task is None:
+        task = _agreed("tasks", records, lambda record: record.task) or "causal"
+    labels = _agreed("labels", records, lambda record: record.labels)
+    if base is None:
+        base = _agreed("bases", records, lambda record: record.base)
+    loaded = load_base(base, task=task, label_names=labels if task == "classification" else None)
+    names = {folder: f"adapter{place}" for place, folder in enumerate(records)}
+    for folder, name in names.items():
+        inlay.load(loaded.model, folder, name=name)
+    trained = {path for adapter in inlay.adapters(loaded.model).values() for path in adapter.modules_to_save}
+    return Loaded(
+        model=loaded.model.eval(),
+        tokenizer=loaded.tokenizer,
+        task=task,
+        names=names,
+        records=records,
+        fresh=tuple(path for path in loaded.fresh if path not in trained),
+    )
+
+
+def prompt_tokens(loaded: Loaded, text: str, folder: str | None, *, chat: bool | None = None) -> list[int]:
+    """The tokens of a prompt typed by hand, written as the adapter's training wrote prompts.
+
+    Args:
+        folder: of the adapter that will answer; None is the base itself, which is asked in plain text.
+        chat: write it with the chat template, or not; None is as in training.
+
+    Raises:
+        ConfigError: a chat without a chat template.
+        DataError: training made its prompts of several columns.
+    """
+    from inlay.data import Template, encode_prompt
+    from inlay.data.chat import chat_pieces
+    from inlay.data.joining import Joiner
+
+    record = loaded.records.get(folder) if folder is not None else None
+    if chat or (chat is None and record is not None and record.kind == "chat"):
+        pieces = chat_pieces([{"role": "user", "content": text}], loaded.tokenizer, open_turn=True)
+        tokens = Joiner(loaded.tokenizer).pieces([[piece for piece, _ in pieces]])[0]
+        return [token for piece in tokens for token in piece]
+    task: Any = loaded.task
+    continued = record is None or chat is False or record.kind in ("text", "chat")
+    template = Template(separator="") if continued or record is None else template_of(record)
+    return encode_prompt(text, loaded.tokenizer, task=task, template=template)
+
+
+def template_of(record: TrainingRecord | None) -> Template:
+    """How the training joined prompt and completion; the default where that is not recorded."""
+    from inlay.data import Template
+
+    if record is None:
+        return Template()
+    return Template(prompt=record.prompt_template, separator=record.separator)
+
+
+def _agreed(
+    what: str, records: Mapping[str, TrainingRecord | None], pick: Callable[[TrainingRecord], Any]
+) -> Any:
+    """The one value that all records hold; None where there is no record."""
+    from inlay.core.errors import ConfigError
+
+    found = {folder: pick(record) for folder, record in records.items() if record is not None}
+    if len(set(found.values())) > 1:
+        lines = "\n".join(f"  - {folder}: {value}" for folder, value in found.items())
+        raise ConfigError(f"the adapters have different {what}, so they cannot share a model:\n{lines}")
+    return next(iter(found.values()), None)
