@@ -138,7 +138,9 @@ def read_values(path: Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}, expected `name: value` lines such as `data: rows.jsonl`")
+        raise ConfigError(
+            f"{path} holds {type(values).__name__}, expected `name: value` lines such as `data: rows.jsonl`"
+        )
     return values
 
 

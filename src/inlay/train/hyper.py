@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -70,8 +71,14 @@ def _fields(method: str) -> dict[str, Any]:
     from inlay.methods import method_named
 
     cls = method_named(method)
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {field.name: _hint(cls, field.name) for field in dataclasses.fields(cls)}
+
+
+def _hint(cls: type, name: str) -> Any:
+    """A field's type, resolved where it was written; class variables may name what only type checkers import."""
+    owner = next(parent for parent in cls.__mro__ if name in vars(parent).get("__annotations__", {}))
+    hint = vars(owner)["__annotations__"][name]
+    return eval(hint, vars(sys.modules[owner.__module__])) if isinstance(hint, str) else hint
 
 
 def _typed(hint: Any, text: str) -> Any:

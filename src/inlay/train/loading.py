@@ -67,7 +67,12 @@ def load_base(
         model, info = _read_model(source, task, labels, dtype)
         tokenizer = _read_tokenizer(source)
     fresh = _fresh_modules(model, info, source, task)
-    if task == "classification" and label_names is not None and not fresh and _other_labels(config, label_names):
+    if (
+        task == "classification"
+        and label_names is not None
+        and not fresh
+        and _other_labels(config, label_names)
+    ):
         fresh = head_modules(model)
     _settle(model, tokenizer, task)
     return Base(model, tokenizer, fresh)
@@ -88,9 +93,13 @@ def base_source(path: str | Path | None) -> str:
         _check_folder(folder)
         return str(folder)
     if folder.is_file():
-        raise ConfigError(f"base {path} is a file; expected a transformers model folder (config.json and weights)")
+        raise ConfigError(
+            f"base {path} is a file; expected a transformers model folder (config.json and weights)"
+        )
     if isinstance(path, Path) or not _HUB_ID.fullmatch(path) or path.startswith("."):
-        raise ConfigError(f"base {path}: there is no such folder. Give a transformers model folder, or a hub id (owner/name)")
+        raise ConfigError(
+            f"base {path}: there is no such folder. Give a transformers model folder, or a hub id (owner/name)"
+        )
     return path
 
 
@@ -135,7 +144,9 @@ def _check_folder(folder: Path) -> None:
     if "config.json" not in names:
         if names & {"adapter.safetensors", "adapter_config.json"}:
             raise ConfigError(f"base {folder} is an adapter, not a model. Give the base it was trained on")
-        raise ConfigError(f"base {folder} is not a model folder: it has no config.json. Give a transformers model folder")
+        raise ConfigError(
+            f"base {folder} is not a model folder: it has no config.json. Give a transformers model folder"
+        )
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise ConfigError(
             f"base {folder} has a config.json but no weights (*.safetensors). Download the weights beside it; a large file "
@@ -151,7 +162,9 @@ def _check_task(config: Any, source: str, task: str) -> None:
     able = [name for name, auto in AUTO.items() if type(config) in getattr(transformers, auto)._model_mapping]
     if task not in able:
         can = f"it can do {', '.join(able)}" if able else "no text task is known for it"
-        raise ConfigError(f"base {source} ({config.model_type}) cannot do the task {task}: {can}. Choose another task or base")
+        raise ConfigError(
+            f"base {source} ({config.model_type}) cannot do the task {task}: {can}. Choose another task or base"
+        )
 
 
 def _head_options(task: str, num_labels: int | None, label_names: Sequence[str] | None) -> dict[str, Any]:
@@ -166,10 +179,16 @@ def _head_options(task: str, num_labels: int | None, label_names: Sequence[str] 
             "num_labels": len(label_names),
             "problem_type": "single_label_classification",
         }
-    return {} if num_labels is None else {"num_labels": num_labels, "problem_type": "single_label_classification"}
+    return (
+        {}
+        if num_labels is None
+        else {"num_labels": num_labels, "problem_type": "single_label_classification"}
+    )
 
 
-def _read_model(source: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
+def _read_model(
+    source: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None
+) -> tuple[Any, dict[str, Any]]:
     import torch
     import transformers
     from safetensors import SafetensorError
@@ -185,7 +204,9 @@ def _read_model(source: str, task: str, labels: dict[str, Any], dtype: torch.dty
             **labels,
         )
     except SafetensorError as error:
-        raise ConfigError(f"base {source}: its weights are damaged or cut short ({error}). Download them again") from error
+        raise ConfigError(
+            f"base {source}: its weights are damaged or cut short ({error}). Download them again"
+        ) from error
     except OSError as error:
         raise ConfigError(f"base {source}: its weights cannot be read ({_first_line(error)})") from error
     except (RuntimeError, ValueError, ImportError) as error:
@@ -218,12 +239,16 @@ def _fresh_modules(model: Any, info: dict[str, Any], source: str, task: str) -> 
     wrong = sorted(
         name
         for name in missing
-        if task in ("causal", "seq2seq") or (name.startswith(trunk) and (name in mismatched or not pooler.search(name)))
+        if task in ("causal", "seq2seq")
+        or (name.startswith(trunk) and (name in mismatched or not pooler.search(name)))
     )
     if wrong:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         raise ConfigError(
-            problems(f"base {source} lacks weights that the task {task} needs, so it cannot be used", [*wrong[:_SHOWN], *more])
+            problems(
+                f"base {source} lacks weights that the task {task} needs, so it cannot be used",
+                [*wrong[:_SHOWN], *more],
+            )
         )
     return collapse(missing, parameters)
 

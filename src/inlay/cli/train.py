@@ -1,0 +1,138 @@
+"""`inlay train`: data and a base in, an adapter out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+# typer reads annotations at run time, and `X | None` inside Annotated is spelt Optional for its sake.
+# ruff: noqa: UP045
+
+
+def train(
+    data: Annotated[Optional[str], typer.Option(help="CSV, TSV, JSONL, JSON, Parquet or text file (maybe .gz), or a datasets id.")] = None,
+    out: Annotated[Optional[str], typer.Option(help="Folder to write the run to.")] = None,
+    base: Annotated[Optional[str], typer.Option(help="Transformers folder or hub id. Default: the embedded base.")] = None,
+    method: Annotated[Optional[str], typer.Option(help="Method (see `inlay methods`). Default: lora.")] = None,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE", help="Hyper-parameter of the method, e.g. rank=16. Repeatable.")] = None,
+    where: Annotated[Optional[str], typer.Option(help="all-linear, attention, mlp, a role, module names with commas, or re:PATTERN. Default: the paper's.")] = None,
+    layers: Annotated[Optional[str], typer.Option(metavar="NUMBERS", help="Layers to stay within, e.g. 0-5,11.")] = None,
+    modules_to_save: Annotated[Optional[str], typer.Option(metavar="NAMES", help="Modules to train whole, with commas. A fresh head is found by itself.")] = None,
+    eval_data: Annotated[Optional[str], typer.Option(help="Rows to evaluate on during training.")] = None,
+    eval_share: Annotated[Optional[float], typer.Option(help="Share of the data held out where --eval-data is not given. Default: 0.05; 0 is none.")] = None,
+    task: Annotated[Optional[str], typer.Option(help="causal, seq2seq, classification or regression. Default: guessed from columns and base.")] = None,
+    columns: Annotated[Optional[str], typer.Option(metavar="ROLE=NAME,…", help="Columns with other names, e.g. prompt=question,completion=answer.")] = None,
+    prompt_template: Annotated[Optional[str], typer.Option(help="Text with column names in braces that becomes the prompt.")] = None,
+    separator: Annotated[Optional[str], typer.Option(help="Between prompt and completion. Default: a line end.")] = None,
+    name: Annotated[Optional[str], typer.Option(help="Name of the adapter. Default: default.")] = None,
+    epochs: Annotated[Optional[float], typer.Option(help="Passes over the data. Default: 3.")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Steps, in place of --epochs.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Rows in a pass. Default: 16.")] = None,
+    accumulate: Annotated[Optional[int], typer.Option(help="Passes in a step. Default: 1.")] = None,
+    learning_rate: Annotated[Optional[float], typer.Option(help="Peak rate. Default: the method's.")] = None,
+    schedule: Annotated[Optional[str], typer.Option(help="linear, cosine, constant or constant_with_warmup. Default: the method's.")] = None,
+    warmup: Annotated[Optional[float], typer.Option(help="Share of the steps in which the rate rises. Default: the method's.")] = None,
+    weight_decay: Annotated[Optional[float], typer.Option(help="Default: the method's.")] = None,
+    max_grad_norm: Annotated[Optional[float], typer.Option(help="Gradients are scaled down to this norm. Default: 1; 0 leaves them.")] = None,
+    max_length: Annotated[Optional[int], typer.Option(help="Tokens a row may have. Default: what the base can read.")] = None,
+    on_long: Annotated[Optional[str], typer.Option(help="Longer rows: error, truncate, drop or split. Default: split for plain text, else error.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of every random draw. Default: 0.")] = None,
+    precision: Annotated[Optional[str], typer.Option(help="bf16 or fp32 weights of the base. Default: its own.")] = None,
+    gradient_checkpointing: Annotated[Optional[bool], typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")] = None,
+    eval_every: Annotated[Optional[int], typer.Option(help="Steps between evaluations. Default: an epoch, or a quarter of a short run.")] = None,
+    save_every: Annotated[Optional[int], typer.Option(help="Steps between checkpoints. Default: as --eval-every, and every ten minutes.")] = None,
+    early_stopping: Annotated[Optional[int], typer.Option(metavar="N", help="End after N evaluations without a better score.")] = None,
+    report_to: Annotated[Optional[str], typer.Option(help="tensorboard, wandb, mlflow, with commas.")] = None,
+    config: Annotated[Optional[Path], typer.Option(help="run.yaml of these options; flags override it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, exactly.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
+) -> None:  # fmt: skip
+    """Fine-tune a frozen base on your data and save the adapter."""
+    flags = {key: value for key, value in locals().items() if value is not None}
+    for own in ("config", "resume", "overwrite", "as_json"):
+        flags.pop(own, None)
+    asked = _values(flags, config)
+    from inlay.core.errors import ConfigError
+    from inlay.train.config import RunConfig
+
+    if "out" not in asked:
+        raise ConfigError("--out is missing: give the folder to write the run to, e.g. --out runs/first")
+    if "data" not in asked and not resume:
+        raise ConfigError("--data is missing: give a file of rows, e.g. --data rows.jsonl")
+    if not resume:
+        checked = RunConfig.of(asked, origin="options" if config is None else f"options and {config}")
+    from inlay.train.run import resumed_config, run
+
+    result = run(
+        resumed_config(asked["out"], asked) if resume else checked, resume=resume, overwrite=overwrite
+    )
+    if as_json:
+        from inlay.cli.output import write_json
+
+        write_json(result.to_dict())
+        return
+    sys.stdout.write(_told(result))
+
+
+def _values(flags: dict[str, Any], config: Path | None) -> dict[str, Any]:
+    """The file's values with the flags' on top, in the types of the configuration."""
+    from inlay.core.errors import ConfigError
+
+    values: dict[str, Any] = {}
+    if config is not None:
+        from inlay.train.config import read_values
+
+        values = read_values(config)
+    words = flags.pop("set_", None)
+    for key in ("modules_to_save", "report_to"):
+        if key in flags:
+            flags[key] = _listed(flags[key])
+    if "where" in flags and "," in flags["where"] and not flags["where"].startswith("re:"):
+        flags["where"] = _listed(flags["where"])
+    if "layers" in flags:
+        flags["layers"] = _numbers(flags["layers"])
+    if "columns" in flags:
+        from inlay.data.columns import parse_columns
+
+        flags["columns"] = parse_columns(flags["columns"])
+    if "method" in flags and flags["method"] != values.get("method"):
+        values.pop("settings", None)  # another method's hyper-parameters
+    values |= flags
+    if words:
+        from inlay.train.hyper import parse_settings
+
+        earlier = values.get("settings") or {}
+        if not isinstance(earlier, dict):
+            raise ConfigError(f"settings is {earlier!r}, expected `name: value` lines")
+        values["settings"] = {**earlier, **parse_settings(str(values.get("method", "lora")), words)}
+    return values
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    """``0-2,5`` as [0, 1, 2, 5]."""
+    from inlay.core.errors import ConfigError
+
+    numbers: list[int] = []
+    for part in _listed(text):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ConfigError(f"--layers {text!r}: {part!r} is not a number or a range such as 0-5")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return numbers
+
+
+def _told(result: Any) -> str:
+    scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
+    kept = f" (best: step {result.best_step})" if result.best_step not in (None, result.steps) else ""
+    return (
+        f"{result.adapter}: {result.trainable:,} trained parameters, {result.steps} steps{kept} in {result.seconds:.0f} s, "
+        f"{result.tokens_per_second:,.0f} tokens/s\n{scores}\n"
+    )

@@ -1,0 +1,163 @@
+"""What happens between the steps: pace, metrics.jsonl, progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+from inlay.train.folder import RunFolder, disk_errors
+from inlay.train.stop import StopRequest
+
+CHECKPOINT_SECONDS = (
+    600  # a killed run loses no more than this, however far apart its checkpoints are in steps
+)
+_LINES = 10  # of progress where nobody watches
+
+
+class Pace(TrainerCallback):
+    """Stops when asked to, and saves when the last checkpoint is long ago; saving draws no random numbers."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+        self.saved_at = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.request.training = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+            control.should_save = True
+        if self.request.number:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved_at = time.monotonic()
+
+
+class Metrics(TrainerCallback):
+    """Writes metrics.jsonl and counts tokens and time.
+
+    Attributes:
+        seconds: spent in steps, by earlier parts of a resumed run too.
+        tokens_per_second: in the steps of this part.
+    """
+
+    def __init__(self, folder: RunFolder, earlier: list[dict[str, Any]]) -> None:
+        self.folder = folder
+        self.earlier_seconds: float = earlier[-1]["seconds"] if earlier else 0.0
+        self.spent = 0.0
+        self.step_seconds = 0.0
+        self.started = 0.0
+        self.tokens_before: int | None = None
+        self.tokens = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier_seconds + self.spent
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.spent if self.spent else 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+        self.tokens_before = state.num_input_tokens_seen
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_seconds = time.perf_counter() - self.started
+        self.spent += self.step_seconds
+        self.tokens += state.num_input_tokens_seen - (self.tokens_before or 0)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        logs = logs or {}
+        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        if "loss" in logs:
+            line |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+            new = state.num_input_tokens_seen - (self.tokens_before or 0)
+            line |= {"tokens": new, "tokens_per_second": round(new / max(self.step_seconds, 1e-9), 1)}
+        elif "eval_loss" in logs:
+            line |= {key: value for key, value in logs.items() if key in ("eval_loss", "eval_accuracy")}
+        else:
+            return
+        line["seconds"] = round(self.seconds, 3)
+        with disk_errors(self.folder.metrics), self.folder.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Progress(TrainerCallback):
+    """A bar with loss, tokens per second and time left; plain lines where standard error is no terminal."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        self.metrics, self.watched = metrics, console.is_terminal
+        self.evaluated = ""
+        self.bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first, self.begun = state.global_step, time.monotonic()
+        if self.watched:
+            self.row = self.bar.add_task(
+                "training", total=state.max_steps, completed=state.global_step, loss="", speed="", note=""
+            )
+            self.bar.start()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            scores = [
+                f"{key.removeprefix('eval_')} {logs[key]:.4f}"
+                for key in ("eval_loss", "eval_accuracy")
+                if key in logs
+            ]
+            self.evaluated = f"held out: {', '.join(scores)}"
+            if self.watched:
+                self.bar.update(self.row, description="training", note=self.evaluated)
+            else:
+                _say(f"step {state.global_step}/{state.max_steps}  {self.evaluated}")
+        elif "loss" in logs:
+            loss, speed = f"loss {logs['loss']:.4f}", f"{self.metrics.tokens_per_second:,.0f} tokens/s"
+            if self.watched:
+                self.bar.update(self.row, completed=state.global_step, loss=loss, speed=speed)
+            elif state.global_step % max(1, state.max_steps // _LINES) == 0:
+                _say(f"step {state.global_step}/{state.max_steps}  {loss}  {speed}  {self._left(state)}")
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Told by the trainer while it evaluates."""
+        if self.watched:
+            self.bar.update(self.row, note=f"evaluating {done}/{total}")
+
+    def close(self) -> None:
+        """Take the bar down, however training ended."""
+        if self.watched:
+            self.bar.stop()
+
+    def _left(self, state: Any) -> str:
+        done = state.global_step - self.first
+        seconds = (time.monotonic() - self.begun) / max(done, 1) * (state.max_steps - state.global_step)
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,236 @@
+"""The output folder of a run: who may use it, what is in it, and disks that are full.
+
+    <out>/run.yaml              the resolved configuration; a run from it reproduces this one
+    <out>/metrics.jsonl         a line a step and an evaluation
+    <out>/checkpoints/          only while the run is unfinished
+    <out>/adapter/              adapter.safetensors, training.json, README.md
+    <out>/result.json           written last: the run is finished
+
+Everything is written beside its place and renamed, so that a kill at any moment leaves whole files.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from inlay.core.errors import OutputError
+
+_OWN_FILES = ("run.yaml", "metrics.jsonl", "result.json", ".lock")
+_OWN_FOLDERS = ("adapter", "checkpoints", "runs")
+_PREFIX = "checkpoint-"
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be too large",
+}
+_FULL_WORDS = (
+    "No space left",
+    "File too large",
+    "quota exceeded",
+    "PytorchStreamWriter",
+    "unexpected pos",
+    "file write failed",
+)
+
+
+class RunFolder:
+    """The paths of one run, and what they say about it."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
+        self.config = self.root / "run.yaml"
+        self.metrics = self.root / "metrics.jsonl"
+        self.result = self.root / "result.json"
+        self.adapter = self.root / "adapter"
+        self.checkpoints = self.root / "checkpoints"
+        self.best = self.checkpoints / "best.safetensors"
+        self._lock: IO[str] | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether anything is in the way of a new run."""
+        return self.root.exists() and (
+            not self.root.is_dir() or any(e.name != ".lock" for e in self.root.iterdir())
+        )
+
+    @property
+    def finished(self) -> bool:
+        return self.result.is_file()
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Whether a run may write here; nothing is touched.
+
+        Raises:
+            OutputError: the folder is in use, or there is nothing to resume or no run to overwrite.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise OutputError(f"{self.root} is a file; give a folder for --out")
+        if resume and not self.config.is_file():
+            raise OutputError(
+                f"{self.root} holds no run to resume (no run.yaml). Leave --resume out to start one"
+            )
+        if not self.used or resume:
+            return
+        if overwrite:
+            foreign = sorted(
+                e.name for e in self.root.iterdir() if e.name not in (*_OWN_FILES, *_OWN_FOLDERS)
+            )
+            if foreign or not self.config.is_file():
+                shown = ", ".join(foreign[:5]) or "no run.yaml"
+                raise OutputError(
+                    f"{self.root} is not only a run of inlay ({shown}), so it is not overwritten. Choose another --out"
+                )
+            return
+        state = (
+            "a finished run"
+            if self.finished
+            else "an unfinished run"
+            if self.config.is_file()
+            else "other files"
+        )
+        remedy = {
+            "a finished run": "Choose another --out, or --overwrite to train again",
+            "an unfinished run": "Give --resume to go on, --overwrite to start again, or another --out",
+            "other files": "Choose another --out",
+        }[state]
+        raise OutputError(
+            f"the output folder {self.root} is already in use: it holds {state}. {remedy}"
+            + (
+                ""
+                if "--resume" in remedy
+                else " (--resume goes on with an unfinished run; --overwrite replaces a run)"
+            )
+        )
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the folder for this process; a second run in it is refused, and a dead one leaves no trace."""
+        import fcntl  # there is no such lock on Windows, where inlay does not run yet
+
+        with disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise OutputError(
+                f"the output folder {self.root} is already in use: another process is training in it. "
+                "Wait for its end (then --resume or --overwrite), or choose another --out"
+            ) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (self.root / ".lock").unlink(missing_ok=True)
+            lock.close()
+
+    def clear(self) -> None:
+        """Remove an earlier run's files."""
+        for name in _OWN_FOLDERS:
+            shutil.rmtree(self.root / name, ignore_errors=True)
+        for name in _OWN_FILES:
+            if name != ".lock":
+                (self.root / name).unlink(missing_ok=True)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"{_PREFIX}{step}"
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; what a kill left unfinished has another name and is removed."""
+        if not self.checkpoints.is_dir():
+            return None
+        for entry in self.checkpoints.glob(".*"):
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+        found = [e for e in self.checkpoints.glob(f"{_PREFIX}*") if e.name.removeprefix(_PREFIX).isdigit()]
+        return max(found, key=lambda e: int(e.name.removeprefix(_PREFIX)), default=None)
+
+    def keep_only(self, kept: Path) -> None:
+        """Remove all checkpoints but one."""
+        for entry in self.checkpoints.glob(f"{_PREFIX}*"):
+            if entry != kept:
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def keep_metrics(self, last_step: int) -> list[dict[str, Any]]:
+        """Drop the lines of metrics.jsonl after `last_step` (a killed run's, about to be repeated); return the rest."""
+        if not self.metrics.is_file():
+            return []
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the line that was being written when the run was killed
+                continue
+            if entry["step"] <= last_step:
+                kept.append(entry)
+        write_text(self.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
+        return kept
+
+
+@contextmanager
+def disk_errors(path: Path, remedy: str = "Free space, or choose another --out") -> Iterator[None]:
+    """Full disks and forbidden places as an `OutputError` that names the path."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        why = _why(error)
+        if why is None:
+            raise
+        raise OutputError(f"{path} cannot be written: {why}. {remedy}") from error
+    except Exception as error:  # safetensors has an error class of its own
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OutputError(f"{path} cannot be written: {_why(error) or error}. {remedy}") from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error is some library's way of saying that the disk is full."""
+    return (isinstance(error, OSError) and error.errno in _FULL) or any(
+        word in str(error) for word in _FULL_WORDS
+    )
+
+
+def _why(error: BaseException) -> str | None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return _FULL[error.errno]
+    if any(word in str(error) for word in _FULL_WORDS):
+        return "the disk is full" if "too large" not in str(error) else "the file would be too large"
+    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError)):
+        return str(error.strerror).lower()
+    return None
+
+
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file or folder beside `path`, then rename it into place; a failure leaves nothing."""
+    part = path.with_name(f".{path.name}.part")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)
+        try:
+            write(part)
+            if part.is_dir() and path.is_dir():
+                _remove(path)
+            os.replace(part, path)
+        except BaseException:
+            _remove(part)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    write_beside(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,305 @@
+"""From a configuration to a model with its adapter, encoded rows and the resolved configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from inlay.core.errors import ConfigError, DataError
+from inlay.core.method import Method
+from inlay.train.config import RunConfig, Task
+from inlay.train.hyper import build_method
+from inlay.train.loading import Base, base_source, load_base, read_config
+from inlay.train.record import TrainingRecord, versions
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from inlay.core.adapter import Adapter
+    from inlay.data import Layout
+
+FEWEST_TO_SPLIT = 20  # rows; holding one out of fewer says nothing and costs too much
+UNBOUNDED_CONTEXT = 1024  # tokens, where a base states no limit
+TEXT_WINDOW = 1024  # tokens; plain text is cut into rows, which need not be as long as the longest contexts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything a run needs before its first step.
+
+    Attributes:
+        config: resolved: nothing left to be found out.
+        identity: digests of rows and base; a resumed run must have the same.
+    """
+
+    config: RunConfig
+    task: Task
+    method: Method
+    base: Base
+    adapter: Adapter
+    base_parameters: int
+    train: Dataset
+    held_out: Dataset | None
+    collator: Any
+    total_steps: int
+    record: TrainingRecord
+    identity: dict[str, Any]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read, check, load and encode; nothing is written.
+
+    Raises:
+        UserError: whatever is wrong with configuration, data or base.
+    """
+    from transformers import set_seed
+
+    import inlay
+    from inlay.core.fingerprint import fingerprint as base_fingerprint
+    from inlay.data import collate
+    from inlay.data import fingerprint as rows_fingerprint
+
+    method = build_method(config.method, config.settings)
+    _check_reporters(config)
+    source = base_source(config.base)
+    rows, held, layout = read_rows(config)
+    task = config.task or guess_task(layout, source)
+    labels = _labels(rows, layout, task)
+    rows, held = _split(rows, held, config)
+    set_seed(config.seed)  # a fresh head and the adapter are drawn from it
+    base = load_base(source if config.base else None, task=task, label_names=labels, dtype=_dtype(config))
+    if layout.kind == "chat" and not base.tokenizer.chat_template:
+        raise ConfigError(
+            f"{config.data} holds chats, but the tokenizer of the base {source} has no chat template. Give a base that was "
+            "trained on chats, or data with `prompt` and `completion`"
+        )
+    base_parameters = sum(p.numel() for p in base.model.parameters())
+    adapter = inlay.attach(
+        base.model,
+        method,
+        name=config.name,
+        where=_where(config),
+        layers=config.layers,
+        modules_to_save=list(dict.fromkeys([*config.modules_to_save, *base.fresh])),
+    )
+    config = config.changed(
+        max_length=_max_length(config, layout, base, adapter), on_long=_on_long(config, layout)
+    )
+    train = _encode(rows, layout, base, task, labels, config)
+    held_out = None if held is None else _by_length(_encode(held, layout, base, task, labels, config))
+    per_epoch = math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulate)
+    total_steps = config.steps or math.ceil(config.epochs * per_epoch)
+    config = _resolved(config, task, method, layout, per_epoch, total_steps)
+    digests = {"train": rows_fingerprint(train)} | (
+        {} if held_out is None else {"eval": rows_fingerprint(held_out)}
+    )
+    record = TrainingRecord(
+        task=task,
+        base=config.base,
+        labels=None if labels is None else tuple(labels),
+        columns=config.columns,
+        kind=layout.kind,
+        prompt_template=config.prompt_template,
+        separator=config.separator,
+        max_length=config.max_length or 0,
+        data=digests,
+        versions=versions(),
+    )
+    return Prepared(
+        config=config,
+        task=task,
+        method=method,
+        base=base,
+        adapter=adapter,
+        base_parameters=base_parameters,
+        train=train,
+        held_out=held_out,
+        collator=collate(base.tokenizer, task),
+        total_steps=total_steps,
+        record=record,
+        identity={"data": digests, "base": base_fingerprint(base.model, without=adapter.copies).to_dict()},
+    )
+
+
+def read_rows(config: RunConfig) -> tuple[Dataset, Dataset | None, Layout]:
+    """Both tables as read, and the layout they share."""
+    from inlay.data import read_table, resolve_columns
+
+    rows = read_table(config.data)
+    layout = resolve_columns(rows, config.columns, task=config.task)
+    if config.eval_data is None:
+        return rows, None, layout
+    held = read_table(config.eval_data)
+    try:
+        other = resolve_columns(held, _roles(layout), task=config.task)
+    except DataError as error:
+        raise DataError(f"{config.eval_data} must have the columns of {config.data}: {error}") from error
+    if other.kind != layout.kind and {other.kind, layout.kind} != {"classification", "regression"}:
+        raise DataError(f"{config.eval_data} is {other.kind} data, but {config.data} is {layout.kind} data")
+    return rows, held, layout
+
+
+def guess_task(layout: Layout, source: str) -> Task:
+    """The task that columns and base suggest."""
+    if layout.kind in ("classification", "regression"):
+        return layout.kind
+    encoder_decoder = bool(getattr(read_config(source), "is_encoder_decoder", False))
+    return "seq2seq" if layout.kind == "completion" and encoder_decoder else "causal"
+
+
+def _labels(rows: Dataset, layout: Layout, task: Task) -> list[str] | None:
+    from inlay.data import labels_of
+
+    return labels_of(rows, layout) if task == "classification" else None
+
+
+def _split(rows: Dataset, held: Dataset | None, config: RunConfig) -> tuple[Dataset, Dataset | None]:
+    """Hold rows out for evaluation, drawn by the seed, where no file for it is given."""
+    if held is not None or config.eval_share == 0:
+        return rows, held
+    if len(rows) < FEWEST_TO_SPLIT:
+        if config.early_stopping:
+            raise DataError(
+                f"{config.data} has {len(rows)} rows, too few to hold some out for early stopping (at least "
+                f"{FEWEST_TO_SPLIT}). Give --eval-data, or leave --early-stopping out"
+            )
+        return rows, None
+    order = np.random.default_rng(config.seed).permutation(len(rows))
+    count = max(1, round(len(rows) * config.eval_share))
+    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+
+
+def _encode(
+    rows: Dataset, layout: Layout, base: Base, task: Task, labels: list[str] | None, config: RunConfig
+) -> Dataset:
+    from inlay.data import Template, encode
+
+    assert config.max_length is not None and config.on_long is not None
+    return encode(
+        rows,
+        layout,
+        base.tokenizer,
+        task=task,
+        max_length=config.max_length,
+        label_names=labels,
+        template=Template(prompt=config.prompt_template, separator=config.separator),
+        on_long=config.on_long,
+    )
+
+
+def _by_length(rows: Dataset) -> Dataset:
+    """Longest first: least padding, and too much memory shows at once."""
+    return rows.select(np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable"))
+
+
+def _max_length(config: RunConfig, layout: Layout, base: Base, adapter: Adapter) -> int:
+    """The longest row the base can read beside the adapter's virtual tokens."""
+    context, virtual = context_of(base.model, base.tokenizer), _virtual_tokens(adapter)
+    room = (context or UNBOUNDED_CONTEXT) - virtual
+    if room < 2:
+        raise ConfigError(
+            f"{virtual} virtual tokens leave no room for text in a context of {context}. Give a smaller length"
+        )
+    if config.max_length is None:
+        return min(room, TEXT_WINDOW) if layout.kind == "text" else room
+    if context is not None and config.max_length > room:
+        beside = f", {virtual} of them taken by the soft prompt" if virtual else ""
+        raise ConfigError(
+            f"max_length is {config.max_length}, but the base reads {context} tokens{beside}. Give at most {room}"
+        )
+    return config.max_length
+
+
+def context_of(model: Any, tokenizer: Any) -> int | None:
+    """Tokens a base can read, None where it states no limit."""
+    from torch import nn
+
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the padding index on.
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ):
+            stated = module.num_embeddings - module.padding_idx - 1
+    limits = [int(n) for n in (stated, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
+    return min(limits, default=None)
+
+
+def _virtual_tokens(adapter: Adapter) -> int:
+    from inlay.core.pieces import PromptPiece
+    from inlay.core.prompt import TokenPrompt
+
+    prompts = [piece.prompt for piece in adapter.pieces if isinstance(piece, PromptPiece)]
+    return sum(prompt.length for prompt in prompts if isinstance(prompt, TokenPrompt))
+
+
+def _on_long(config: RunConfig, layout: Layout) -> str:
+    return config.on_long or ("split" if layout.kind == "text" else "error")
+
+
+def _where(config: RunConfig) -> Any:
+    import re
+
+    if isinstance(config.where, str) and config.where.startswith("re:"):
+        try:
+            return re.compile(config.where.removeprefix("re:"))
+        except re.error as error:
+            raise ConfigError(f"where={config.where!r} is not a regular expression: {error}") from error
+    return config.where
+
+
+def _dtype(config: RunConfig) -> Any:
+    import torch
+
+    return {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
+
+
+def _roles(layout: Layout) -> dict[str, str]:
+    from inlay.data.columns import ROLES
+
+    return {role: column for role in ROLES if (column := getattr(layout, role)) is not None}
+
+
+def _resolved(
+    config: RunConfig, task: Task, method: Method, layout: Layout, per_epoch: int, total: int
+) -> RunConfig:
+    """Everything that was found out, and absolute paths, so that the saved file says it all."""
+    recipe = method.recipe
+    every = config.eval_every or (per_epoch if total >= 2 * per_epoch else max(1, total // 4))
+    return config.changed(
+        task=task,
+        columns=_roles(layout),
+        settings={key: value for key, value in method.to_dict().items() if key != "method"},
+        learning_rate=config.learning_rate or recipe.learning_rate,
+        schedule=config.schedule or recipe.schedule,
+        warmup=recipe.warmup if config.warmup is None else config.warmup,
+        weight_decay=recipe.weight_decay if config.weight_decay is None else config.weight_decay,
+        eval_every=every,
+        save_every=config.save_every or every,
+        data=_absolute(config.data),
+        eval_data=None if config.eval_data is None else _absolute(config.eval_data),
+        base=None if config.base is None else _absolute(config.base),
+        out=str(Path(config.out).expanduser().resolve()),
+    )
+
+
+def _absolute(source: str) -> str:
+    """A local path in full; a hub id as it is."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _check_reporters(config: RunConfig) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in config.report_to if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"report_to={','.join(missing)} needs a package that is not installed: pip install {' '.join(missing)}"
+        )

@@ -1,0 +1,308 @@
+"""A training run from its configuration to the saved adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inlay.core.errors import BaseMismatchError, ConfigError, DataError, problems
+from inlay.train.config import RunConfig
+from inlay.train.folder import RunFolder, disk_errors, write_beside, write_text
+from inlay.train.prepare import Prepared, prepare
+from inlay.train.quiet import quiet_libraries
+from inlay.train.stop import Stopped, StopRequest, listening
+
+IDENTITY = "identity.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        out: the run's folder.
+        adapter: the adapter's folder.
+        metrics: ``train_loss`` (mean over all steps) and the kept adapter's ``eval_`` scores.
+        steps: that were run.
+        best_step: after which the kept adapter was saved, None without evaluations.
+        stopped_early: whether patience ended it.
+        seconds: in training steps, over all parts of a resumed run.
+        trainable: trained numbers, a head included.
+        peak_memory_bytes: of the device, or of this process on a CPU.
+        tokens_per_second: not counting padding.
+    """
+
+    out: Path
+    adapter: Path
+    metrics: dict[str, float]
+    steps: int
+    best_step: int | None
+    stopped_early: bool
+    seconds: float
+    trainable: int
+    peak_memory_bytes: int
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "out": str(self.out), "adapter": str(self.adapter)}
+
+    @classmethod
+    def read(cls, path: Path) -> RunResult:
+        """The result of a finished run."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**values, "out": path.parent, "adapter": path.parent / "adapter"})
+
+
+def run(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True
+) -> RunResult:
+    """Train an adapter.
+
+    Args:
+        config: what to do.
+        resume: go on with the run in ``config.out`` from its last checkpoint, giving the numbers it would have
+            given without the stop; a finished run gives its result.
+        overwrite: replace the run in ``config.out``.
+        progress: show it on standard error.
+
+    Raises:
+        UserError: whatever the user can mend; the output folder is as it was, or holds whole files to resume from.
+        Stopped: Ctrl-C or SIGTERM; the checkpoint is saved.
+    """
+    if resume and overwrite:
+        raise ConfigError(
+            "resume and overwrite exclude each other: one goes on with a run, the other replaces it"
+        )
+    folder = RunFolder(config.out)
+    folder.check(resume=resume, overwrite=overwrite)
+    if resume and folder.finished:
+        return RunResult.read(folder.result)
+    with listening() as request, folder.claimed(), quiet_libraries():
+        prepared = prepare(config)
+        if resume:
+            _check_identity(folder, prepared)
+        else:
+            _start(folder, prepared)
+        return _train(prepared, folder, request, progress=progress)
+
+
+def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
+    """The configuration of the run in `out`, for resuming it.
+
+    Args:
+        asked: options the user gave again; they must be those of the run.
+
+    Raises:
+        OutputError: no run there.
+        ConfigError: options that differ, all of them.
+    """
+    folder = RunFolder(out)
+    folder.check(resume=True, overwrite=False)
+    saved = RunConfig.read(folder.config).changed(out=str(folder.root.resolve()))
+    values = saved.model_dump()
+    wrong = []
+    for name, value in RunConfig.of({**values, **asked}).model_dump().items():
+        if name not in asked or name == "out" or value == values[name]:
+            continue
+        if name in ("data", "eval_data", "base") and Path(str(value)).expanduser().resolve() == Path(
+            str(values[name])
+        ):
+            continue
+        if name in ("settings", "columns") and all(values[name].get(key) == v for key, v in value.items()):
+            continue
+        wrong.append(f"{name} is {value!r}, but the run has {values[name]!r}")
+    if wrong:
+        raise ConfigError(
+            problems(
+                f"{out} cannot go on with other options; leave them out, or start anew with --overwrite",
+                wrong,
+            )
+        )
+    return saved
+
+
+def _start(folder: RunFolder, prepared: Prepared) -> None:
+    """Make room, and write what a resumed run needs to know."""
+    with disk_errors(folder.root):
+        folder.clear()
+        write_text(folder.checkpoints / IDENTITY, json.dumps(prepared.identity, indent=2))
+        write_text(folder.config, prepared.config.to_yaml())
+
+
+def _check_identity(folder: RunFolder, prepared: Prepared) -> None:
+    """Refuse to resume on other rows or another base."""
+    path = folder.checkpoints / IDENTITY
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read, so the run cannot be resumed. Start again with --overwrite"
+        ) from error
+    if before["data"] != prepared.identity["data"]:
+        raise DataError(
+            f"{prepared.config.data} changed since the run began, so it cannot go on. Start again with --overwrite"
+        )
+    if before["base"] != prepared.identity["base"]:
+        base = prepared.config.base or "the embedded base"
+        raise BaseMismatchError(
+            f"{base} changed since the run began, so it cannot go on. Start again with --overwrite"
+        )
+
+
+def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progress: bool) -> RunResult:
+    from transformers import PrinterCallback
+    from transformers.trainer_callback import TrainerState
+
+    from inlay.train.callbacks import Metrics, Pace, Progress
+    from inlay.train.trainer import STATE_FILE, AdapterTrainer, patience_used_up, read_tensors
+
+    config, checkpoint = prepared.config, folder.last_checkpoint()
+    state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    metrics = Metrics(folder, folder.keep_metrics(state.global_step if state else 0))
+    bar = Progress(metrics) if progress else None
+    trainer = AdapterTrainer(
+        adapter=prepared.adapter,
+        folder=folder,
+        task=prepared.task,
+        patience=config.early_stopping,
+        told=bar.evaluating if bar else None,
+        model=prepared.base.model,
+        args=_arguments(prepared, folder),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out,
+        data_collator=prepared.collator,
+        callbacks=[metrics, Pace(request), *([bar] if bar else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        if checkpoint is not None and state is not None and _over(state, prepared, patience_used_up):
+            trainer.state = state  # killed between its last step and its end
+            read_tensors(prepared.adapter, checkpoint / "adapter.safetensors")
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Stopped as stopped:
+        raise _stopped(folder, request) from stopped
+    finally:
+        request.training = False
+        if bar:
+            bar.close()
+    if request.number and not _over(trainer.state, prepared, patience_used_up):
+        raise _stopped(folder, request)
+    trainer.load_best()
+    return _finish(prepared, folder, trainer.state, metrics)
+
+
+def _over(state: Any, prepared: Prepared, patience_used_up: Any) -> bool:
+    return bool(
+        state.global_step >= prepared.total_steps or patience_used_up(state, prepared.config.early_stopping)
+    )
+
+
+def _stopped(folder: RunFolder, request: StopRequest) -> Stopped:
+    kept = folder.last_checkpoint()
+    step = 0 if kept is None else int(kept.name.rpartition("-")[2])
+    again = f"go on with: inlay train --out {folder.root} --resume"
+    return Stopped(
+        f"stopped by {request.name}; {step} steps are saved in {folder.root}. {again}", request.number
+    )
+
+
+def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    config = prepared.config
+    evaluates = "no" if prepared.held_out is None else "steps"
+    assert config.learning_rate is not None and config.schedule is not None and config.warmup is not None
+    return TrainingArguments(
+        output_dir=str(folder.root),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        num_train_epochs=config.epochs,
+        max_steps=config.steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=math.ceil(config.warmup * prepared.total_steps),
+        weight_decay=config.weight_decay or 0.0,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy=evaluates,
+        eval_steps=config.eval_every,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        report_to=list(config.report_to),
+        run_name=Path(config.out).name,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+def _finish(prepared: Prepared, folder: RunFolder, state: Any, metrics: Any) -> RunResult:
+    """Save the adapter and its card, then say that the run is finished."""
+    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    scores = {"train_loss": sum(losses) / max(len(losses), 1)}
+    for line in lines:
+        if line["step"] == state.best_global_step:
+            scores |= {key: value for key, value in line.items() if key.startswith("eval_")}
+    result = RunResult(
+        out=folder.root,
+        adapter=folder.adapter,
+        metrics=scores,
+        steps=state.global_step,
+        best_step=state.best_global_step,
+        stopped_early=state.global_step < prepared.total_steps,
+        seconds=round(metrics.seconds, 3),
+        trainable=sum(p.numel() for p in prepared.adapter.parameters()),
+        peak_memory_bytes=_peak_memory_bytes(),
+        tokens_per_second=round(metrics.tokens_per_second, 1),
+    )
+    write_beside(folder.adapter, lambda part: _write_adapter(prepared, result, part))
+    write_text(folder.result, json.dumps(result.to_dict(), indent=2) + "\n")
+    import shutil
+
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    return result
+
+
+def _write_adapter(prepared: Prepared, result: RunResult, part: Path) -> None:
+    import inlay
+    from inlay.train.card import card
+
+    inlay.save(prepared.base.model, prepared.config.name, part)
+    prepared.record.write(part)
+    facts = {
+        "rows": len(prepared.train),
+        "eval_rows": 0 if prepared.held_out is None else len(prepared.held_out),
+        "trainable": result.trainable,
+        "base_parameters": prepared.base_parameters,
+        "steps": result.best_step or result.steps,
+        "seconds": result.seconds,
+    }
+    text = card(prepared.config, prepared.method, prepared.record, facts, result.metrics)
+    (part / "README.md").write_text(text, encoding="utf-8")
+
+
+def _peak_memory_bytes() -> int:
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,209 @@
+"""`transformers.Trainer` where a model is a frozen base and one adapter.
+
+What differs from the plain Trainer, and nothing else:
+
+    checkpoint    the adapter, optimizer, schedule, random states and counters; never the base; whole or absent
+    loss          the mean over all scored items of a step, however they are cut into passes
+    evaluation    the mean over all scored items, without keeping logits; it draws no random numbers
+    rows          in `order.LengthGroupedOrder`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer
+
+from inlay.core.adapter import Adapter
+from inlay.core.errors import ConfigError
+from inlay.train.folder import RunFolder, disk_errors, write_beside
+from inlay.train.order import LengthGroupedOrder
+
+IGNORED = -100
+ADAPTER_FILE = "adapter.safetensors"
+STATE_FILE = "trainer_state.json"
+
+
+class AdapterTrainer(Trainer):
+    """The loop of `inlay train`.
+
+    Args:
+        adapter: the trained one.
+        folder: where checkpoints go.
+        task: decides what a scored item is: a token or a row.
+        patience: evaluations without a better score after which training ends; None is never.
+        told: called with (rows done, all rows) during evaluations.
+    """
+
+    def __init__(
+        self,
+        *,
+        adapter: Adapter,
+        folder: RunFolder,
+        task: str,
+        patience: int | None = None,
+        told: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> None:
+        self.adapter, self.folder, self.task, self.patience, self.told = adapter, folder, task, patience, told
+        self.control: Any
+        super().__init__(**options)
+        self.loss_is_scaled_for_ga = True  # `compute_loss` weighs each pass by its share of the step
+
+    # -- rows ---------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
+        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        return LengthGroupedOrder(lengths, self._train_batch_size, self.args.seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: Any
+    ) -> tuple[list[Any], Any]:
+        """The passes of one step, and how many items are scored in all of them (on all devices)."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        items = torch.tensor(sum(self.items(batch) for batch in batches), device=device)
+        if self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        return batches, items
+
+    def items(self, batch: dict[str, Tensor]) -> int:
+        """Scored items of a batch: rows of a classifier, tokens that are predicted elsewhere."""
+        labels = batch["labels"]
+        if self.task in ("classification", "regression"):
+            return int(labels.shape[0])
+        # A decoder predicts a token from those before it, so it never predicts the first.
+        return int((labels[:, 1:] if self.task == "causal" else labels).ne(IGNORED).sum())
+
+    # -- loss ---------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The pass's share of the step's mean loss.
+
+        Models differ in whether they heed ``num_items_in_batch``; all return the mean over their own items.
+
+        Raises:
+            ConfigError: a loss that is not a number.
+        """
+        outputs = model(**inputs)
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+        if model.training:
+            if not torch.isfinite(loss):
+                raise ConfigError(
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1}: training diverged. "
+                    "Lower --learning-rate, or give --precision fp32 if the base is bf16"
+                )
+            if num_items_in_batch is not None:
+                loss = loss * (self.items(inputs) / num_items_in_batch) * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    # -- evaluation ---------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score the held-out rows, note whether they are the best yet, and end training when patience is used up."""
+        with torch.random.fork_rng():
+            scores = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
+        name, greater = criterion(self.task)
+        score, best = scores[f"{metric_key_prefix}_{name}"], self.state.best_metric
+        if best is None or (score > best if greater else score < best):
+            self.state.best_metric, self.state.best_global_step = score, self.state.global_step
+            self._keep_best()
+        self.log(scores)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        if patience_used_up(self.state, self.patience):
+            self.control.should_training_stop = True
+        return scores
+
+    def measure(self) -> dict[str, float]:
+        """Loss over all held-out items; accuracy too for a classifier."""
+        self.model.eval()
+        loss, items, right, done = 0.0, 0, 0, 0
+        total = len(self.eval_dataset)
+        for raw in self.get_eval_dataloader():
+            batch = self._prepare_inputs(raw)
+            count = self.items(batch)
+            with torch.no_grad():
+                outputs = self.model(**batch)
+            loss += float(outputs["loss"]) * count
+            items += count
+            if self.task == "classification":
+                right += int((outputs["logits"].argmax(-1) == batch["labels"]).sum())
+            done += int(batch["labels"].shape[0])
+            if self.told is not None:
+                self.told(done, total)
+        scores = {"loss": loss / max(items, 1)}
+        return scores | ({"accuracy": right / items} if self.task == "classification" else {})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; steps are kept in metrics.jsonl, and only evaluations in the state."""
+        super().log(logs, start_time)
+        self.state.log_history = [entry for entry in self.state.log_history if "eval_loss" in entry]
+
+    # -- checkpoints --------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        path = self.folder.checkpoint(self.state.global_step)
+        if not self.args.should_save:
+            return
+        with disk_errors(path, "The last whole checkpoint is kept: free space, then go on with --resume"):
+            write_beside(path, self._write_checkpoint)
+        self.folder.keep_only(path)
+
+    def _write_checkpoint(self, part: Path) -> None:
+        part.mkdir()
+        write_tensors(self.adapter, part / ADAPTER_FILE)
+        self._save_optimizer_and_scheduler(str(part))
+        self._save_rng_state(str(part))
+        self.state.save_to_json(str(part / STATE_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        read_tensors(self.adapter, Path(resume_from_checkpoint) / ADAPTER_FILE)
+
+    def _keep_best(self) -> None:
+        with disk_errors(
+            self.folder.best, "The last whole checkpoint is kept: free space, then go on with --resume"
+        ):
+            write_beside(self.folder.best, lambda part: write_tensors(self.adapter, part))
+
+    def load_best(self) -> None:
+        """Put the best adapter's values back, where an evaluation found one."""
+        if self.state.best_global_step not in (None, self.state.global_step):
+            read_tensors(self.adapter, self.folder.best)
+
+
+def criterion(task: str) -> tuple[str, bool]:
+    """The score that decides which adapter is best, and whether more of it is better."""
+    return ("accuracy", True) if task == "classification" else ("loss", False)
+
+
+def patience_used_up(state: Any, patience: int | None) -> bool:
+    """Whether the last `patience` evaluations brought nothing better; derived from the state, so a resumed run knows."""
+    if patience is None or state.best_global_step is None:
+        return False
+    later = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] > state.best_global_step]
+    return len(later) >= patience
+
+
+def write_tensors(adapter: Adapter, path: Path) -> None:
+    """Every tensor of an adapter as it is in training, encoders of prompts included."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors().items()}, path)
+
+
+def read_tensors(adapter: Adapter, path: Path) -> None:
+    """The inverse of `write_tensors`, into the attached adapter."""
+    stored, targets = load_file(path), adapter.tensors()
+    if {n: t.shape for n, t in stored.items()} != {n: t.shape for n, t in targets.items()}:
+        raise ConfigError(
+            f"{path} does not fit this run's adapter: method, places or base changed. Start again with --overwrite"
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(stored[name])
