@@ -1,0 +1,138 @@
+"""One batch, many adapters: prefill and decode of 32 rows, against PEFT's `adapter_names` and the base alone.
+
+Decode is one token a row on top of a filled cache, as often as a short answer has tokens; prefill is one
+forward over the prompts with the last position's logits, as generation does it. The choice of adapters is
+part of what is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import inlay
+from benchmarks.contenders import LLAMA_58M, Shape, copy_values, randomise, token_rows, with_inlay, with_peft
+from benchmarks.timing import alternate, ratio
+from inlay import LoRA
+
+# Of the logits' standard deviation: bfloat16 rounds at other places in the two.
+TOLERANCE = {torch.bfloat16: 0.15, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is served.
+
+    Attributes:
+        prompt: tokens a row in the cache.
+        steps: tokens a row decoded in a run.
+    """
+
+    shape: Shape = LLAMA_58M
+    rows: int = 32
+    prompt: int = 32
+    steps: int = 8
+
+
+def compare(load: Load, *, counts: tuple[int, ...] = (1, 8, 32), runs: int) -> dict[str, Any]:
+    """For each number of adapters, spread evenly over the rows: agreement, timings and ratios."""
+    names = [f"a{n}" for n in range(max(counts))]
+    base = load.shape.build().eval()
+    ours, theirs = (
+        with_inlay(base, LoRA(rank=8), names, seed=0).eval(),
+        with_peft(base, LoRA(rank=8), names).eval(),
+    )
+    randomise(ours, seed=1)
+    copy_values(ours, theirs)
+    ids = token_rows(load.shape, load.rows, load.prompt)
+    results = []
+    for count in counts:
+        choice = [names[row % count] for row in range(load.rows)]
+        callers = {
+            "inlay": _with_inlay(ours, choice),
+            "peft": _with_peft(theirs, choice),
+            "base": _plain(base),
+        }
+        agreement = _logits_agree(callers, ids, TOLERANCE[load.shape.dtype])
+        with torch.inference_mode():
+            prefill = alternate({n: _prefill(c, ids) for n, c in callers.items()}, runs=runs)
+            decode = alternate({n: _decode(c, ids, load.steps) for n, c in callers.items()}, runs=runs)
+        results.append(
+            {
+                "adapters": count,
+                "logits": agreement,
+                "prefill": {n: t.to_dict() for n, t in prefill.items()},
+                "decode": {n: t.to_dict() for n, t in decode.items()},
+                "ratios": {
+                    f"{what}: {a}/{b}": ratio(timings[a], timings[b])
+                    for what, timings in (("prefill", prefill), ("decode", decode))
+                    for a, b in (("inlay", "base"), ("peft", "base"), ("inlay", "peft"))
+                },
+            }
+        )
+    return {
+        "shape": load.shape.to_dict(),
+        "rows": load.rows,
+        "prompt_tokens": load.prompt,
+        "decoded_tokens_a_run": load.steps,
+        "results": results,
+    }
+
+
+Caller = Callable[..., Any]
+
+
+def _with_inlay(model: Any, choice: list[str]) -> Caller:
+    def call(**inputs: Any) -> Any:
+        with inlay.use(model, choice):
+            return model(**inputs)
+
+    return call
+
+
+def _with_peft(model: Any, choice: list[str]) -> Caller:
+    return lambda **inputs: model(**inputs, adapter_names=choice)
+
+
+def _plain(model: Any) -> Caller:
+    return lambda **inputs: model(**inputs)
+
+
+def _prefill(call: Caller, ids: Tensor) -> Callable[[], object]:
+    return lambda: call(input_ids=ids, logits_to_keep=1, use_cache=False)
+
+
+def _decode(call: Caller, ids: Tensor, steps: int) -> Callable[[], object]:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    call(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = ids[:, -1:]
+
+    def run() -> None:
+        for _ in range(steps):
+            call(input_ids=token, past_key_values=cache, use_cache=True)
+        cache.crop(-steps)
+
+    return run
+
+
+def _logits_agree(callers: dict[str, Caller], ids: Tensor, tolerance: float) -> dict[str, Any]:
+    """Last position's logits: those of inlay and PEFT are equal, and unlike the base's."""
+    with torch.no_grad():
+        logits = {
+            n: c(input_ids=ids, logits_to_keep=1, use_cache=False).logits.float() for n, c in callers.items()
+        }
+    scale = float(logits["base"].std())
+    between = float((logits["inlay"] - logits["peft"]).abs().max()) / scale
+    effect = float((logits["inlay"] - logits["base"]).abs().amax(dim=(1, 2)).min()) / scale
+    return {
+        "worst_difference_between_the_two_in_deviations": between,
+        "smallest_effect_on_a_row_in_deviations": effect,
+        "tolerance": tolerance,
+        "agree": between <= tolerance < effect,
+    }

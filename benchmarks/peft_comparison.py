@@ -1,0 +1,154 @@
+"""inlay against Hugging Face PEFT: training step, switching adapters, mixed batches.
+
+    python -m benchmarks.peft_comparison                     everything, into runs/bench/peft_comparison.json
+    python -m benchmarks.peft_comparison --only step --runs 9
+
+Both run in one process, alternately, on copies of the same weights with the same adapter values, batch and
+seed. First the results must agree (losses of the first twenty steps, logits); where they do not, the command
+fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import mixed, step, switching
+from benchmarks.contenders import LINEARS_112, LLAMA_58M, Shape
+from benchmarks.provenance import ROOT, provenance, write_json
+from benchmarks.timing import MINIMUM_RUNS
+
+OUT = ROOT / "runs" / "bench" / "peft_comparison.json"
+PARTS = ("step", "switch", "mixed")
+TINY = Shape(hidden=64, intermediate=172, layers=2, heads=4, vocabulary=512)
+
+
+def step_cases(*, tiny: bool) -> list[step.Case]:
+    """LoRA r8 on all linears of the 58 M Llama; a smoke run takes the same cases on a tiny one."""
+    half = step.Case(name="no dropout, half the positions labelled", shape=LLAMA_58M)
+    cases = [
+        half,
+        replace(half, name="dropout 0.05, half the positions labelled", dropout=0.05),
+        replace(half, name="no dropout, every position labelled", labelled=1.0),
+        replace(
+            half, name="float32, no dropout, half labelled", shape=replace(LLAMA_58M, dtype=torch.float32)
+        ),
+    ]
+    if not tiny:
+        return cases
+    return [replace(c, shape=replace(TINY, dtype=c.shape.dtype), tokens=32, checked=3) for c in cases]
+
+
+def measure(parts: list[str], *, runs: int, tiny: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """The results of the chosen parts, by name."""
+    found: dict[str, Any] = {}
+    if "step" in parts:
+        found["step"] = []
+        for case in step_cases(tiny=tiny):
+            say(f"training step: {case.name}")
+            found["step"].append(step.compare(case, runs=runs))
+    if "switch" in parts:
+        say("switching adapters")
+        shape = replace(LINEARS_112, layers=2) if tiny else LINEARS_112
+        found["switch"] = switching.compare(adapters=3 if tiny else 20, shape=shape, runs=runs)
+    if "mixed" in parts:
+        say("mixed batches")
+        load = mixed.Load(shape=TINY, rows=4, prompt=8, steps=2) if tiny else mixed.Load()
+        found["mixed"] = mixed.compare(load, counts=(1, 2, 4) if tiny else (1, 8, 32), runs=runs)
+    return found
+
+
+def disagreements(found: dict[str, Any]) -> list[str]:
+    """What inlay and PEFT computed differently, in words; empty when the timings compare like with like."""
+    checks = {f"step, {r['case']}": r["losses"] for r in found.get("step", [])}
+    if "switch" in found:
+        checks["switch"] = found["switch"]["outputs"]
+    checks |= {
+        f"mixed, {r['adapters']} adapters": r["logits"] for r in found.get("mixed", {}).get("results", [])
+    }
+    return [f"{name}: {check}" for name, check in checks.items() if not check["agree"]]
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Medians in milliseconds and the ratios."""
+    shown = Table(title="inlay and Hugging Face PEFT, alternately in one process")
+    shown.add_column("work")
+    for title in ("inlay ms", "PEFT ms", "base or floor ms", "inlay / PEFT", "inlay / base or floor"):
+        shown.add_column(title, justify="right")
+    for row in found.get("step", []):
+        _add(shown, f"step: {row['case']}", row["timings"], row["ratios"], "floor")
+    if "switch" in found:
+        for key, words in (
+            ("to_another", "to another adapter"),
+            ("to_base_and_back", "to the base and back"),
+        ):
+            ratios = {"inlay/peft": found["switch"]["ratios"][f"{key}: inlay/peft"]}
+            words = (
+                f"switch {words}, {found['switch']['adapters']} loaded, {found['switch']['layers']} layers"
+            )
+            _add(shown, words, found["switch"][key], ratios, "")
+    for row in found.get("mixed", {}).get("results", []):
+        for what in ("prefill", "decode"):
+            ratios = {k.removeprefix(f"{what}: "): v for k, v in row["ratios"].items() if k.startswith(what)}
+            words = f"{what}: {found['mixed']['rows']} rows, {row['adapters']} adapters"
+            _add(shown, words, row[what], ratios, "base")
+    return shown
+
+
+def _add(shown: Table, words: str, timings: dict[str, Any], ratios: dict[str, Any], reference: str) -> None:
+    def median(name: str) -> str:
+        return f"{timings[name]['median_ms']:.4g}" if name in timings else ""
+
+    def quotient(name: str) -> str:
+        return f"{ratios[name]['of_medians']:.3g}" if name in ratios else ""
+
+    medians = [median(name) for name in ("inlay", "peft", reference)]
+    shown.add_row(words, *medians, quotient("inlay/peft"), quotient(f"inlay/{reference}"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 1 where inlay and PEFT disagree."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
+    parser.add_argument(
+        "--runs", type=int, default=9, help=f"alternating runs; results want {MINIMUM_RUNS} or more"
+    )
+    parser.add_argument("--threads", type=int, help="torch threads; the default is torch's own")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes: checks that everything runs, times nothing"
+    )
+    given = parser.parse_args(arguments)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's use of transformers
+    console = Console()
+    about = provenance(seeds=[0, 1])
+    found = measure(
+        given.only, runs=given.runs, tiny=given.smoke, say=lambda words: console.print(f"… {words}")
+    )
+    wrong = disagreements(found)
+    write_json(
+        given.out,
+        {"provenance": about, "runs": given.runs, "smoke": given.smoke, "agree": not wrong, **found},
+    )
+    console.print(table(found))
+    for line in wrong:
+        console.print(f"[red]inlay and PEFT disagree[/red] {line}")
+    console.print(f"written to {given.out}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
