@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 4096
@@ -37,10 +37,10 @@ SHORT_CONTEXT_SHARE = 0.8
 END, PAD = "<|endoftext|>", "<|pad|>"
 # A plain-text template: the base has never seen role tokens, but it has read dialogue.
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: "
-    "{% generation %}{{ m['content'] }}" + END + "{% endgeneration %}\n"
-    "{% else %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant:{% generation %} {{ m['content'] }}"
+    + END
+    + "{% endgeneration %}{{ '\n' }}{% else %}{{ m['role'] | capitalize }}: {{ m['content'] }}{{ '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 
@@ -84,8 +84,13 @@ def make_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerFast:
         )
         tokenizer.train_from_iterator(training_texts(args), trainer)
         tokenizer.save(str(path), pretty=False)
+    tokenizer = Tokenizer.from_file(str(path))
+    # Every text of the corpus begins behind an end token, so users' texts do too.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A $B", special_tokens=[(END, tokenizer.token_to_id(END))]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(path)),
+        tokenizer_object=tokenizer,
         eos_token=END,
         bos_token=END,
         pad_token=PAD,
@@ -100,7 +105,11 @@ def encode(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast, path: Path)
         parts = []
         end = tokenizer.eos_token_id
         for text in texts:
-            parts.append(np.array([end, *tokenizer.backend_tokenizer.encode(text).ids], dtype=np.uint16))
+            parts.append(
+                np.array(
+                    [end, *tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids], dtype=np.uint16
+                )
+            )
         part = path.with_suffix(".part.npy")
         np.save(part, np.concatenate(parts))
         os.replace(part, path)
@@ -188,8 +197,11 @@ def train(args: argparse.Namespace, data: np.ndarray, held: np.ndarray, held_byt
         first, seconds = state["step"], state["seconds"]
     loss_of = torch.compile(token_loss, dynamic=False)
     eval_of = torch.compile(token_loss, dynamic=None)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps from {first}, "
-          f"{per_epoch} an epoch, {len(data):,} training tokens", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps from {first}, "
+        f"{per_epoch} an epoch, {len(data):,} training tokens",
+        flush=True,
+    )
     model.train()
     began, saved_at, running = time.time(), time.time(), []
     for step in range(first, steps):
@@ -213,28 +225,49 @@ def train(args: argparse.Namespace, data: np.ndarray, held: np.ndarray, held_byt
         spent = seconds + time.time() - began
         if (step + 1) % 20 == 0:
             speed = (step + 1 - first) * args.batch * CONTEXT / (time.time() - began)
-            print(f"step {step + 1}/{steps} loss {np.mean(running[-20:]):.4f} rate {factor:.3f} "
-                  f"{speed:,.0f} tokens/s {spent:.0f} s", flush=True)
+            print(
+                f"step {step + 1}/{steps} loss {np.mean(running[-20:]):.4f} rate {factor:.3f} "
+                f"{speed:,.0f} tokens/s {spent:.0f} s",
+                flush=True,
+            )
         done = step + 1 == steps
         if (step + 1) % every == 0 or done:
             bpb = bits_per_byte(eval_of, model, held, held_bytes, 16)
-            row = {"epoch": round((step + 1) / per_epoch, 3), "step": step + 1,
-                   "tokens": (step + 1) * args.batch * CONTEXT, "train_loss": float(np.mean(running[-every:])),
-                   "heldout_bits_per_byte": round(bpb, 4), "seconds": round(spent)}
+            row = {
+                "epoch": round((step + 1) / per_epoch, 3),
+                "step": step + 1,
+                "tokens": (step + 1) * args.batch * CONTEXT,
+                "train_loss": float(np.mean(running[-every:])),
+                "heldout_bits_per_byte": round(bpb, 4),
+                "seconds": round(spent),
+            }
             with log.open("a") as out:
                 out.write(json.dumps(row) + "\n")
             print(row, flush=True)
         if time.time() - saved_at > 240 or done:
             saved_at = time.time()
             part = checkpoint.with_suffix(".part")
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts],
-                        "step": step + 1, "seconds": spent}, part)
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in opts],
+                    "step": step + 1,
+                    "seconds": spent,
+                },
+                part,
+            )
             os.replace(part, checkpoint)
     return model
 
 
-def export(args: argparse.Namespace, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
-           held: np.ndarray, held_bytes: int, tokens: int) -> None:
+def export(
+    args: argparse.Namespace,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held: np.ndarray,
+    held_bytes: int,
+    tokens: int,
+) -> None:
     """Write the bfloat16 model, the tokenizer and the facts the card is made of."""
     model = model.to(torch.bfloat16)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -253,9 +286,17 @@ def export(args: argparse.Namespace, model: LlamaForCausalLM, tokenizer: PreTrai
         "heldout_bits_per_byte_exported_bfloat16": round(bits_per_byte(token_loss, model, held, held_bytes, 16), 4),
         "bzip2_9_bits_per_byte": 2.13,
         "curve": curve,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("books", "stories", "work", "out")},
+        "settings": {
+            k: str(v) if isinstance(v, Path) else v
+            for k, v in vars(args).items()
+            if k not in ("books", "stories", "work", "out")
+        },
         "sample": tokenizer.decode(out[0]),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
     }
     (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -54,7 +54,11 @@ def _(layer: nn.Conv2d) -> LayerShape | None:
 def _(layer: nn.Module) -> LayerShape | None:
     """A norm is known by its name and by one vector of weights: every model has an RMSNorm class of its own."""
     weight = raw(layer, "weight")
-    if type(layer).__name__.endswith(("Norm", "Norm1d", "Norm2d", "Norm3d")) and weight is not None and weight.ndim == 1:
+    if (
+        type(layer).__name__.endswith(("Norm", "Norm1d", "Norm2d", "Norm3d"))
+        and weight is not None
+        and weight.ndim == 1
+    ):
         return _shape(layer, "norm", weight.shape[0], weight.shape[0])
     return None
 

@@ -41,7 +41,8 @@ def adopt(host: Host, features: frozenset[str]) -> None:
         function = module.__dict__.pop("_gradient_checkpointing_func", None)
         if function is not None:
             module.__dict__["_inlay_checkpoint"] = function
-    module.__class__ = _subclass(host.original_class, features, parameters)
+    original: Any = host.original_class
+    module.__class__ = _subclass(original, features, parameters)
 
 
 def release(host: Host) -> None:
@@ -59,7 +60,7 @@ def release(host: Host) -> None:
 
 
 @functools.cache
-def _subclass(cls: type[nn.Module], features: frozenset[str], parameters: frozenset[str]) -> type[nn.Module]:
+def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) -> type[nn.Module]:
     body: dict[str, Any] = {
         "inlay_adapted": True,
         "__module__": cls.__module__,
@@ -77,7 +78,8 @@ def _subclass(cls: type[nn.Module], features: frozenset[str], parameters: frozen
         # Between the class and nn.Embedding, so that the offset a subclass adds itself is added first.
         bases = (ShiftedPositions,) if cls is nn.Embedding else (cls, ShiftedPositions)
     body |= {name: property(functools.partial(_parameter, name)) for name in parameters}
-    return type(cls.__name__, bases, body)
+    made: type[nn.Module] = type(cls.__name__, bases, body)
+    return made
 
 
 def _parameter(name: str, module: nn.Module) -> Tensor | None:
@@ -99,12 +101,12 @@ def _forward(cls: type[nn.Module], features: frozenset[str]) -> Callable[..., An
     return forward
 
 
-def _generate(cls: type[nn.Module]) -> Callable[..., Any]:
-    @functools.wraps(cls.generate)  # type: ignore[arg-type]
+def _generate(cls: Any) -> Callable[..., Any]:
+    @functools.wraps(cls.generate)
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         host: Host = self.__dict__["_inlay_host"]
         with prompting.generation(host, args, kwargs):
-            return cls.generate(self, *args, **kwargs)  # type: ignore[operator]
+            return cls.generate(self, *args, **kwargs)
 
     return generate
 
@@ -132,7 +134,8 @@ def _checkpointed(host: Host, inner: Callable[..., Any], function: Callable[...,
     route, call = roster.current(), roster.call.get()
     tensors = call.tensors(host.path) if call is not None else []
     flows = any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *tensors))
-    if not flows and not any(p.requires_grad for p in host.module.parameters()):
+    prefilling = call is not None and call.capture is not None  # its keys and values outlive the layer's call
+    if prefilling or (not flows and not any(p.requires_grad for p in host.module.parameters())):
         return function(*args)
     anchor = torch.empty(0, requires_grad=True)
 

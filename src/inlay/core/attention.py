@@ -16,6 +16,7 @@ for masks alike: without the second, the mask would arrive as None and padded ro
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -40,7 +41,9 @@ def implementation(original: str) -> str:
         if original not in masks:
             raise UnsupportedError(f"attention implementation {original!r} has no mask function that prompts could use")
 
-        def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Attended:
+        def attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+        ) -> Attended:
             return attend(original, module, query, key, value, mask, **kwargs)
 
         AttentionInterface.register(name, attention)
@@ -94,17 +97,19 @@ def _refuse(host: Host, call: Call, key: Tensor, kwargs: dict[str, Any]) -> None
     longest = max((call.shifts[n] for n in call.route.used if n in call.prefilled), default=0)
     if window is not None and longest and key.shape[2] + longest > window:
         raise UnsupportedError(
-            f"{host.path}: {key.shape[2]} tokens behind {longest} virtual ones exceed the sliding window of {window}, so "
-            "a prompt that is prefilled once would be seen where the model could not see it; shorten the input"
+            f"{host.path}: {key.shape[2]} tokens behind {longest} virtual ones exceed the sliding window of {window}, "
+            "so a prompt that is prefilled once would be seen where the model could not see it; shorten the input"
         )
     if kwargs.get("s_aux") is not None:
         raise UnsupportedError(f"{host.path} has attention sinks, which prompts do not support")
 
 
-def _base(original: str, module: nn.Module) -> Any:
+def _base(original: str, module: nn.Module) -> Callable[..., Attended]:
     if original == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
-    return AttentionInterface._global_mapping[original]
+        own: Callable[..., Attended] = sys.modules[type(module).__module__].eager_attention_forward
+        return own
+    shared: Callable[..., Attended] = AttentionInterface._global_mapping[original]
+    return shared
 
 
 def naive(

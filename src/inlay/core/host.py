@@ -167,7 +167,9 @@ class Host:
             with self.roster.only(name):
                 y = forward(*new_args, **new_kwargs)
             if not isinstance(y, Tensor):
-                raise UnsupportedError(f"{self.path} returns a {type(y).__name__}, so its saved copies cannot share a batch")
+                raise UnsupportedError(
+                    f"{self.path} returns a {type(y).__name__}, so its saved copies cannot share a batch"
+                )
             parts.append(y)
         shapes = {tuple(p.shape[1:]) for p in parts}
         if len(shapes) > 1:

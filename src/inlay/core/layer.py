@@ -59,7 +59,9 @@ def read_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     A dense layer's own storage is returned (as a view), so gradients of the base are never recorded:
     the core freezes it. A quantised layer's weight is dequantised.
     """
-    raise UnsupportedError(f"the weight of a {type(layer).__name__} cannot be read; see docs/methods.md for known bases")
+    raise UnsupportedError(
+        f"the weight of a {type(layer).__name__} cannot be read; see docs/methods.md for known bases"
+    )
 
 
 @singledispatch

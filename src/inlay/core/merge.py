@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from inlay.core.adapter import Adapter
 from inlay.core.delta import Delta
 from inlay.core.errors import UnsupportedError, problems
 from inlay.core.layer import Undo, read_weight, write_weight
-from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
+from inlay.core.pieces import DeltaPiece, PromptPiece
 from inlay.core.roster import Merged, Roster, roster_of
 from inlay.core.site import Site
 
@@ -60,9 +61,9 @@ def merge(model: nn.Module, name: str) -> MergeReport:
     errors: dict[str, float] = {}
     try:
         with torch.no_grad():
-            untied = _merge_parameters(roster, adapter, undo, errors)
+            _merge_parameters(roster, adapter, undo, errors)
             _merge_deltas(roster, adapter, undo, errors)
-            untied = _untie(roster, adapter, undo) or untied
+            untied = _untie(roster, undo)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -110,7 +111,7 @@ def _weight_of(site: Site, delta: Delta, weight: Tensor, bias: Tensor | None) ->
     return site.part.put(weight, new, 0), bias
 
 
-def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> bool:
+def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> None:
     """Differences and copies replace parameters at every module that shares them, so ties stay."""
     new: dict[int, nn.Parameter] = {}
     for host in roster.hosts.values():
@@ -125,7 +126,6 @@ def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors
                 new[id(old)] = nn.Parameter(value.detach().to(old.dtype), requires_grad=False)
             host.module._parameters[name] = new[id(old)]
             undo.append(_putter(host.module, name, old))
-    return False
 
 
 def _putter(module: nn.Module, name: str, parameter: nn.Parameter) -> Undo:
@@ -135,15 +135,15 @@ def _putter(module: nn.Module, name: str, parameter: nn.Parameter) -> Undo:
     return put
 
 
-def _untie(roster: Roster, adapter: Adapter, undo: list[Undo]) -> bool:
+def _untie(roster: Roster, undo: list[Undo]) -> bool:
     """A head that no longer equals the embedding must not be tied to it again when the model is saved."""
-    config = getattr(roster.model, "config", None)
+    config: Any = getattr(roster.model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return False
-    ends = [getattr(roster.model, f"get_{n}_embeddings", lambda: None)() for n in ("input", "output")]
+    ends: list[Any] = [getattr(roster.model, f"get_{n}_embeddings", lambda: None)() for n in ("input", "output")]
     if None in ends or ends[0]._parameters.get("weight") is ends[1]._parameters.get("weight"):
         return False
-    config.tie_word_embeddings = False  # type: ignore[union-attr]
+    config.tie_word_embeddings = False
     undo.append(lambda: setattr(config, "tie_word_embeddings", True))
     return True
 

@@ -17,7 +17,7 @@ from inlay.core.errors import ConfigError, nearest, problems
 
 if TYPE_CHECKING:
     from inlay.core.pieces import Piece
-    from inlay.core.select import Places, Where
+    from inlay.core.select import Places
     from inlay.core.view import ModelView
 
 
@@ -55,7 +55,7 @@ class Method(ABC):
     paper: ClassVar[str]
     family: ClassVar[str]
     recipe: ClassVar[Recipe]
-    default_where: ClassVar[Where]
+    default_where: ClassVar[str | tuple[str, ...]]
     expected_failures: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod

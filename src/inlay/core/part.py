@@ -36,9 +36,8 @@ class Part:
         """The part of `y` along `dim`, contiguous in its own order, size `features`."""
         if self.groups == 1:
             return y.narrow(dim, self.start, self.stop - self.start)
-        return y.unflatten(dim, (self.groups, -1)).narrow(_inner(dim), self.start, self.stop - self.start).flatten(
-            *_pair(dim)
-        )
+        blocks: Tensor = y.unflatten(dim, (self.groups, -1))
+        return blocks.narrow(_inner(dim), self.start, self.stop - self.start).flatten(*_pair(dim))
 
     def put(self, y: Tensor, part: Tensor, dim: int = -1) -> Tensor:
         """`y` with its part replaced; differentiable in both."""

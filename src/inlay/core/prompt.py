@@ -38,7 +38,7 @@ class TokenPrompt(nn.Module, ABC):
     def embeddings(self) -> Tensor:
         """The virtual tokens' input embeddings, (length, hidden)."""
 
-    def initialise(self, view: ModelView) -> None:  # noqa: B027 - most prompts have a random start of their own
+    def initialise(self, view: ModelView) -> None:
         """Fill the parameters of a fresh prompt; not called when stored ones are about to be read in."""
 
 
@@ -51,7 +51,7 @@ class KeyValuePrompt(nn.Module, ABC):
     def keys_values(self) -> KeyValues:
         """Attention module path → (keys, values), each (key heads, length, head size)."""
 
-    def initialise(self, view: ModelView) -> None:  # noqa: B027
+    def initialise(self, view: ModelView) -> None:
         """As `TokenPrompt.initialise`."""
 
 

@@ -264,9 +264,7 @@ def _encoder_decoder(roster: Roster) -> bool:
 def _valid(call: Call, mask: Tensor) -> Tensor:
     """The mask of the virtual block, (rows, block): a row's own prompt at its right end."""
     block = call.block
-    lengths = [
-        call.sequences[n].shape[0] if n in call.sequences else 0 for n in call.route.names_for(mask.shape[0])
-    ]
+    lengths = [call.sequences[n].shape[0] if n in call.sequences else 0 for n in call.route.names_for(mask.shape[0])]
     slots = torch.arange(block, device=mask.device)[None, :]
     first = block - torch.tensor(lengths, device=mask.device)[:, None]
     return (slots >= first).to(mask.dtype)

@@ -15,8 +15,8 @@ ROLES: tuple[tuple[str, str], ...] = (
     ("key", r"(k_proj|key|k_lin|key_proj|(SelfAttention|EncDecAttention)\.k)"),
     ("value", r"(v_proj|value|v_lin|value_proj|(SelfAttention|EncDecAttention)\.v)"),
     ("qkv", r"(attn\.c_attn|query_key_value|qkv_proj|Wqkv)"),
-    ("attention_output", r"(o_proj|[^.]*(attn|attention)\.out_proj|out_lin|attention\.output\.dense|attn\.c_proj|attn\.Wo"
-                         r"|(attention|self_attention)\.dense|(SelfAttention|EncDecAttention)\.o)"),
+    ("attention_output", r"(o_proj|[^.]*(attn|attention)\.out_proj|out_lin|attention\.output\.dense"
+                         r"|attn\.c_proj|attn\.Wo|(attention|self_attention)\.dense|(SelfAttention|EncDecAttention)\.o)"),
     ("gate", r"(gate_proj|DenseReluDense\.wi_0)"),
     ("up", r"(up_proj|gate_up_proj|fc1|intermediate\.dense|mlp\.c_fc|dense_h_to_4h|ffn\.lin1|mlp\.Wi"
            r"|DenseReluDense\.(wi|wi_1))"),
@@ -29,7 +29,9 @@ ATTENTION = ("query", "key", "value", "qkv", "attention_output")
 MLP = ("gate", "up", "down")
 
 # The module whose output is the sublayer's, where it is not the projection itself: a dropout behind it.
-SUBLAYER_DROPOUT = re.compile(r".*\.(attention\.output\.dropout|\d+\.output\.dropout|attn\.resid_dropout|mlp\.dropout|ffn\.dropout)")
+SUBLAYER_DROPOUT = re.compile(
+    r".*\.(attention\.output\.dropout|\d+\.output\.dropout|attn\.resid_dropout|mlp\.dropout|ffn\.dropout)"
+)
 
 LEARNED_POSITIONS = re.compile(r"(?:^|.*\.)(wpe|embed_positions|position_embeddings)")
 CROSS_ATTENTION = re.compile(r".*(encoder_attn|crossattention|cross_attn|EncDecAttention)")

@@ -88,7 +88,7 @@ class Roster:
             self.require(name)
         if self.merged is not None and set(route.names) != {self.merged.name}:
             raise RouteError(
-                f"adapter {self.merged.name!r} is merged into the base, so nothing else can be used; call unmerge() first"
+                f"adapter {self.merged.name!r} is merged into the base, so nothing else can be used; unmerge() first"
             )
         if not route.single:
             whole = [n for n in route.used if any(isinstance(p, SubsetPiece) for p in self.adapters[n].pieces)]
@@ -112,7 +112,9 @@ def roster_of(model: nn.Module) -> Roster:
     """
     found = find_roster(model)
     if found is None:
-        raise UnsupportedError("this model has no adapters: call inlay.attach(model, method) or inlay.load(model, folder)")
+        raise UnsupportedError(
+            "this model has no adapters: call inlay.attach(model, method) or inlay.load(model, folder)"
+        )
     return found
 
 

@@ -1,12 +1,12 @@
 """Where a method goes: the user's words resolved to sites, or one error that lists every miss.
 
-    "all-linear"            every linear layer of the numbered blocks (never the output head)
-    "attention", "mlp"      the linear layers of these sublayers
-    "norms", "biases"       every norm; every layer that has a bias
-    "query", "down", …      a role (`core/roles.py`); query, key and value also inside a fused matrix
-    ["q_proj", "mlp.fc1"]   ends of module names; each must match
-    re.compile(...)         a pattern for the whole module name
-    lambda name, module: …  a predicate
+"all-linear"            every linear layer of the numbered blocks (never the output head)
+"attention", "mlp"      the linear layers of these sublayers
+"norms", "biases"       every norm; every layer that has a bias
+"query", "down", …      a role (`core/roles.py`); query, key and value also inside a fused matrix
+["q_proj", "mlp.fc1"]   ends of module names; each must match
+re.compile(...)         a pattern for the whole module name
+lambda name, module: …  a predicate
 """
 
 from __future__ import annotations
@@ -136,9 +136,7 @@ def _keyword(view: ModelView, word: str, site: Site) -> bool:
     return site.role in (roles.ATTENTION if word == "attention" else roles.MLP)
 
 
-def _filtered(
-    view: ModelView, wanted: Predicate, kinds: tuple[Kind, ...], words: str
-) -> tuple[list[Site], str | None]:
+def _filtered(view: ModelView, wanted: Predicate, kinds: tuple[Kind, ...], words: str) -> tuple[list[Site], str | None]:
     hits = {p: m for p, m in view.modules.items() if p and wanted(p, m)}
     sites = [view.layers[p] for p in hits if p in view.layers and view.layers[p].kind in kinds]
     if sites:

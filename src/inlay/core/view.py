@@ -98,14 +98,14 @@ class ModelView:
             return [self._sublayer(s) for s in self._feeds(role)]
         if role == "mlp_block":
             return self._blocks()
-        found = [s for s in self._in_role(role)]
+        found = list(self._in_role(role))
         if role in ("query", "key", "value"):
             found += [self._part(s, role) for s in self._in_role("qkv")]
             found.sort(key=lambda s: list(self.modules).index(s.path))
         return found
 
     def _in_role(self, role: str) -> Iterator[Site]:
-        for path, site in self.layers.items():
+        for site in self.layers.values():
             if site.role == role and site.kind == "linear":
                 yield site
 
@@ -123,7 +123,9 @@ class ModelView:
             inside = [s for p, s in self.layers.items() if p.startswith(path + ".") and s.role == "down"]
             if not inside and next(module.parameters(), None) is not None:
                 parameter = next(module.parameters())
-                shape = LayerShape("output", self.hidden_size, self.hidden_size, False, parameter.dtype, parameter.device)
+                shape = LayerShape(
+                    "output", self.hidden_size, self.hidden_size, False, parameter.dtype, parameter.device
+                )
                 found.append(_site(path, module, shape))
         return found
 
@@ -133,7 +135,9 @@ class ModelView:
         names = self.modules[parent]._modules if parent else {}
         behind = [f"{parent}.{n}" for n in names if roles.SUBLAYER_DROPOUT.fullmatch(f"{parent}.{n}")]
         path = behind[0] if behind else site.path
-        return replace(site, path=path, module=self.modules[path], kind="output", in_features=site.out_features, bias=False)
+        return replace(
+            site, path=path, module=self.modules[path], kind="output", in_features=site.out_features, bias=False
+        )
 
     def _blocks(self) -> list[Site]:
         """Each feed-forward from what enters its first matrix to what leaves its last."""
@@ -218,9 +222,17 @@ class ModelView:
             heads, key_heads, head_dim = self._head_shape(site)
             places.append(
                 AttentionPlace(
-                    path, self.modules[path], stack[0], stack[1], bool(roles.CROSS_ATTENTION.match(path)),
-                    heads, key_heads, head_dim, site.dtype, site.device,
-                )  # fmt: skip
+                    path,
+                    self.modules[path],
+                    stack[0],
+                    stack[1],
+                    bool(roles.CROSS_ATTENTION.match(path)),
+                    heads,
+                    key_heads,
+                    head_dim,
+                    site.dtype,
+                    site.device,
+                )
             )
         closed = sorted({type(p.module).__name__ for p in places if not calls_interface(p.module)})
         if closed or not places:
@@ -234,7 +246,7 @@ class ModelView:
 
 def calls_interface(module: nn.Module) -> bool:
     """Whether an attention module looks its function up in transformers' registry."""
-    base = next(c for c in type(module).__mro__ if not getattr(c, "inlay_adapted", False))
+    base: Any = next(c for c in type(module).__mro__ if not getattr(c, "inlay_adapted", False))
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(base.forward).__code__.co_names
 
 

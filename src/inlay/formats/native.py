@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import inlay
+from inlay import __version__
 from inlay.core.adapter import Adapter, digest_of
-from inlay.core.attach import build, install
+from inlay.core.build import build
 from inlay.core.errors import AdapterFileError, BaseMismatchError, ConfigError, OutputError, problems
 from inlay.core.fingerprint import Fingerprint, fingerprint
+from inlay.core.install import install
 from inlay.core.method import Method
 from inlay.core.select import Places
 
@@ -47,7 +48,7 @@ def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
         "base": fingerprint(model, without=adapter.copies).to_dict(),
         "base_name": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
         "digest": digest_of(tensors),
-        "inlay": inlay.__version__,
+        "inlay": __version__,
     }
     path = folder / FILE
     part = folder / f".{FILE}.part"
@@ -57,7 +58,9 @@ def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        raise OutputError(f"{folder}: the adapter could not be written ({error}); free space or choose another folder") from error
+        raise OutputError(
+            f"{folder}: the adapter could not be written ({error}); free space or choose another folder"
+        ) from error
     return path
 
 
@@ -75,9 +78,17 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{folder}: no {FILE} there; expected a folder that inlay.save wrote") from error
     except (OSError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT or not KEYS >= set(header) >= KEYS - {"base_name", "inlay"}:
+    if (
+        not isinstance(header, dict)
+        or header.get("format") != FORMAT
+        or not KEYS >= set(header) >= KEYS - {"base_name", "inlay"}
+    ):
         raise AdapterFileError(f"{path}: not an adapter of inlay's format {FORMAT} (its header lacks or adds entries)")
-    return {**header, "path": str(path), "tensors": {n: {"dtype": t["dtype"], "shape": t["shape"]} for n, t in raw.items()}}
+    return {
+        **header,
+        "path": str(path),
+        "tensors": {n: {"dtype": t["dtype"], "shape": t["shape"]} for n, t in raw.items()},
+    }
 
 
 def _raw_header(path: Path) -> dict[str, Any]:
@@ -119,7 +130,9 @@ def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool) -
         )
     tensors = _tensors(path)
     if digest_of(tensors) != header["digest"]:
-        raise AdapterFileError(f"{path}: its values do not match its digest, so it was damaged or changed; copy it again")
+        raise AdapterFileError(
+            f"{path}: its values do not match its digest, so it was damaged or changed; copy it again"
+        )
     with torch.no_grad():
         for key, target in expected.items():
             target.copy_(tensors[key])

@@ -1,6 +1,6 @@
 """Full fine-tuning: every parameter of the base, the baseline that others are judged by.
 
-    θ' = θ + d          d starts at zero, for all θ; a tied matrix is trained once
+θ' = θ + d          d starts at zero, for all θ; a tied matrix is trained once
 """
 
 from __future__ import annotations

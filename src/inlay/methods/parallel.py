@@ -47,7 +47,10 @@ class ParallelAdapter(DeltaMethod):
     def __post_init__(self) -> None:
         self.require(
             (self.bottleneck >= 1, f"bottleneck is {self.bottleneck}, expected at least 1"),
-            (self.nonlinearity in FUNCTIONS, f"nonlinearity is {self.nonlinearity!r}, expected one of {sorted(FUNCTIONS)}"),
+            (
+                self.nonlinearity in FUNCTIONS,
+                f"nonlinearity is {self.nonlinearity!r}, expected one of {sorted(FUNCTIONS)}",
+            ),
         )
 
     def build(self, site: Site) -> Delta:

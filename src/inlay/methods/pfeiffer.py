@@ -46,7 +46,10 @@ class Pfeiffer(DeltaMethod):
     def __post_init__(self) -> None:
         self.require(
             (self.reduction >= 1, f"reduction is {self.reduction}, expected at least 1"),
-            (self.nonlinearity in FUNCTIONS, f"nonlinearity is {self.nonlinearity!r}, expected one of {sorted(FUNCTIONS)}"),
+            (
+                self.nonlinearity in FUNCTIONS,
+                f"nonlinearity is {self.nonlinearity!r}, expected one of {sorted(FUNCTIONS)}",
+            ),
         )
 
     def build(self, site: Site) -> Delta:

@@ -47,7 +47,10 @@ class PrefixTuning(PromptMethod):
     def __post_init__(self) -> None:
         self.require(
             (self.length >= 1, f"length is {self.length}, expected at least 1"),
-            (self.projection is None or self.projection >= 1, f"projection is {self.projection}, expected None or a size"),
+            (
+                self.projection is None or self.projection >= 1,
+                f"projection is {self.projection}, expected None or a size",
+            ),
         )
 
     def build(self, view: ModelView, layers: tuple[int, ...] | None) -> KeyValuePrompt:
@@ -69,7 +72,9 @@ class Prefix(KeyValuePrompt):
         self.length = method.length
         self.groups: dict[str, list[AttentionPlace]] = {}
         for place in places:
-            self.groups.setdefault(f"{place.stack}{'.cross' if place.cross else ''}".replace(".", "_"), []).append(place)
+            self.groups.setdefault(f"{place.stack}{'.cross' if place.cross else ''}".replace(".", "_"), []).append(
+                place
+            )
         self.parts = nn.ModuleDict({key: _Part(group, method, hidden) for key, group in self.groups.items()})
 
     def initialise(self, view: ModelView) -> None:
@@ -96,7 +101,9 @@ class _Part(nn.Module):
         width = len(group) * 2 * first.key_heads * first.head_dim
         dtype = first.dtype if first.dtype == torch.float64 else torch.float32
         mid, length = method.projection, method.length
-        self.table = nn.Parameter(torch.empty(length, width if mid is None else hidden, device=first.device, dtype=dtype))
+        self.table = nn.Parameter(
+            torch.empty(length, width if mid is None else hidden, device=first.device, dtype=dtype)
+        )
         self.inner = None if mid is None else nn.Linear(hidden, mid, device=first.device, dtype=dtype)
         self.outer = None if mid is None else nn.Linear(mid, width, device=first.device, dtype=dtype)
 

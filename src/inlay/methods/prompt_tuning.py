@@ -103,7 +103,9 @@ class SoftPrompt(TokenPrompt):
         if self.method.init == "labels":
             tokenizer = _tokenizer(view)
             named = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in self.method.labels]
-        special.update(i for n in ("bos", "eos", "pad") if isinstance(i := getattr(view.config, f"{n}_token_id", None), int))
+        special.update(
+            i for n in ("bos", "eos", "pad") if isinstance(i := getattr(view.config, f"{n}_token_id", None), int)
+        )
         common = [i for i in range(min(COMMON + len(special), _table(view).shape[0])) if i not in special]
         drawn = torch.randint(len(common), (self.length - len(named),)).tolist()
         return named + [[common[i]] for i in drawn]
@@ -112,7 +114,9 @@ class SoftPrompt(TokenPrompt):
 def _table(view: ModelView) -> Tensor:
     weight = None if view.input_embedding is None else view.input_embedding._parameters.get("weight")
     if weight is None:
-        raise UnsupportedError(f"{type(view.model).__name__} has no token embeddings, so it has no place for a soft prompt")
+        raise UnsupportedError(
+            f"{type(view.model).__name__} has no token embeddings, so it has no place for a soft prompt"
+        )
     return weight
 
 
@@ -124,6 +128,6 @@ def _tokenizer(view: ModelView) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"init from words needs the model's tokenizer, but none was found at {path!r}: load the model from a folder "
-            "that holds its tokenizer, or choose init='vocabulary'"
+            f"init from words needs the model's tokenizer, but none was found at {path!r}: load the model from a "
+            "folder that holds its tokenizer, or choose init='vocabulary'"
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inlay.testing.check import check_method
+from inlay.testing.laws import LAWS, SLOW_LAWS, refusal
 from inlay.testing.models import ZOO, Specimen
 
-__all__ = ["ZOO", "Specimen"]
+__all__ = ["LAWS", "SLOW_LAWS", "ZOO", "Specimen", "check_method", "refusal"]

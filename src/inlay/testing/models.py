@@ -46,9 +46,7 @@ def _llama() -> nn.Module:
 def _llama_classifier() -> nn.Module:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    config = LlamaConfig(
-        **SIZES, **SPECIAL, **GROUPED, num_labels=CLASSES, attention_bias=True, mlp_bias=True
-    )
+    config = LlamaConfig(**SIZES, **SPECIAL, **GROUPED, num_labels=CLASSES, attention_bias=True, mlp_bias=True)
     return LlamaForSequenceClassification(config)
 
 
@@ -61,9 +59,7 @@ def _qwen3() -> nn.Module:
 def _gemma2() -> nn.Module:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    config = Gemma2Config(
-        **SIZES, **SPECIAL, **GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=8
-    )
+    config = Gemma2Config(**SIZES, **SPECIAL, **GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=8)
     return Gemma2ForCausalLM(config)
 
 

@@ -71,9 +71,7 @@ class Specimen:
                 model.config.dtype = dtype
         return model
 
-    def batch(
-        self, rows: int, seed: int, ragged: bool = False, padding_side: Side = "right"
-    ) -> dict[str, Tensor]:
+    def batch(self, rows: int, seed: int, ragged: bool = False, padding_side: Side = "right") -> dict[str, Tensor]:
         """Random inputs for the model's forward, with labels where the model has a loss.
 
         Args:
@@ -153,10 +151,7 @@ class Specimen:
         if ragged:
             raise ValueError(f"specimen {self.name!r} has no padding, so no ragged rows")
         images = torch.stack(
-            [
-                torch.randn(3, IMAGE, IMAGE, generator=_generator(self.name, seed, 0, row))
-                for row in range(rows)
-            ]
+            [torch.randn(3, IMAGE, IMAGE, generator=_generator(self.name, seed, 0, row)) for row in range(rows)]
         )  # (rows, 3, height, width)
         if self.kind == "plain":
             return {"input": images}
@@ -198,9 +193,7 @@ def randomise(model: nn.Module, seed: object) -> None:
     Vectors (biases, norms) move away from where they start; matrices are drawn anew with unit gain,
     embeddings and other tables with a standard deviation of 0.3.
     """
-    owners = {
-        id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)
-    }
+    owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=_generator(seed, name))
         if parameter.dim() < 2:

@@ -1,0 +1,110 @@
+"""Everything an adapter consists of, built beside the model and checked before anything is installed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from inlay.core.adapter import Adapter
+from inlay.core.delta import Delta
+from inlay.core.errors import AdapterNameError, SelectionError, UnsupportedError, problems
+from inlay.core.method import Method
+from inlay.core.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
+from inlay.core.roster import find_roster
+from inlay.core.select import Places
+from inlay.core.view import ModelView
+
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def build(
+    model: nn.Module, method: Method, *, name: str, places: Places, modules_to_save: Sequence[str] = ()
+) -> Adapter:
+    """Everything `attach` installs, with uninitialised parameters; the model is not touched."""
+    roster = find_roster(model)
+    if not NAME.fullmatch(name):
+        raise AdapterNameError(f"adapter name {name!r} may hold letters, digits, '_' and '-' only")
+    if roster is not None and name in roster.adapters:
+        raise AdapterNameError(f"adapter {name!r} is already on this model; detach it first, or choose another name")
+    if roster is not None and roster.merged is not None:
+        raise UnsupportedError(f"adapter {roster.merged.name!r} is merged into this model; call unmerge() first")
+    view = ModelView(model)
+    saved = _saved_modules(view, modules_to_save)
+    pieces = method.pieces(view, places)
+    pieces = _outside(pieces, saved, explicit=places.where is not None and not isinstance(places.where, str))
+    _check_parts(pieces, method)
+    copies = {}
+    for path in saved:
+        for parameter_name, value in view.modules[path].named_parameters(prefix=path):
+            dtype = value.dtype if value.dtype == torch.float64 else torch.float32
+            copies[parameter_name] = nn.Parameter(value.detach().to(dtype, copy=True))
+    return Adapter(name, method, _storable(places, pieces), pieces, copies, tuple(saved))
+
+
+def initialise(model: nn.Module, adapter: Adapter) -> None:
+    """Fill a built adapter's parameters as its paper says."""
+    view = ModelView(model)
+    with torch.no_grad():
+        for piece in adapter.pieces:
+            if isinstance(piece, DeltaPiece):
+                piece.delta.initialise(piece.site)
+            elif isinstance(piece, PromptPiece):
+                piece.prompt.initialise(view)
+
+
+def _saved_modules(view: ModelView, wanted: Sequence[str]) -> list[str]:
+    found, wrong = [], []
+    for word in wanted:
+        paths = [p for p in view.modules if p and (p == word or p.endswith("." + word))]
+        if not paths:
+            wrong.append(f"{word!r} matches no module")
+        elif not any(True for p in paths for _ in view.modules[p].parameters()):
+            wrong.append(f"{word!r} has no parameters to train")
+        found += [p for p in paths if p not in found]
+    if wrong:
+        raise SelectionError(problems("modules_to_save", wrong))
+    return found
+
+
+def _outside(pieces: list[Piece], saved: list[str], *, explicit: bool) -> list[Piece]:
+    """Drop pieces inside modules that are trained whole anyway; refuse where the user named both."""
+    inside = [p for p in pieces if not isinstance(p, PromptPiece) and _covered(_path(p), saved)]
+    if inside and explicit:
+        raise SelectionError(
+            problems("where", [f"{p.key} lies in a module of modules_to_save, which is trained whole" for p in inside])
+        )
+    left = [p for p in pieces if p not in inside]
+    if inside and not left:
+        raise SelectionError("where: every place lies in a module of modules_to_save, so nothing is left to adapt")
+    return left
+
+
+def _covered(path: str, saved: list[str]) -> bool:
+    return any(path == s or path.startswith(s + ".") for s in saved)
+
+
+def _check_parts(pieces: list[Piece], method: Method) -> None:
+    """A part of a fused layer shares its input with the other parts, so it cannot change it."""
+    changed = [
+        p.key for p in pieces if isinstance(p, DeltaPiece) and p.site.part and type(p.delta).pre is not Delta.pre
+    ]
+    if changed:
+        raise UnsupportedError(
+            f"method {method.name!r} changes what enters a layer, but {', '.join(changed[:4])} shares its input with "
+            "other parts of a fused matrix; adapt the whole layer, or the layer before it"
+        )
+
+
+def _storable(places: Places, pieces: list[Piece]) -> Places:
+    """A predicate cannot be written to a file; the sites it chose can."""
+    if not callable(places.where):
+        return places
+    return replace(places, where=tuple(p.key for p in pieces), layers=None)
+
+
+def _path(piece: Piece) -> str:
+    return piece.path if isinstance(piece, SubsetPiece) else piece.site.path if isinstance(piece, DeltaPiece) else ""

@@ -1,0 +1,248 @@
+"""Putting built pieces at their hosts in the model, and taking them out without a trace."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from inlay.core import roles
+from inlay.core.adapted import adopt, release
+from inlay.core.adapter import Adapter
+from inlay.core.attention import implementation
+from inlay.core.errors import UnsupportedError
+from inlay.core.host import Host, Storage
+from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
+from inlay.core.prompt import TokenPrompt
+from inlay.core.roster import Roster, find_roster
+from inlay.core.view import ModelView
+
+
+def install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
+    """Put a built adapter at its hosts, or leave the model as it was."""
+    roster = find_roster(model)
+    fresh = roster is None
+    if roster is None:
+        roster = _enlist(model)
+    try:
+        _place(roster, adapter)
+    except BaseException:
+        roster.adapters.pop(adapter.name, None)
+        _remove(roster, adapter)
+        if fresh:
+            _dismiss(roster)
+        raise
+    adapter.trainable = trainable
+    roster.active = adapter.name
+
+
+def uninstall(roster: Roster, adapter: Adapter) -> None:
+    """Take an adapter out; with the last one the model is as it was before the first."""
+    del roster.adapters[adapter.name]
+    _remove(roster, adapter)
+    if roster.active == adapter.name:
+        roster.active = next(reversed(roster.adapters), None)
+    if not roster.adapters:
+        _dismiss(roster)
+
+
+def _enlist(model: nn.Module) -> Roster:
+    """Make a model a host of adapters: freeze it, remember its flags, wrap its root and checkpointed layers."""
+    for path, module in model.named_modules():
+        if "_inlay_host" in module.__dict__:
+            raise UnsupportedError(
+                f"{path or 'this module'} belongs to another attached model; attach all adapters to the same root"
+            )
+    roster = Roster(model)
+    roster.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+    model.requires_grad_(False)
+    model.__dict__["_inlay_roster"] = roster
+    _grant(roster, "", "root")
+    for path, module in model.named_modules():
+        if hasattr(module, "gradient_checkpointing"):
+            _grant(roster, path, "checkpoint")
+    return roster
+
+
+def _dismiss(roster: Roster) -> None:
+    """The inverse of `_enlist`, once no adapter is left."""
+    for host in roster.hosts.values():
+        release(host)
+    for config, original in roster.attention:
+        config._attn_implementation = original
+    roster.model.__dict__.pop("_inlay_roster", None)
+    flags = roster.requires_grad
+    for name, parameter in roster.model.named_parameters():
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+
+
+def _place(roster: Roster, adapter: Adapter) -> None:
+    for piece in adapter.pieces:
+        match piece:
+            case DeltaPiece():
+                _place_delta(roster, adapter.name, piece)
+            case SubsetPiece():
+                owner = roster.model.get_submodule(piece.path)
+                _place_parameter(roster, adapter.name, owner._parameters[piece.parameter], piece)
+            case PromptPiece():
+                _place_prompt(roster, adapter.name, piece)
+    for full, copy in adapter.copies.items():
+        path, _, parameter = full.rpartition(".")
+        value = roster.model.get_submodule(path)._parameters[parameter]
+        for host, own in _holders(roster, value):
+            host.copies.setdefault(adapter.name, {})[own] = copy
+            _store(host, adapter.name, f"copy_{own}", _Held(copy))
+            _grant(roster, host.path, "forward")
+    roster.adapters[adapter.name] = adapter
+
+
+def _place_delta(roster: Roster, name: str, piece: DeltaPiece) -> None:
+    site = piece.site
+    host = _grant(roster, site.path, "forward")
+    host.deltas.setdefault(name, []).append((site, piece.delta))
+    _store(host, name, site.part.name if site.part else "delta", piece.delta)
+    if site.source is not None:
+        feeder = _grant(roster, site.source, "forward")
+        if host not in feeder.feeds:
+            feeder.feeds.append(host)
+
+
+def _place_parameter(roster: Roster, name: str, value: nn.Parameter | None, piece: SubsetPiece) -> None:
+    assert value is not None
+    for host, parameter in _holders(roster, value):
+        host.differences.setdefault(name, {})[parameter] = piece.difference
+        if host.path == piece.path:
+            _store(host, name, f"difference_{parameter}", piece.difference)
+        _grant(roster, host.path)
+
+
+def _holders(roster: Roster, value: nn.Parameter | None) -> list[tuple[Host, str]]:
+    """Every module that holds this very parameter, tied partners included, and the name it has there."""
+    return [
+        (_host(roster, path), name)
+        for path, module in ModelView(roster.model).modules.items()
+        for name, held in module._parameters.items()
+        if held is value and value is not None
+    ]
+
+
+def _place_prompt(roster: Roster, name: str, piece: PromptPiece) -> None:
+    """Prepare the model for a prompt; its parameters live at the root."""
+    view = ModelView(roster.model)
+    root = _host(roster, "")
+    if isinstance(roster.model, (nn.Sequential, nn.ModuleList)):
+        raise UnsupportedError("a container has no text to put a prompt in front of")
+    _store(root, name, piece.key, piece.prompt)
+    encoder_path = _encoder_path(view)
+    joins_encoder = isinstance(piece.prompt, TokenPrompt) and encoder_path is not None
+    if joins_encoder:
+        assert encoder_path is not None
+        roster.encoder = True
+        _grant(roster, encoder_path, "stack")
+        if (
+            "pooler" in view.modules[encoder_path]._modules
+            and view.modules[encoder_path]._modules["pooler"] is not None
+        ):
+            _grant(roster, f"{encoder_path}.pooler" if encoder_path else "pooler", "pooler")
+    else:
+        for place in view.attention_places():
+            _grant(roster, place.path, "attention")
+            config = getattr(place.module, "config", view.config)
+            original = config._attn_implementation or "eager"
+            if implementation(original) != original:
+                roster.attention.append((config, original))
+                config._attn_implementation = implementation(original)
+    _count_positions(roster, view, encoder_path, needed=isinstance(piece.prompt, TokenPrompt) and not joins_encoder)
+
+
+def _encoder_path(view: ModelView) -> str | None:
+    """Path of the bidirectional stack that token prompts join; None on a decoder-only model."""
+    model = view.model
+    paths = {id(m): p for p, m in view.modules.items()}
+    if getattr(view.config, "is_encoder_decoder", False):
+        return paths[id(model.get_encoder())]  # type: ignore[operator]
+    if view.input_embedding is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no token embeddings, so no virtual tokens can join its input"
+        )
+    generates = getattr(model, "can_generate", None)
+    if generates is not None and generates():
+        return None
+    try:
+        causal = all(getattr(p.module, "is_causal", True) for p in view.attention_places())
+    except UnsupportedError:
+        causal = False
+    return None if causal else paths[id(getattr(model, "base_model", model))]
+
+
+def _count_positions(roster: Roster, view: ModelView, encoder_path: str | None, *, needed: bool) -> None:
+    """Make the model's position tables count virtual positions."""
+    found = 0
+    for path, module in view.modules.items():
+        learned = roles.LEARNED_POSITIONS.fullmatch(path) is not None
+        if learned and not isinstance(module, nn.Embedding):
+            raise UnsupportedError(f"{path} ({type(module).__name__}) computes positions in a way prompts cannot move")
+        rotary = type(module).__name__.endswith("RotaryEmbedding")
+        if learned or rotary:
+            host = _grant(roster, path, "positions" if learned else "rotary")
+            host.encoder = encoder_path is not None and (encoder_path == "" or path.startswith(encoder_path + "."))
+            found += 1
+    if needed and not found:
+        raise UnsupportedError(
+            f"the positions of {type(roster.model).__name__} are in none of the known places (learned table, rotary "
+            "embedding), so a prompt cannot be put in front of its text exactly"
+        )
+
+
+class _Held(nn.Module):
+    """Keeps a copied parameter in the module tree, so that optimizers, devices and state dicts see it."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        super().__init__()
+        self.value = parameter
+
+
+def _host(roster: Roster, path: str) -> Host:
+    host = roster.hosts.get(path)
+    if host is None:
+        host = roster.hosts[path] = Host(roster, path, roster.model.get_submodule(path))
+    return host
+
+
+def _grant(roster: Roster, path: str, *features: str) -> Host:
+    """Give the host at `path` more to say in its module."""
+    host = _host(roster, path)
+    adopt(host, host.features | set(features))
+    return host
+
+
+def _store(host: Host, name: str, key: str, trained: nn.Module) -> None:
+    """Put a trained module below the host's child `inlay`."""
+    storage = host.module._modules.get("inlay")
+    if not isinstance(storage, Storage):
+        if storage is not None:
+            raise UnsupportedError(f"{host.path} has a child named 'inlay' of its own")
+        storage = Storage()
+        host.module._modules["inlay"] = storage
+    if name not in storage:
+        storage[name] = Storage()
+    slot = storage[name]
+    assert isinstance(slot, Storage)
+    slot[key.replace(".", "_")] = trained
+    trained.train(host.module.training)
+
+
+def _remove(roster: Roster, adapter: Adapter) -> None:
+    """Take everything of an adapter out of its hosts; hosts that nobody uses get their class back."""
+    name = adapter.name
+    for host in roster.hosts.values():
+        for owner in (host.deltas, host.differences, host.copies):
+            owner.pop(name, None)
+        storage = host.module._modules.get("inlay")
+        if isinstance(storage, Storage) and name in storage:
+            del storage[name]
+            if len(storage) == 0:
+                del host.module._modules["inlay"]
+    for host in roster.hosts.values():
+        host.feeds = [h for h in host.feeds if any(s.source == host.path for d in h.deltas.values() for s, _ in d)]
+    for host in list(roster.hosts.values()):
+        idle = not (host.deltas or host.copies or host.feeds) and host.path != ""
+        adopt(host, host.features - {"forward"} if idle else host.features)
