@@ -1,0 +1,39 @@
+"""Which methods are refused on which models, pinned: a refusal is never a way around the laws."""
+
+from __future__ import annotations
+
+import pytest
+
+from inlay.methods import registry
+from inlay.testing import ZOO, refusal
+
+# Models without a single bias.
+UNBIASED = {"llama", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "t5"}
+# Models that compute attention in their own code.
+CLOSED = {"bloom", "deberta-v2", "sequential"}
+# No transformer blocks with the papers' places in them.
+PLAIN = {"sequential"}
+
+REFUSED: dict[str, set[str]] = {
+    "bitfit": UNBIASED,
+    "prompt-tuning": {"bloom", "vit"} | PLAIN,
+    "prefix-tuning": CLOSED,
+    "lora": PLAIN,
+    "dora": PLAIN,
+    "ia3": PLAIN,
+    "houlsby": PLAIN,
+    "pfeiffer": PLAIN,
+    "parallel": PLAIN,
+    "top-layers": set(),
+    "full": set(),
+}
+
+
+@pytest.mark.parametrize("specimen", ZOO.values(), ids=ZOO)
+@pytest.mark.parametrize("key", registry())
+def test_refused_where_expected_and_nowhere_else(key: str, specimen: object) -> None:
+    for example in registry()[key].examples():
+        reason = refusal(specimen, example)  # type: ignore[arg-type]
+        expected = specimen.name in REFUSED[key]  # type: ignore[attr-defined]
+        assert (reason is not None) == expected, reason or f"{key} was attached to {specimen}"
+        assert reason is None or len(reason) > 40, "a refusal says what to do"
