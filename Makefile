@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python -m inlay.demo --out runs/demo
+	$(BIN)/inlay demo --out runs/demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
@@ -50,7 +50,7 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.peft_comparison
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/generate_docs.py
