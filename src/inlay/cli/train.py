@@ -65,7 +65,7 @@ def train(
         raise ConfigError("--data is missing: give a file of rows, e.g. --data rows.jsonl")
     if not resume:
         checked = RunConfig.of(asked, origin="options" if config is None else f"options and {config}")
-    from inlay.train.run import resumed_config, run
+    from inlay.train.running import resumed_config, run
 
     result = run(
         resumed_config(asked["out"], asked) if resume else checked, resume=resume, overwrite=overwrite

@@ -4,7 +4,7 @@ config.py     `RunConfig`: what a run is, from flags, YAML or Python
 hyper.py      `--set rank=16`: words to a method
 loading.py    `load_base`: a transformers folder → model, tokenizer, freshly initialised modules
 prepare.py    files and configuration → model, rows and resolved configuration
-run.py        `run`: all of it, start to end
+running.py    `run`: all of it, start to end
 trainer.py    transformers.Trainer with adapters as checkpoints and exact losses
 order.py      the order of the rows
 callbacks.py  pace, metrics.jsonl, progress, early stopping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from inlay.train.config import RunConfig
     from inlay.train.loading import Base, load_base
     from inlay.train.record import TrainingRecord, read_record
-    from inlay.train.run import RunResult, run
+    from inlay.train.running import RunResult, run
     from inlay.train.stop import Stopped
 
 _HOMES = {
@@ -34,7 +34,8 @@ _HOMES = {
     "load_base": "loading",
     "TrainingRecord": "record",
     "read_record": "record",
-    "RunResult": "run",
+    "RunResult": "running",
+    "run": "running",
     "Stopped": "stop",
 }
 

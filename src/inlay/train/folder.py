@@ -114,6 +114,7 @@ class RunFolder:
         """Hold the folder for this process; a second run in it is refused, and a dead one leaves no trace."""
         import fcntl  # there is no such lock on Windows, where inlay does not run yet
 
+        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             lock = (self.root / ".lock").open("a+", encoding="utf-8")
@@ -131,6 +132,9 @@ class RunFolder:
             with suppress(OSError):
                 (self.root / ".lock").unlink(missing_ok=True)
             lock.close()
+            with suppress(OSError):  # a run that was refused leaves no folders; used ones are not empty and stay
+                for path in made:
+                    path.rmdir()
 
     def clear(self) -> None:
         """Remove an earlier run's files."""

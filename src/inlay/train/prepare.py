@@ -65,7 +65,7 @@ def prepare(config: RunConfig) -> Prepared:
 
     method = build_method(config.method, config.settings)
     _check_reporters(config)
-    source = base_source(config.base)
+    source = _absolute(base_source(config.base))
     rows, held, layout = read_rows(config)
     task = config.task or guess_task(layout, source)
     labels = _labels(rows, layout, task)

@@ -1,0 +1,100 @@
+"""The output folder: who may use it, whole files, full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from inlay.core.errors import OutputError
+from inlay.train.folder import RunFolder, disk_errors, write_beside, write_text
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_text(path, "old")
+
+    def half(part: Path) -> None:
+        part.write_text("ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match=r"result\.json cannot be written: the disk is full"):
+        write_beside(path, half)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EFBIG, "File too large"),
+        RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"),
+        PermissionError(errno.EACCES, "Permission denied"),
+    ],
+)
+def test_what_libraries_say_of_a_full_disk(error: Exception) -> None:
+    with pytest.raises(OutputError, match="out cannot be written"), disk_errors(Path("out")):
+        raise error
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), disk_errors(Path("out")):
+        raise RuntimeError("shapes differ")
+
+
+def test_use(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.check(resume=False, overwrite=False)
+    with pytest.raises(OutputError, match="no run to resume"):
+        folder.check(resume=True, overwrite=False)
+    write_text(folder.config, "data: x\n")
+    with pytest.raises(OutputError, match=r"an unfinished run.*--resume.*--overwrite"):
+        folder.check(resume=False, overwrite=False)
+    write_text(folder.result, "{}")
+    with pytest.raises(OutputError, match=r"a finished run.*--overwrite"):
+        folder.check(resume=False, overwrite=False)
+    folder.check(resume=False, overwrite=True)
+    (folder.root / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match=r"thesis\.tex"):
+        folder.check(resume=False, overwrite=True)
+
+
+def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="Choose another"):
+            RunFolder(tmp_path).check(resume=False, overwrite=overwrite)
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).claimed():
+        with pytest.raises(OutputError, match="another process"), RunFolder(tmp_path).claimed():
+            pass
+    with RunFolder(tmp_path).claimed():
+        pass
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), RunFolder(tmp_path / "a" / "b").claimed():
+        raise ValueError
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_a_kill_left_unfinished_are_not_taken(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.last_checkpoint() is None
+    for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-11.part"):
+        (folder.checkpoints / name).mkdir(parents=True)
+    assert folder.last_checkpoint() == folder.checkpoints / "checkpoint-10"
+    assert not (folder.checkpoints / ".checkpoint-11.part").exists()
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 5)]
+    folder.metrics.write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    assert [entry["step"] for entry in folder.keep_metrics(3)] == [1, 2, 3]
+    assert folder.metrics.read_text() == "\n".join(lines[:3]) + "\n"
