@@ -314,12 +314,12 @@ def card(facts: dict) -> str:
 
 A small Llama-architecture language model that ships with inlay, so that everything can be tried on a machine
 without a network: {facts["parameters"]:,} parameters in bfloat16, 6 layers, width 256, 4 heads over 2 key/value
-heads, a context of {CONTEXT} tokens, input and output embeddings tied, and a byte-level BPE of {VOCABULARY:,} entries of its own.
-It has read English prose. It is no assistant: fine-tune it.
+heads, a context of {CONTEXT} tokens, input and output embeddings tied, and a byte-level BPE of
+{VOCABULARY:,} entries of its own. It has read English prose. It is no assistant: fine-tune it.
 
 - **Data**: 280 public-domain books (118.5 MB; the repository `mlschmitt/classic-books-markdown` at 9448827)
-  and 2,216 stories of TinyStories (CDLA-Sharing-1.0), headers removed. Ten books of other authors ({facts["heldout_bytes"]:,} bytes)
-  are held out.
+  and 2,216 stories of TinyStories (CDLA-Sharing-1.0), headers removed.
+  Ten books of other authors ({facts["heldout_bytes"]:,} bytes) are held out.
 - **Training**: `scripts/pretrain_base.py`, {last["tokens"]:,} of {facts["training_tokens_in_corpus"]:,} tokens
   ({last["epoch"]:.2f} epochs), {facts["hardware"]}, {last["seconds"] / 60:.0f} minutes beside other work;
   Muon for matrices, AdamW for the rest; batches of {facts["settings"]["batch"]} × {CONTEXT} tokens. {facts["note"]}

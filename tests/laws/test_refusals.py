@@ -11,19 +11,19 @@ from inlay.testing import ZOO, refusal
 UNBIASED = {"llama", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "t5"}
 # Models that compute attention in their own code.
 CLOSED = {"bloom", "deberta-v2", "sequential"}
-# No transformer blocks with the papers' places in them.
+# No text to put a prompt in front of.
 PLAIN = {"sequential"}
 
 REFUSED: dict[str, set[str]] = {
     "bitfit": UNBIASED,
     "prompt-tuning": {"bloom", "vit"} | PLAIN,
     "prefix-tuning": CLOSED,
-    "lora": PLAIN,
-    "dora": PLAIN,
-    "ia3": PLAIN,
-    "houlsby": PLAIN,
-    "pfeiffer": PLAIN,
-    "parallel": PLAIN,
+    "lora": set(),
+    "dora": set(),
+    "ia3": set(),
+    "houlsby": set(),
+    "pfeiffer": set(),
+    "parallel": set(),
     "top-layers": set(),
     "full": set(),
 }

@@ -119,7 +119,8 @@ BUGS: dict[str, tuple[str, str, Method, Bug]] = {
     "a route of the wrong length is accepted": (
         "rows_are_independent", "llama", inlay.LoRA(rank=2), patched(route.Route, "check_rows", nothing)),
     "beams are not counted": (
-        "generation", "llama", inlay.PromptTuning(length=2, init="random"), patched(prompting, "_copies", lambda *a: 1)),
+        "generation", "llama", inlay.PromptTuning(length=2, init="random"),
+        patched(prompting, "_copies", lambda *a: 1)),
     "an unknown adapter is served by the base": (
         "silence", "llama", inlay.LoRA(rank=2), patched(roster.Roster, "check", names_unchecked)),
     "a choice outlives an exception": (
