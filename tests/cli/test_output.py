@@ -22,7 +22,7 @@ def test_numbers_for_people() -> None:
 
 
 def test_tables_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    show_table("Title", ("name", "score"), [("[red]x[/red]", 1), ("[/]", 2)], numbers=1)
+    show_table("Title", ("name", "score"), [("[red]x[/red]", 1), ("[/]", 2)], numbers=("score",))
     out = capsys.readouterr().out
     assert "[red]x[/red]" in out and "[/]" in out and "Title" in out
 

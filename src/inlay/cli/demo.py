@@ -71,9 +71,7 @@ def demo(
     say(f"  inlay inspect {out / 'lora' / 'adapter'}")
 
 
-def config_of(
-    method: str, base: str | None, files: dict[str, Path], folder: Path, epochs: float
-) -> RunConfig:
+def config_of(method: str, base: str | None, files: dict[str, Path], folder: Path, epochs: float) -> RunConfig:
     """The run that trains one of `RECIPES`."""
     from inlay.train import RunConfig
 
@@ -161,8 +159,7 @@ def _facts(found: Sequence[Row], train: Sequence[object], epochs: float) -> dict
         "recipes": RECIPES,
         "models": [asdict(row) for row in found],
         "share_of_the_way": {
-            name: share_of_the_way(base.metrics[name], adapter.metrics[name], full.metrics[name])
-            for name in METRICS
+            name: share_of_the_way(base.metrics[name], adapter.metrics[name], full.metrics[name]) for name in METRICS
         },
         "versions": {
             "inlay": __version__,
@@ -216,8 +213,12 @@ def _show_scores(found: Sequence[Row], share: dict[str, float | None]) -> None:
     ]
     parts = ["–" if (part := share[name]) is None else f"{part:.0%}" for name in METRICS]
     cells.append(["lora, of the way to full", *parts, f"{found[1].trained / found[2].trained:.1%}", ""])
-    columns = ("model", "exact match", "ROUGE-L", "BLEU", "loss", "trained", "seconds")
-    show_table("Scores on held-out records", columns, cells, numbers=6)
+    numbers = ("exact match", "ROUGE-L", "BLEU", "loss", "trained", "seconds")
+    show_table("Scores on held-out records", ("model", *numbers), cells, numbers=numbers)
+
+
+def _numbers(metrics: dict[str, float]) -> list[str]:
+    return [number(metrics[name], 3) for name in METRICS]
 
 
 def _short(text: str, limit: int = 90) -> str:

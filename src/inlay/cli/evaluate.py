@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,17 +21,13 @@ if TYPE_CHECKING:
 
 def evaluate(
     data: Annotated[str, typer.Option(help="CSV, TSV, JSONL, Parquet or text file, or a datasets id.")],
-    adapter: Annotated[
-        str | None, typer.Option(help="Folder of an adapter. Default: the base itself.")
-    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of an adapter. Default: the base itself.")] = None,
     base: Annotated[
         str | None,
         typer.Option(help="Transformers folder or hub name. Default: the adapter's, else the embedded base."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a datasets id.")] = None,
-    columns: Annotated[
-        str | None, typer.Option(help="Columns under other names: prompt=mr,completion=ref.")
-    ] = None,
+    columns: Annotated[str | None, typer.Option(help="Columns under other names: prompt=mr,completion=ref.")] = None,
     task: Annotated[
         str | None,
         typer.Option(help="causal, seq2seq, classification or regression. Default: as in training."),
@@ -60,7 +57,7 @@ def evaluate(
     """Score a base, with or without an adapter, on a data file."""
     from inlay.cli.models import load_adapted, template_of
     from inlay.data import read_table
-    from inlay.evaluate.run import Settings, check_metrics
+    from inlay.evaluate.run import DEFAULTS, Settings, check_metrics
     from inlay.evaluate.run import evaluate as score
     from inlay.train import read_record
     from inlay.train.prepare import context_of
@@ -69,10 +66,12 @@ def evaluate(
     record = read_record(adapter) if adapter else None
     dataset = read_table(data, split=split)
     layout, task = _purpose(dataset, columns, task, record, base)
-    if names is not None:
-        check_metrics(names, layout)
+    names = names if names is not None else list(DEFAULTS[layout.kind])
+    check_metrics(names, layout)
+    if predictions is not None:
+        _check_predicts(predictions, names)
     loaded = load_adapted(base, [adapter] if adapter else [], task=task)
-    _check_trained(loaded, base)
+    _check_trained(loaded)
     settings = Settings(
         batch_size=batch_size,
         max_length=max_length
@@ -99,7 +98,7 @@ def evaluate(
     if as_json:
         facts = {key: value for key, value in found.items() if key != "predictions"}
         seconds = round(time.monotonic() - began, 3)
-        write_json({"data": data, "base": base, "adapter": adapter, **facts, "seconds": seconds})
+        write_json({"data": data, "base": loaded.base, "adapter": adapter, **facts, "seconds": seconds})
     else:
         _show(found, adapter, data)
 
@@ -141,12 +140,12 @@ def _guessed_task(layout: Layout, base: str | None) -> Task:
     )
 
 
-def _check_trained(loaded: Loaded, base: str | None) -> None:
+def _check_trained(loaded: Loaded) -> None:
     from inlay.core.errors import ConfigError
 
     if loaded.fresh:
         raise ConfigError(
-            f"the base {base or 'embedded in inlay'} has no trained {', '.join(loaded.fresh)} for the task "
+            f"the base {loaded.base or 'embedded in inlay'} has no trained {', '.join(loaded.fresh)} for the task "
             f"{loaded.task}, so its answers would be random; give an --adapter that was trained for it"
         )
 
@@ -161,15 +160,20 @@ def _labels(loaded: Loaded, record: TrainingRecord | None) -> list[str] | None:
     return [str(names[place]) for place in sorted(names)]
 
 
-def _write_predictions(path: Path, found: Evaluation) -> None:
+def _check_predicts(path: Path, names: Sequence[str]) -> None:
     from inlay.core.errors import ConfigError
+    from inlay.evaluate.metrics import METRICS
+
+    if not any(name in METRICS for name in names):
+        raise ConfigError(
+            f"there would be no predictions to write to {path}: {', '.join(names)} only score the given "
+            "texts. Add a metric of answers, for example --metrics exact_match"
+        )
+
+
+def _write_predictions(path: Path, found: Evaluation) -> None:
     from inlay.train.folder import write_text
 
-    if not found["predictions"]:
-        raise ConfigError(
-            f"there are no predictions to write to {path}: {', '.join(found['metrics'])} only score the "
-            "given texts. Add a metric of answers, for example --metrics exact_match"
-        )
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found["predictions"]))
 
 
@@ -180,4 +184,4 @@ def _show(found: Evaluation, adapter: str | None, data: str) -> None:
     units = {"loss": "nats a token", "perplexity": "≥ 1", "bits_per_byte": "bits a byte", **scales}
     rows = [(name, units[name], number(value)) for name, value in found["metrics"].items()]
     title = f"{adapter or 'base'} on {data} ({found['rows']:,} rows, {found['kind']})"
-    show_table(title, ("metric", "scale", "score"), rows, numbers=1)
+    show_table(title, ("metric", "scale", "score"), rows, numbers=("score",))

@@ -44,8 +44,8 @@ def generate(
 
     asked, chosen = paired(prompts, adapter or [])
     folders = list(dict.fromkeys(word for word in chosen if word is not None))
+    check_writes(folders)
     loaded = load_adapted(base, folders)
-    check_generates(loaded.task, folders)
     torch.manual_seed(seed)
     with stages(as_json) as report:
         texts = generate_texts(
@@ -90,11 +90,13 @@ def paired(prompts: Sequence[str], adapters: Sequence[str]) -> tuple[list[str], 
     )
 
 
-def check_generates(task: str, folders: Sequence[str]) -> None:
+def check_writes(folders: Sequence[str]) -> None:
     """Raise a `ConfigError` where the adapters were trained to label texts, not to write them."""
+    from inlay.cli.models import recorded_task
     from inlay.core.errors import ConfigError
 
-    if task not in ("causal", "seq2seq"):
+    task = recorded_task(folders)
+    if task not in (None, "causal", "seq2seq"):
         raise ConfigError(
             f"{', '.join(folders)} was trained for {task} and labels texts instead of writing them; "
             "use `inlay evaluate --predictions FILE`"

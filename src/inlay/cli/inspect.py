@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from inlay.cli.output import show_table, write_json
+
+SHOWN_DIGITS = 16  # of digests, in the table; --json has them whole
 
 
 def inspect(
@@ -23,7 +26,11 @@ def inspect(
         return
     unsaid = {"where": "the method's own places", "layers": "all"}
     shown = {key: unsaid.get(key) if value is None else value for key, value in facts.items()}
-    rows = [(key.replace("_", " "), _plain(value)) for key, value in shown.items() if key != "tensors"]
+    shown |= {"digest": facts["digest"][:SHOWN_DIGITS], "tensors": f"{len(facts['tensors'])} (--tensors lists them)"}
+    shown["base"] = {part: (digest or "")[:SHOWN_DIGITS] for part, digest in facts["base"].items()}
+    if facts["training"] is not None:
+        shown["training"] = {key: v for key, v in facts["training"].items() if key != "data"}
+    rows = [(key.replace("_", " "), _plain(value)) for key, value in shown.items() if value is not None]
     show_table(f"Adapter {facts['name']}", ("", ""), rows)
     if tensors:
         listed = [(n, t["dtype"], " × ".join(map(str, t["shape"]))) for n, t in facts["tensors"].items()]
@@ -34,14 +41,17 @@ def describe(folder: Path) -> dict[str, Any]:
     """The facts of a stored adapter as plain data.
 
     Keys: ``name, method, hyper_parameters, where, layers, modules_to_save, parameters, bytes, types, base,
-    base_name, digest, inlay, path`` and ``tensors`` (name → type and shape).
+    base_name, digest, inlay, path, training`` (what its training left beside it, or None) and ``tensors``
+    (name → type and shape).
 
     Raises:
         AdapterFileError: there is no adapter, or its header is not whole.
     """
     from inlay.formats.native import read_header
+    from inlay.train.record import read_record
 
     header = read_header(folder)
+    record = read_record(Path(header["path"]).parent)
     method = dict(header["method"])
     tensors: dict[str, Any] = header["tensors"]
     return {
@@ -59,6 +69,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "digest": header["digest"],
         "inlay": header.get("inlay"),
         "path": header["path"],
+        "training": None if record is None else dataclasses.asdict(record),
         "tensors": tensors,
     }
 
@@ -67,10 +78,18 @@ def _plain(value: Any) -> str:
     match value:
         case None:
             return "–"
+        case str():
+            return value.replace("\n", "\\n")
         case int() if not isinstance(value, bool):
             return f"{value:,}"
         case dict():
-            return "\n".join(f"{key}: {item}" for key, item in value.items()) or "–"
-        case list():
+            lines = [f"{key}: {_plain(item)}" for key, item in value.items() if not isinstance(item, dict)]
+            lines += [f"{key}: " + ", ".join(f"{k} {v}" for k, v in i.items()) for key, i in _tables(value)]
+            return "\n".join(lines) or "–"
+        case list() | tuple():
             return ", ".join(map(str, value)) or "–"
     return str(value)
+
+
+def _tables(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(key, item) for key, item in values.items() if isinstance(item, dict)]

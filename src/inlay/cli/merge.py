@@ -37,9 +37,7 @@ def merge(
     if as_json:
         write_json({**facts, "rounding_errors": report.layers})
     else:
-        show_table(
-            f"Merged {adapter}", ("", ""), [(key.replace("_", " "), value) for key, value in facts.items()]
-        )
+        show_table(f"Merged {adapter}", ("", ""), [(key.replace("_", " "), value) for key, value in facts.items()])
 
 
 def check_unused(folder: Path) -> None:
@@ -49,9 +47,7 @@ def check_unused(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() or folder.is_symlink():
-        raise OutputError(
-            f"{folder} is already in use; nothing was written. Choose a new folder, or remove it"
-        )
+        raise OutputError(f"{folder} is already in use; nothing was written. Choose a new folder, or remove it")
 
 
 def write_merged(model: Any, tokenizer: Any, folder: Path) -> None:

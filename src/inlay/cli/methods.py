@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 def methods(
     base: Annotated[
         str | None,
-        typer.Option(
-            help="Transformers folder or hub name to count parameters on. Default: the embedded base."
-        ),
+        typer.Option(help="Transformers folder or hub name to count parameters on. Default: the embedded base."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
@@ -28,13 +26,19 @@ def methods(
     if as_json:
         write_json({"base": base or "embedded", "methods": rows})
         return
-    columns = ("method", "family", "hyper-parameters", "merges", "mixed batches", "paper", "trained", "share")
     show_table(
         f"Methods, counted on {base or 'the embedded base'} at their defaults",
-        columns,
+        ("method", "family", "trained", "share", "merges", "mixed batches"),
         [_cells(row) for row in rows],
-        numbers=2,
+        numbers=("trained", "share"),
     )
+    for row in rows:
+        if "unsupported" in row:
+            typer.echo(f"{row['method']} cannot be put on this base: {row['unsupported']}")
+    typer.echo("\nHyper-parameters (--set NAME=VALUE) and their defaults:")
+    for row in rows:
+        settings = ", ".join(f"{key}={_plain(value)}" for key, value in row["hyper_parameters"].items())
+        typer.echo(f"  {row['method']:<14} {settings or 'none'}")
 
 
 def describe(model: Any) -> list[dict[str, Any]]:
@@ -54,7 +58,7 @@ def _describe_one(model: Any, total: int, cls: type[Method]) -> dict[str, Any]:
     import dataclasses
 
     import inlay.bases  # registers the layer types that can be read  # noqa: F401
-    from inlay.core.attach import build
+    from inlay.core.build import build
     from inlay.core.errors import SelectionError, UnsupportedError
     from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
     from inlay.core.select import Places
@@ -77,21 +81,19 @@ def _describe_one(model: Any, total: int, cls: type[Method]) -> dict[str, Any]:
         "trained": adapter.count,
         "share": adapter.count / total,
         "merges": all(
-            not isinstance(p, PromptPiece) and (not isinstance(p, DeltaPiece) or p.delta.merges)
-            for p in pieces
+            not isinstance(p, PromptPiece) and (not isinstance(p, DeltaPiece) or p.delta.merges) for p in pieces
         ),
         "mixed_batches": not any(isinstance(p, SubsetPiece) for p in pieces),
     }
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    settings = ", ".join(f"{key}={_plain(value)}" for key, value in row["hyper_parameters"].items()) or "–"
-    names = [row["method"], row["family"], settings]
+    names = [row["method"], row["family"]]
     if "unsupported" in row:
-        return [*names, "–", "–", row["paper"], "not on this base", ""]
+        return [*names, "–", "–", "–", "–"]
     supports = ["yes" if row[key] else "no" for key in ("merges", "mixed_batches")]
-    return [*names, *supports, row["paper"], f"{row['trained']:,}", f"{row['share']:.2%}"]
+    return [*names, f"{row['trained']:,}", f"{row['share']:.2%}", *supports]
 
 
 def _plain(value: Any) -> str:
-    return "–" if value is None else str(value)
+    return "none" if value in (None, "", ()) else str(value)

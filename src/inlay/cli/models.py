@@ -16,6 +16,7 @@ class Loaded:
     """A model in which every named adapter is attached, the last one active.
 
     Attributes:
+        base: folder or hub name; None is the embedded base.
         task: that the model was loaded for.
         names: folder → the adapter's name in the model.
         records: folder → what its training left beside it, or None.
@@ -24,6 +25,7 @@ class Loaded:
 
     model: Any
     tokenizer: Any
+    base: str | None
     task: str
     names: Mapping[str, str]
     records: Mapping[str, TrainingRecord | None]
@@ -37,7 +39,7 @@ def load_adapted(base: str | None, folders: Sequence[str], *, task: str | None =
         base: transformers folder or hub name; None is the one the adapters were trained on, and the embedded
             one where that is not recorded.
         folders: of adapters.
-        task: None is the one the adapters were trained for, ``causal`` where that is not recorded.
+        task: None is the one the adapters were trained for; where that is not recorded, to write texts.
 
     Raises:
         ConfigError: the adapters disagree about base, task or labels, or the base cannot be loaded.
@@ -47,11 +49,11 @@ def load_adapted(base: str | None, folders: Sequence[str], *, task: str | None =
     from inlay.train import load_base, read_record
 
     records = {folder: read_record(folder) for folder in folders}
-    if task is None:
-        task = _agreed("tasks", records, lambda record: record.task) or "causal"
     labels = _agreed("labels", records, lambda record: record.labels)
     if base is None:
         base = _agreed("bases", records, lambda record: record.base)
+    if task is None:
+        task = _agreed("tasks", records, lambda record: record.task) or _writing_task(base)
     loaded = load_base(base, task=task, label_names=labels if task == "classification" else None)
     names = {folder: f"adapter{place}" for place, folder in enumerate(records)}
     for folder, name in names.items():
@@ -60,11 +62,25 @@ def load_adapted(base: str | None, folders: Sequence[str], *, task: str | None =
     return Loaded(
         model=loaded.model.eval(),
         tokenizer=loaded.tokenizer,
+        base=base,
         task=task,
         names=names,
         records=records,
         fresh=tuple(path for path in loaded.fresh if path not in trained),
     )
+
+
+def recorded_task(folders: Sequence[str]) -> str | None:
+    """The task that the adapters were trained for; None where none of them has a record.
+
+    Raises:
+        ConfigError: they were trained for different ones.
+    """
+    from inlay.train import read_record
+
+    records = {folder: read_record(folder) for folder in folders}
+    task: str | None = _agreed("tasks", records, lambda record: record.task)
+    return task
 
 
 def prompt_tokens(loaded: Loaded, text: str, folder: str | None, *, chat: bool | None = None) -> list[int]:
@@ -102,9 +118,14 @@ def template_of(record: TrainingRecord | None) -> Template:
     return Template(prompt=record.prompt_template, separator=record.separator)
 
 
-def _agreed(
-    what: str, records: Mapping[str, TrainingRecord | None], pick: Callable[[TrainingRecord], Any]
-) -> Any:
+def _writing_task(base: str | None) -> str:
+    from inlay.train.loading import base_source, read_config
+
+    encoder_decoder = getattr(read_config(base_source(base)), "is_encoder_decoder", False)
+    return "seq2seq" if encoder_decoder else "causal"
+
+
+def _agreed(what: str, records: Mapping[str, TrainingRecord | None], pick: Callable[[TrainingRecord], Any]) -> Any:
     """The one value that all records hold; None where there is no record."""
     from inlay.core.errors import ConfigError
 

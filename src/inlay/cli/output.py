@@ -21,21 +21,31 @@ def write_json(data: Any) -> None:
 
 
 def show_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: int = 0
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    numbers: Sequence[str] = (),
+    wrapped: Sequence[str] | None = None,
 ) -> None:
     """A table on standard output.
 
     Args:
-        numbers: how many of the last columns hold numbers, which stand to the right.
+        numbers: columns that hold numbers, which stand to the right.
+        wrapped: columns that may break lines where the terminal is narrow; None is all.
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for place, name in enumerate(columns):
-        right = place >= len(columns) - numbers
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
+    for name in columns:
+        table.add_column(
+            name,
+            justify="right" if name in numbers else "left",
+            overflow="fold",
+            no_wrap=wrapped is not None and name not in wrapped,
+        )
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     Console().print(table)
