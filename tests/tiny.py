@@ -7,7 +7,23 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = "the cat dog runs sits on mat tree quickly red blue and so then a bird sang at dawn".split()
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "runs",
+    "sits",
+    "on",
+    "mat",
+    "tree",
+    "quickly",
+    "red",
+    "blue",
+    "bird",
+    "sang",
+    "at",
+    "dawn",
+]
 CONTEXT = 96
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>{% endgeneration %}"

@@ -29,9 +29,7 @@ class LazyGroup(TyperGroup):
         if cmd_name not in COMMANDS or not _exists(cmd_name):
             return super().get_command(ctx, cmd_name)
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
-        single.command(cmd_name, no_args_is_help=False)(
-            getattr(import_module(f"inlay.cli.{cmd_name}"), cmd_name)
-        )
+        single.command(cmd_name, no_args_is_help=False)(getattr(import_module(f"inlay.cli.{cmd_name}"), cmd_name))
         return typer.main.get_command(single)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -74,9 +72,7 @@ def _message(error: BaseException) -> str:
     if isinstance(error, UserError):
         return f"error: {error}"
     return (
-        str(error)
-        if isinstance(error, InlayError)
-        else f"error: the disk is full ({error}). Free space and try again"
+        str(error) if isinstance(error, InlayError) else f"error: the disk is full ({error}). Free space and try again"
     )
 
 

@@ -13,44 +13,95 @@ import typer
 
 
 def train(
-    data: Annotated[Optional[str], typer.Option(help="CSV, TSV, JSONL, JSON, Parquet or text file (maybe .gz), or a datasets id.")] = None,
+    data: Annotated[
+        Optional[str], typer.Option(help="CSV, TSV, JSONL, JSON, Parquet or text file (maybe .gz), or a datasets id.")
+    ] = None,
     out: Annotated[Optional[str], typer.Option(help="Folder to write the run to.")] = None,
-    base: Annotated[Optional[str], typer.Option(help="Transformers folder or hub id. Default: the embedded base.")] = None,
+    base: Annotated[
+        Optional[str], typer.Option(help="Transformers folder or hub id. Default: the embedded base.")
+    ] = None,
     method: Annotated[Optional[str], typer.Option(help="Method (see `inlay methods`). Default: lora.")] = None,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE", help="Hyper-parameter of the method, e.g. rank=16. Repeatable.")] = None,
-    where: Annotated[Optional[str], typer.Option(help="all-linear, attention, mlp, a role, module names with commas, or re:PATTERN. Default: the paper's.")] = None,
-    layers: Annotated[Optional[str], typer.Option(metavar="NUMBERS", help="Layers to stay within, e.g. 0-5,11.")] = None,
-    modules_to_save: Annotated[Optional[str], typer.Option(metavar="NAMES", help="Modules to train whole, with commas. A fresh head is found by itself.")] = None,
+    set_: Annotated[
+        Optional[list[str]],
+        typer.Option("--set", metavar="NAME=VALUE", help="Hyper-parameter of the method, e.g. rank=16. Repeatable."),
+    ] = None,
+    where: Annotated[
+        Optional[str],
+        typer.Option(
+            help="all-linear, attention, mlp, a role, module names with commas, or re:PATTERN. Default: the paper's."
+        ),
+    ] = None,
+    layers: Annotated[
+        Optional[str], typer.Option(metavar="NUMBERS", help="Layers to stay within, e.g. 0-5,11.")
+    ] = None,
+    modules_to_save: Annotated[
+        Optional[str],
+        typer.Option(metavar="NAMES", help="Modules to train whole, with commas. A fresh head is found by itself."),
+    ] = None,
     eval_data: Annotated[Optional[str], typer.Option(help="Rows to evaluate on during training.")] = None,
-    eval_share: Annotated[Optional[float], typer.Option(help="Share of the data held out where --eval-data is not given. Default: 0.05; 0 is none.")] = None,
-    task: Annotated[Optional[str], typer.Option(help="causal, seq2seq, classification or regression. Default: guessed from columns and base.")] = None,
-    columns: Annotated[Optional[str], typer.Option(metavar="ROLE=NAME,…", help="Columns with other names, e.g. prompt=question,completion=answer.")] = None,
-    prompt_template: Annotated[Optional[str], typer.Option(help="Text with column names in braces that becomes the prompt.")] = None,
-    separator: Annotated[Optional[str], typer.Option(help="Between prompt and completion. Default: a line end.")] = None,
+    eval_share: Annotated[
+        Optional[float],
+        typer.Option(help="Share of the data held out where --eval-data is not given. Default: 0.05; 0 is none."),
+    ] = None,
+    task: Annotated[
+        Optional[str],
+        typer.Option(help="causal, seq2seq, classification or regression. Default: guessed from columns and base."),
+    ] = None,
+    columns: Annotated[
+        Optional[str],
+        typer.Option(metavar="ROLE=NAME,…", help="Columns with other names, e.g. prompt=question,completion=answer."),
+    ] = None,
+    prompt_template: Annotated[
+        Optional[str], typer.Option(help="Text with column names in braces that becomes the prompt.")
+    ] = None,
+    separator: Annotated[
+        Optional[str], typer.Option(help="Between prompt and completion. Default: a line end.")
+    ] = None,
     name: Annotated[Optional[str], typer.Option(help="Name of the adapter. Default: default.")] = None,
     epochs: Annotated[Optional[float], typer.Option(help="Passes over the data. Default: 3.")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Steps, in place of --epochs.")] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Rows in a pass. Default: 16.")] = None,
     accumulate: Annotated[Optional[int], typer.Option(help="Passes in a step. Default: 1.")] = None,
     learning_rate: Annotated[Optional[float], typer.Option(help="Peak rate. Default: the method's.")] = None,
-    schedule: Annotated[Optional[str], typer.Option(help="linear, cosine, constant or constant_with_warmup. Default: the method's.")] = None,
-    warmup: Annotated[Optional[float], typer.Option(help="Share of the steps in which the rate rises. Default: the method's.")] = None,
+    schedule: Annotated[
+        Optional[str], typer.Option(help="linear, cosine, constant or constant_with_warmup. Default: the method's.")
+    ] = None,
+    warmup: Annotated[
+        Optional[float], typer.Option(help="Share of the steps in which the rate rises. Default: the method's.")
+    ] = None,
     weight_decay: Annotated[Optional[float], typer.Option(help="Default: the method's.")] = None,
-    max_grad_norm: Annotated[Optional[float], typer.Option(help="Gradients are scaled down to this norm. Default: 1; 0 leaves them.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(help="Tokens a row may have. Default: what the base can read.")] = None,
-    on_long: Annotated[Optional[str], typer.Option(help="Longer rows: error, truncate, drop or split. Default: split for plain text, else error.")] = None,
+    max_grad_norm: Annotated[
+        Optional[float], typer.Option(help="Gradients are scaled down to this norm. Default: 1; 0 leaves them.")
+    ] = None,
+    max_length: Annotated[
+        Optional[int], typer.Option(help="Tokens a row may have. Default: what the base can read.")
+    ] = None,
+    on_long: Annotated[
+        Optional[str],
+        typer.Option(help="Longer rows: error, truncate, drop or split. Default: split for plain text, else error."),
+    ] = None,
     seed: Annotated[Optional[int], typer.Option(help="Of every random draw. Default: 0.")] = None,
-    precision: Annotated[Optional[str], typer.Option(help="bf16 or fp32 weights of the base. Default: its own.")] = None,
-    gradient_checkpointing: Annotated[Optional[bool], typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")] = None,
-    eval_every: Annotated[Optional[int], typer.Option(help="Steps between evaluations. Default: an epoch, or a quarter of a short run.")] = None,
-    save_every: Annotated[Optional[int], typer.Option(help="Steps between checkpoints. Default: as --eval-every, and every ten minutes.")] = None,
-    early_stopping: Annotated[Optional[int], typer.Option(metavar="N", help="End after N evaluations without a better score.")] = None,
+    precision: Annotated[
+        Optional[str], typer.Option(help="bf16 or fp32 weights of the base. Default: its own.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        Optional[bool], typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
+    ] = None,
+    eval_every: Annotated[
+        Optional[int], typer.Option(help="Steps between evaluations. Default: an epoch, or a quarter of a short run.")
+    ] = None,
+    save_every: Annotated[
+        Optional[int], typer.Option(help="Steps between checkpoints. Default: as --eval-every, and every ten minutes.")
+    ] = None,
+    early_stopping: Annotated[
+        Optional[int], typer.Option(metavar="N", help="End after N evaluations without a better score.")
+    ] = None,
     report_to: Annotated[Optional[str], typer.Option(help="tensorboard, wandb, mlflow, with commas.")] = None,
     config: Annotated[Optional[Path], typer.Option(help="run.yaml of these options; flags override it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, exactly.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Fine-tune a frozen base on your data and save the adapter."""
     flags = {key: value for key, value in locals().items() if value is not None}
     for own in ("config", "resume", "overwrite", "as_json"):
@@ -67,9 +118,7 @@ def train(
         checked = RunConfig.of(asked, origin="options" if config is None else f"options and {config}")
     from inlay.train.running import resumed_config, run
 
-    result = run(
-        resumed_config(asked["out"], asked) if resume else checked, resume=resume, overwrite=overwrite
-    )
+    result = run(resumed_config(asked["out"], asked) if resume else checked, resume=resume, overwrite=overwrite)
     if as_json:
         from inlay.cli.output import write_json
 
@@ -133,6 +182,6 @@ def _told(result: Any) -> str:
     scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
     kept = f" (best: step {result.best_step})" if result.best_step not in (None, result.steps) else ""
     return (
-        f"{result.adapter}: {result.trainable:,} trained parameters, {result.steps} steps{kept} in {result.seconds:.0f} s, "
-        f"{result.tokens_per_second:,.0f} tokens/s\n{scores}\n"
+        f"{result.adapter}: {result.trainable:,} trained parameters, {result.steps} steps{kept} "
+        f"in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s\n{scores}\n"
     )

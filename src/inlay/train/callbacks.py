@@ -12,9 +12,7 @@ from transformers import TrainerCallback
 from inlay.train.folder import RunFolder, disk_errors
 from inlay.train.stop import StopRequest
 
-CHECKPOINT_SECONDS = (
-    600  # a killed run loses no more than this, however far apart its checkpoints are in steps
-)
+CHECKPOINT_SECONDS = 600  # a killed run loses no more than this, however far apart its checkpoints are in steps
 _LINES = 10  # of progress where nobody watches
 
 
@@ -72,9 +70,7 @@ class Metrics(TrainerCallback):
         self.spent += self.step_seconds
         self.tokens += state.num_input_tokens_seen - (self.tokens_before or 0)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         if "loss" in logs:
@@ -120,15 +116,11 @@ class Progress(TrainerCallback):
             )
             self.bar.start()
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
             scores = [
-                f"{key.removeprefix('eval_')} {logs[key]:.4f}"
-                for key in ("eval_loss", "eval_accuracy")
-                if key in logs
+                f"{key.removeprefix('eval_')} {logs[key]:.4f}" for key in ("eval_loss", "eval_accuracy") if key in logs
             ]
             self.evaluated = f"held out: {', '.join(scores)}"
             if self.watched:

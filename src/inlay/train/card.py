@@ -9,8 +9,8 @@ from inlay.train.config import RunConfig
 from inlay.train.record import TrainingRecord
 
 _HYPER = (
-    "epochs", "steps", "batch_size", "accumulate", "learning_rate", "schedule", "warmup", "weight_decay", "max_grad_norm",
-    "max_length", "on_long", "precision", "gradient_checkpointing", "early_stopping", "seed",
+    "epochs", "steps", "batch_size", "accumulate", "learning_rate", "schedule", "warmup", "weight_decay",
+    "max_grad_norm", "max_length", "on_long", "precision", "gradient_checkpointing", "early_stopping", "seed",
 )  # fmt: skip
 _CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -41,11 +41,7 @@ def card(
         [
             "---",
             "library_name: inlay",
-            *(
-                [f"base_model: {config.base}"]
-                if config.base and not config.base.startswith(("/", ".", "~"))
-                else []
-            ),
+            *([f"base_model: {config.base}"] if config.base and not config.base.startswith(("/", ".", "~")) else []),
             f"tags: [inlay, {method.name}, {record.task}]",
             "---",
             "",

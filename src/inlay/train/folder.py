@@ -56,9 +56,7 @@ class RunFolder:
     @property
     def used(self) -> bool:
         """Whether anything is in the way of a new run."""
-        return self.root.exists() and (
-            not self.root.is_dir() or any(e.name != ".lock" for e in self.root.iterdir())
-        )
+        return self.root.exists() and (not self.root.is_dir() or any(e.name != ".lock" for e in self.root.iterdir()))
 
     @property
     def finished(self) -> bool:
@@ -73,28 +71,18 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise OutputError(f"{self.root} is a file; give a folder for --out")
         if resume and not self.config.is_file():
-            raise OutputError(
-                f"{self.root} holds no run to resume (no run.yaml). Leave --resume out to start one"
-            )
+            raise OutputError(f"{self.root} holds no run to resume (no run.yaml). Leave --resume out to start one")
         if not self.used or resume:
             return
         if overwrite:
-            foreign = sorted(
-                e.name for e in self.root.iterdir() if e.name not in (*_OWN_FILES, *_OWN_FOLDERS)
-            )
+            foreign = sorted(e.name for e in self.root.iterdir() if e.name not in (*_OWN_FILES, *_OWN_FOLDERS))
             if foreign or not self.config.is_file():
                 shown = ", ".join(foreign[:5]) or "no run.yaml"
                 raise OutputError(
                     f"{self.root} is not only a run of inlay ({shown}), so it is not overwritten. Choose another --out"
                 )
             return
-        state = (
-            "a finished run"
-            if self.finished
-            else "an unfinished run"
-            if self.config.is_file()
-            else "other files"
-        )
+        state = "a finished run" if self.finished else "an unfinished run" if self.config.is_file() else "other files"
         remedy = {
             "a finished run": "Choose another --out, or --overwrite to train again",
             "an unfinished run": "Give --resume to go on, --overwrite to start again, or another --out",
@@ -102,11 +90,7 @@ class RunFolder:
         }[state]
         raise OutputError(
             f"the output folder {self.root} is already in use: it holds {state}. {remedy}"
-            + (
-                ""
-                if "--resume" in remedy
-                else " (--resume goes on with an unfinished run; --overwrite replaces a run)"
-            )
+            + ("" if "--resume" in remedy else " (--resume goes on with an unfinished run; --overwrite replaces a run)")
         )
 
     @contextmanager
@@ -196,9 +180,7 @@ def disk_errors(path: Path, remedy: str = "Free space, or choose another --out")
 
 def is_full_disk(error: BaseException) -> bool:
     """Whether an error is some library's way of saying that the disk is full."""
-    return (isinstance(error, OSError) and error.errno in _FULL) or any(
-        word in str(error) for word in _FULL_WORDS
-    )
+    return (isinstance(error, OSError) and error.errno in _FULL) or any(word in str(error) for word in _FULL_WORDS)
 
 
 def _why(error: BaseException) -> str | None:

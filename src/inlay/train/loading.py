@@ -67,12 +67,7 @@ def load_base(
         model, info = _read_model(source, task, labels, dtype)
         tokenizer = _read_tokenizer(source)
     fresh = _fresh_modules(model, info, source, task)
-    if (
-        task == "classification"
-        and label_names is not None
-        and not fresh
-        and _other_labels(config, label_names)
-    ):
+    if task == "classification" and label_names is not None and not fresh and _other_labels(config, label_names):
         fresh = head_modules(model)
     _settle(model, tokenizer, task)
     return Base(model, tokenizer, fresh)
@@ -93,9 +88,7 @@ def base_source(path: str | Path | None) -> str:
         _check_folder(folder)
         return str(folder)
     if folder.is_file():
-        raise ConfigError(
-            f"base {path} is a file; expected a transformers model folder (config.json and weights)"
-        )
+        raise ConfigError(f"base {path} is a file; expected a transformers model folder (config.json and weights)")
     if isinstance(path, Path) or not _HUB_ID.fullmatch(path) or path.startswith("."):
         raise ConfigError(
             f"base {path}: there is no such folder. Give a transformers model folder, or a hub id (owner/name)"
@@ -149,8 +142,8 @@ def _check_folder(folder: Path) -> None:
         )
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise ConfigError(
-            f"base {folder} has a config.json but no weights (*.safetensors). Download the weights beside it; a large file "
-            "kept outside of git must be fetched too"
+            f"base {folder} has a config.json but no weights (*.safetensors). Download the weights beside it; "
+            "a large file kept outside of git must be fetched too"
         )
 
 
@@ -179,11 +172,7 @@ def _head_options(task: str, num_labels: int | None, label_names: Sequence[str] 
             "num_labels": len(label_names),
             "problem_type": "single_label_classification",
         }
-    return (
-        {}
-        if num_labels is None
-        else {"num_labels": num_labels, "problem_type": "single_label_classification"}
-    )
+    return {} if num_labels is None else {"num_labels": num_labels, "problem_type": "single_label_classification"}
 
 
 def _read_model(
@@ -239,8 +228,7 @@ def _fresh_modules(model: Any, info: dict[str, Any], source: str, task: str) -> 
     wrong = sorted(
         name
         for name in missing
-        if task in ("causal", "seq2seq")
-        or (name.startswith(trunk) and (name in mismatched or not pooler.search(name)))
+        if task in ("causal", "seq2seq") or (name.startswith(trunk) and (name in mismatched or not pooler.search(name)))
     )
     if wrong:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
@@ -284,8 +272,8 @@ def _settle(model: Any, tokenizer: Any, task: str) -> None:
     size = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > size:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the base embeds only {size}: they do not belong together. "
-            "Use the base's own tokenizer files"
+            f"the tokenizer has {len(tokenizer)} tokens, but the base embeds only {size}: they do not belong "
+            "together. Use the base's own tokenizer files"
         )
 
 
@@ -297,7 +285,7 @@ def _unreachable(source: str) -> str:
             return f"base {source}: its config.json is not JSON ({error}). Download it again"
         return f"base {source}: its config.json cannot be used"
     return (
-        f"base {source}: there is no such folder, and no model of that name in the local cache or reachable on the hub. "
+        f"base {source}: there is no such folder, and no model of that name in the local cache or on the hub. "
         "Check the name, or give a folder"
     )
 

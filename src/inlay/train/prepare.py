@@ -74,8 +74,8 @@ def prepare(config: RunConfig) -> Prepared:
     base = load_base(source if config.base else None, task=task, label_names=labels, dtype=_dtype(config))
     if layout.kind == "chat" and not base.tokenizer.chat_template:
         raise ConfigError(
-            f"{config.data} holds chats, but the tokenizer of the base {source} has no chat template. Give a base that was "
-            "trained on chats, or data with `prompt` and `completion`"
+            f"{config.data} holds chats, but the tokenizer of the base {source} has no chat template. Give a base "
+            "that was trained on chats, or data with `prompt` and `completion`"
         )
     base_parameters = sum(p.numel() for p in base.model.parameters())
     adapter = inlay.attach(
@@ -86,17 +86,13 @@ def prepare(config: RunConfig) -> Prepared:
         layers=config.layers,
         modules_to_save=list(dict.fromkeys([*config.modules_to_save, *base.fresh])),
     )
-    config = config.changed(
-        max_length=_max_length(config, layout, base, adapter), on_long=_on_long(config, layout)
-    )
+    config = config.changed(max_length=_max_length(config, layout, base, adapter), on_long=_on_long(config, layout))
     train = _encode(rows, layout, base, task, labels, config)
     held_out = None if held is None else _by_length(_encode(held, layout, base, task, labels, config))
     per_epoch = math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulate)
     total_steps = config.steps or math.ceil(config.epochs * per_epoch)
     config = _resolved(config, task, method, layout, per_epoch, total_steps)
-    digests = {"train": rows_fingerprint(train)} | (
-        {} if held_out is None else {"eval": rows_fingerprint(held_out)}
-    )
+    digests = {"train": rows_fingerprint(train)} | ({} if held_out is None else {"eval": rows_fingerprint(held_out)})
     record = TrainingRecord(
         task=task,
         base=config.base,
@@ -221,11 +217,7 @@ def context_of(model: Any, tokenizer: Any) -> int | None:
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from the padding index on.
-        if (
-            name.endswith("position_embeddings")
-            and isinstance(module, nn.Embedding)
-            and module.padding_idx is not None
-        ):
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             stated = module.num_embeddings - module.padding_idx - 1
     limits = [int(n) for n in (stated, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
     return min(limits, default=None)
@@ -266,9 +258,7 @@ def _roles(layout: Layout) -> dict[str, str]:
     return {role: column for role in ROLES if (column := getattr(layout, role)) is not None}
 
 
-def _resolved(
-    config: RunConfig, task: Task, method: Method, layout: Layout, per_epoch: int, total: int
-) -> RunConfig:
+def _resolved(config: RunConfig, task: Task, method: Method, layout: Layout, per_epoch: int, total: int) -> RunConfig:
     """Everything that was found out, and absolute paths, so that the saved file says it all."""
     recipe = method.recipe
     every = config.eval_every or (per_epoch if total >= 2 * per_epoch else max(1, total // 4))

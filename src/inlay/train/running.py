@@ -58,9 +58,7 @@ class RunResult:
         return cls(**{**values, "out": path.parent, "adapter": path.parent / "adapter"})
 
 
-def run(
-    config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True
-) -> RunResult:
+def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> RunResult:
     """Train an adapter.
 
     Args:
@@ -75,9 +73,7 @@ def run(
         Stopped: Ctrl-C or SIGTERM; the checkpoint is saved.
     """
     if resume and overwrite:
-        raise ConfigError(
-            "resume and overwrite exclude each other: one goes on with a run, the other replaces it"
-        )
+        raise ConfigError("resume and overwrite exclude each other: one goes on with a run, the other replaces it")
     folder = RunFolder(config.out)
     folder.check(resume=resume, overwrite=overwrite)
     if resume and folder.finished:
@@ -109,9 +105,7 @@ def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
     for name, value in RunConfig.of({**values, **asked}).model_dump().items():
         if name not in asked or name == "out" or value == values[name]:
             continue
-        if name in ("data", "eval_data", "base") and Path(str(value)).expanduser().resolve() == Path(
-            str(values[name])
-        ):
+        if name in ("data", "eval_data", "base") and Path(str(value)).expanduser().resolve() == Path(str(values[name])):
             continue
         if name in ("settings", "columns") and all(values[name].get(key) == v for key, v in value.items()):
             continue
@@ -149,9 +143,7 @@ def _check_identity(folder: RunFolder, prepared: Prepared) -> None:
         )
     if before["base"] != prepared.identity["base"]:
         base = prepared.config.base or "the embedded base"
-        raise BaseMismatchError(
-            f"{base} changed since the run began, so it cannot go on. Start again with --overwrite"
-        )
+        raise BaseMismatchError(f"{base} changed since the run began, so it cannot go on. Start again with --overwrite")
 
 
 def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progress: bool) -> RunResult:
@@ -198,18 +190,14 @@ def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progr
 
 
 def _over(state: Any, prepared: Prepared, patience_used_up: Any) -> bool:
-    return bool(
-        state.global_step >= prepared.total_steps or patience_used_up(state, prepared.config.early_stopping)
-    )
+    return bool(state.global_step >= prepared.total_steps or patience_used_up(state, prepared.config.early_stopping))
 
 
 def _stopped(folder: RunFolder, request: StopRequest) -> Stopped:
     kept = folder.last_checkpoint()
     step = 0 if kept is None else int(kept.name.rpartition("-")[2])
     again = f"go on with: inlay train --out {folder.root} --resume"
-    return Stopped(
-        f"stopped by {request.name}; {step} steps are saved in {folder.root}. {again}", request.number
-    )
+    return Stopped(f"stopped by {request.name}; {step} steps are saved in {folder.root}. {again}", request.number)
 
 
 def _arguments(prepared: Prepared, folder: RunFolder) -> Any:

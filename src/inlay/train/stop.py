@@ -49,9 +49,7 @@ class StopRequest:
         self.number = number
         if again or not self.training:
             raise Stopped(f"stopped by {self.name}", number)
-        sys.stderr.write(
-            f"\n{self.name}: finishing this step, then saving a checkpoint (once more to stop at once)\n"
-        )
+        sys.stderr.write(f"\n{self.name}: finishing this step, then saving a checkpoint (once more to stop at once)\n")
         sys.stderr.flush()
 
 

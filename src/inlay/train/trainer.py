@@ -61,9 +61,7 @@ class AdapterTrainer(Trainer):
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         return LengthGroupedOrder(lengths, self._train_batch_size, self.args.seed)
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: Any
-    ) -> tuple[list[Any], Any]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The passes of one step, and how many items are scored in all of them (on all devices)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items = torch.tensor(sum(self.items(batch) for batch in batches), device=device)
@@ -168,9 +166,7 @@ class AdapterTrainer(Trainer):
         read_tensors(self.adapter, Path(resume_from_checkpoint) / ADAPTER_FILE)
 
     def _keep_best(self) -> None:
-        with disk_errors(
-            self.folder.best, "The last whole checkpoint is kept: free space, then go on with --resume"
-        ):
+        with disk_errors(self.folder.best, "The last whole checkpoint is kept: free space, then go on with --resume"):
             write_beside(self.folder.best, lambda part: write_tensors(self.adapter, part))
 
     def load_best(self) -> None:
@@ -185,7 +181,7 @@ def criterion(task: str) -> tuple[str, bool]:
 
 
 def patience_used_up(state: Any, patience: int | None) -> bool:
-    """Whether the last `patience` evaluations brought nothing better; derived from the state, so a resumed run knows."""
+    """Whether the last `patience` evaluations brought nothing better; the state tells, so a resumed run knows."""
     if patience is None or state.best_global_step is None:
         return False
     later = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] > state.best_global_step]

@@ -59,7 +59,7 @@ def test_numbers_as_yaml_writes_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
 def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match="run.yaml"):
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
         RunConfig.read(tmp_path / "run.yaml")
 
 

@@ -70,9 +70,12 @@ def test_a_folder_of_somebody_else_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
-    with RunFolder(tmp_path).claimed():
-        with pytest.raises(OutputError, match="another process"), RunFolder(tmp_path).claimed():
-            pass
+    with (
+        RunFolder(tmp_path).claimed(),
+        pytest.raises(OutputError, match="another process"),
+        RunFolder(tmp_path).claimed(),
+    ):
+        pass
     with RunFolder(tmp_path).claimed():
         pass
 

@@ -53,7 +53,7 @@ def test_what_is_no_base(llama: Path, tmp_path: Path) -> None:
     copy = tmp_path / "base"
     shutil.copytree(llama, copy)
     (copy / "model.safetensors").rename(tmp_path / "weights")
-    with pytest.raises(ConfigError, match="has a config.json but no weights"):
+    with pytest.raises(ConfigError, match=r"has a config\.json but no weights"):
         load_base(copy)
     (copy / "model.safetensors").write_bytes((tmp_path / "weights").read_bytes()[:5000])
     with pytest.raises(ConfigError, match="damaged or cut short"):
@@ -63,7 +63,7 @@ def test_what_is_no_base(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no tokenizer"):
         load_base(copy)
     (copy / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="config.json"):
+    with pytest.raises(ConfigError, match=r"config\.json"):
         load_base(copy)
     (copy / "config.json").unlink()
     with pytest.raises(ConfigError, match="is not a model folder"):
@@ -94,7 +94,7 @@ def test_weights_that_are_not_all_there(llama: Path, tmp_path: Path) -> None:
 
 
 def test_tasks_that_a_base_cannot_do(bert: Path, t5: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot do the task seq2seq: it can do .*classification"):
+    with pytest.raises(ConfigError, match=r"cannot do the task seq2seq: it can do .*classification"):
         load_base(bert, task="seq2seq")
     with pytest.raises(ConfigError, match="cannot do the task causal"):
         load_base(t5, task="causal")

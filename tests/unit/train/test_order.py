@@ -31,7 +31,5 @@ def test_epochs_and_seeds_differ() -> None:
 def test_batches_hold_rows_of_like_length() -> None:
     lengths = [(i * 37) % 101 for i in range(640)]
     rows = list(LengthGroupedOrder(lengths, 8, 0))
-    spread = [
-        max(batch) - min(batch) for i in range(0, 640, 8) if (batch := [lengths[r] for r in rows[i : i + 8]])
-    ]
+    spread = [max(batch) - min(batch) for i in range(0, 640, 8) if (batch := [lengths[r] for r in rows[i : i + 8]])]
     assert sum(spread) / len(spread) < 25  # at random it is about 78

@@ -63,7 +63,9 @@ def interrupted(asked: RunConfig, *steps: int) -> RunResult:
         ("full", {}),
     ],
 )
-def test_the_same_numbers(completions: Path, llama: Path, tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
+def test_the_same_numbers(
+    completions: Path, llama: Path, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
     """Two epochs of 8 steps in passes of two; killed mid-epoch, on a checkpoint, between two, at an epoch's end."""
     asked = config(completions, llama, tmp_path / "a", method=method, settings=settings, accumulate=2, steps=None)
     asked = asked.changed(epochs=2, batch_size=2, save_every=3, eval_every=4)
