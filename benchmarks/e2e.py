@@ -44,9 +44,7 @@ def measure(job: Job, given: argparse.Namespace) -> dict[str, Any]:
     from inlay.train import load_base
 
     train, dev = e2e_as_jsonl(WORK, rows=given.rows, meanings=given.meanings, seed=job.seed)
-    about = (
-        _train(job, given, train) if job.method != UNTRAINED else {"seconds": 0.0, "peak_memory_mib": None}
-    )
+    about = _train(job, given, train) if job.method != UNTRAINED else {"seconds": 0.0, "peak_memory_mib": None}
     base = load_base(given.base, task="causal")
     if job.method != UNTRAINED:
         adapter = inlay.load(base.model, about.pop("adapter"))
@@ -76,8 +74,7 @@ def measure(job: Job, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(job: Job, given: argparse.Namespace, data: Path) -> dict[str, Any]:
-    from inlay.train import RunConfig
-    from inlay.train.run import run
+    from inlay.train import RunConfig, run
 
     chosen = METHODS[job.method]
     config = RunConfig(
@@ -112,24 +109,18 @@ def _train(job: Job, given: argparse.Namespace, data: Path) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, or, with --single, one job in this process."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=[UNTRAINED, *METHODS], default=[UNTRAINED, *METHODS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--base", help="transformers folder; default: the embedded base")
     parser.add_argument("--rows", type=int, default=20_000, help="training rows, drawn from 42,061")
-    parser.add_argument(
-        "--meanings", type=int, help="only the first meaning representations, for a smoke run"
-    )
+    parser.add_argument("--meanings", type=int, help="only the first meaning representations, for a smoke run")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--steps", type=int, help="instead of epochs, for a smoke run")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument(
-        "--fresh", action="store_true", help="measure again what the results file already holds"
-    )
+    parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
     parser.add_argument("--single", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.single:

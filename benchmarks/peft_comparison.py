@@ -39,9 +39,7 @@ def step_cases(*, tiny: bool) -> list[step.Case]:
         half,
         replace(half, name="dropout 0.05, half the positions labelled", dropout=0.05),
         replace(half, name="no dropout, every position labelled", labelled=1.0),
-        replace(
-            half, name="float32, no dropout, half labelled", shape=replace(LLAMA_58M, dtype=torch.float32)
-        ),
+        replace(half, name="float32, no dropout, half labelled", shape=replace(LLAMA_58M, dtype=torch.float32)),
     ]
     if not tiny:
         return cases
@@ -72,9 +70,7 @@ def disagreements(found: dict[str, Any]) -> list[str]:
     checks = {f"step, {r['case']}": r["losses"] for r in found.get("step", [])}
     if "switch" in found:
         checks["switch"] = found["switch"]["outputs"]
-    checks |= {
-        f"mixed, {r['adapters']} adapters": r["logits"] for r in found.get("mixed", {}).get("results", [])
-    }
+    checks |= {f"mixed, {r['adapters']} adapters": r["logits"] for r in found.get("mixed", {}).get("results", [])}
     return [f"{name}: {check}" for name, check in checks.items() if not check["agree"]]
 
 
@@ -92,9 +88,7 @@ def table(found: dict[str, Any]) -> Table:
             ("to_base_and_back", "to the base and back"),
         ):
             ratios = {"inlay/peft": found["switch"]["ratios"][f"{key}: inlay/peft"]}
-            words = (
-                f"switch {words}, {found['switch']['adapters']} loaded, {found['switch']['layers']} layers"
-            )
+            words = f"switch {words}, {found['switch']['adapters']} loaded, {found['switch']['layers']} layers"
             _add(shown, words, found["switch"][key], ratios, "")
     for row in found.get("mixed", {}).get("results", []):
         for what in ("prefill", "decode"):
@@ -117,27 +111,19 @@ def _add(shown: Table, words: str, timings: dict[str, Any], ratios: dict[str, An
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 1 where inlay and PEFT disagree."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
-    parser.add_argument(
-        "--runs", type=int, default=9, help=f"alternating runs; results want {MINIMUM_RUNS} or more"
-    )
+    parser.add_argument("--runs", type=int, default=9, help=f"alternating runs; results want {MINIMUM_RUNS} or more")
     parser.add_argument("--threads", type=int, help="torch threads; the default is torch's own")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny shapes: checks that everything runs, times nothing"
-    )
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: checks that everything runs, times nothing")
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's use of transformers
     console = Console()
     about = provenance(seeds=[0, 1])
-    found = measure(
-        given.only, runs=given.runs, tiny=given.smoke, say=lambda words: console.print(f"… {words}")
-    )
+    found = measure(given.only, runs=given.runs, tiny=given.smoke, say=lambda words: console.print(f"… {words}"))
     wrong = disagreements(found)
     write_json(
         given.out,

@@ -117,9 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -132,9 +130,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
     name = facts.get("model name") or platform.processor()
-    extensions = [
-        f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in facts.get("flags", "").split()
-    ]
+    extensions = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in facts.get("flags", "").split()]
     family = f"family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else ""
     return " ".join(filter(None, [name, family, f"({', '.join(extensions)})" if extensions else ""]))
 

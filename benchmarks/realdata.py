@@ -31,8 +31,7 @@ def shared_data(name: str) -> Path:
     folder = shared / "data" / name
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no {name} data: {folder} is not a folder. "
-            "Put the data sets beside the repository, or set INLAY_SHARED"
+            f"no {name} data: {folder} is not a folder. Put the data sets beside the repository, or set INLAY_SHARED"
         )
     return folder
 

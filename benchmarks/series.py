@@ -74,16 +74,12 @@ def _measure(job: Job, command: Callable[[Job, Path], list[str]]) -> dict[str, A
         report = Path(folder) / "report.json"
         done = subprocess.run([sys.executable, *command(job, report)], cwd=ROOT)
         if done.returncode != 0 or not report.exists():
-            raise SystemExit(
-                f"{job.key} failed (exit code {done.returncode}); what was measured before is kept"
-            )
+            raise SystemExit(f"{job.key} failed (exit code {done.returncode}); what was measured before is kept")
         about = provenance(seeds=[job.seed])
         return {**read_json(report), "date": about["date"], "git": about["git"]}
 
 
-def _same_conditions(
-    content: dict[str, Any], settings: dict[str, Any], about: dict[str, Any], out: Path
-) -> None:
+def _same_conditions(content: dict[str, Any], settings: dict[str, Any], about: dict[str, Any], out: Path) -> None:
     old = content["provenance"]
     pairs = {
         "settings": (content["settings"], settings),

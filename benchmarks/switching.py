@@ -44,9 +44,7 @@ def compare(*, adapters: int = 20, shape: Shape = LINEARS_112, runs: int) -> dic
     to_another = alternate(
         {"inlay": _use(ours, names), "peft": _set_adapter(theirs, names)}, runs=runs, repeat={"inlay": REPEAT}
     )
-    to_base = alternate(
-        {"inlay": _use(ours, [None]), "peft": _disable(theirs)}, runs=runs, repeat={"inlay": REPEAT}
-    )
+    to_base = alternate({"inlay": _use(ours, [None]), "peft": _disable(theirs)}, runs=runs, repeat={"inlay": REPEAT})
     return {
         "shape": shape.to_dict(),
         "adapters": adapters,

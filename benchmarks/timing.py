@@ -24,9 +24,7 @@ class Timing:
 
     def to_dict(self) -> dict[str, Any]:
         """Milliseconds: median, quartiles and every run."""
-        low, _, high = (
-            statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else (self.median,) * 3
-        )
+        low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else (self.median,) * 3
         return {
             "median_ms": _ms(self.median),
             "quartiles_ms": [_ms(low), _ms(high)],

@@ -49,8 +49,7 @@ def train_with_inlay(job: Job, given: argparse.Namespace) -> dict[str, Any]:
     import inlay
     from inlay.data import read_table, resolve_columns
     from inlay.evaluate.run import Settings, evaluate
-    from inlay.train import RunConfig, load_base, read_record
-    from inlay.train.run import run
+    from inlay.train import RunConfig, load_base, read_record, run
 
     work = WORK / f"{job.method}-{job.seed}"
     train, test = trec_as_jsonl(WORK, rows=given.rows)
@@ -78,9 +77,7 @@ def train_with_inlay(job: Job, given: argparse.Namespace) -> dict[str, Any]:
     adapter = inlay.load(base.model, result.adapter)
     table = read_table(test)
     settings = Settings(batch_size=64, label_names=record.labels)
-    scores = evaluate(
-        base.model, base.tokenizer, table, resolve_columns(table), "classification", settings=settings
-    )
+    scores = evaluate(base.model, base.tokenizer, table, resolve_columns(table), "classification", settings=settings)
     return {
         "accuracy": scores["metrics"]["accuracy"],
         "macro_f1": scores["metrics"]["macro_f1"],
@@ -115,9 +112,7 @@ def train_with_peft(job: Job, given: argparse.Namespace) -> dict[str, Any]:
     logging.disable_progress_bar()
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(minilm())
-    tables = [
-        Dataset.from_json(str(p), cache_dir=str(WORK / "cache")) for p in trec_as_jsonl(WORK, rows=given.rows)
-    ]
+    tables = [Dataset.from_json(str(p), cache_dir=str(WORK / "cache")) for p in trec_as_jsonl(WORK, rows=given.rows)]
     began = time.perf_counter()
     set_seed(job.seed)
     model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=CLASSES)
@@ -169,29 +164,21 @@ def train_with_peft(job: Job, given: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, or, with --single, one job in this process."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, PEER], default=[*METHODS, PEER])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--steps", type=int, help="instead of epochs, for a smoke run")
     parser.add_argument("--rows", type=int, help="only the first questions, for a smoke run")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument(
-        "--learning-rate", type=float, help="for every method; default: each one's own recipe"
-    )
+    parser.add_argument("--learning-rate", type=float, help="for every method; default: each one's own recipe")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument(
-        "--fresh", action="store_true", help="measure again what the results file already holds"
-    )
+    parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
     parser.add_argument("--single", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.single:
         job = Job(given.methods[0], given.seeds[0])
-        write_json(
-            given.single, train_with_peft(job, given) if job.method == PEER else train_with_inlay(job, given)
-        )
+        write_json(given.single, train_with_peft(job, given) if job.method == PEER else train_with_inlay(job, given))
         return 0
     shared = ("epochs", "steps", "rows", "batch_size", "learning_rate")
     content = run_series(

@@ -1,0 +1,124 @@
+"""The benchmarks' own checks: that they compare like with like, notice when not, and keep what they measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from benchmarks import mixed, provenance, realdata, step, switching
+from benchmarks.contenders import Shape, copy_values, with_inlay, with_peft
+from benchmarks.peft_comparison import disagreements
+from benchmarks.series import Job, run_series
+from benchmarks.timing import Timing, alternate, ratio
+from inlay import LoRA
+
+TINY = Shape(hidden=32, intermediate=48, layers=2, heads=2, vocabulary=64, dtype=torch.float32)
+CASE = step.Case(name="tiny", shape=TINY, rank=2, rows=2, tokens=8, checked=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_first_losses_equal_peft(dtype: torch.dtype, dropout: float) -> None:
+    found = step.compare(replace(CASE, shape=replace(TINY, dtype=dtype), dropout=dropout), runs=1)
+    assert found["losses"]["agree"], found["losses"]
+    first, last = found["losses"]["first_and_last"]["inlay"]
+    assert first != last  # a step that changed nothing would agree with anything
+
+
+def test_losses_that_differ_are_noticed() -> None:
+    base = TINY.build()
+    ours = with_inlay(base, CASE.method, ["default"], seed=0)
+    theirs = with_peft(base, LoRA(rank=2, alpha=8.0), ["default"])
+    copy_values(ours, theirs)
+    steps = {"inlay": step.training_step(ours, CASE.batch()), "peft": step.training_step(theirs, CASE.batch())}
+    agreement = step.losses_agree(CASE, steps)
+    assert not agreement["agree"]
+    assert disagreements({"step": [{"case": "tiny", "losses": agreement}]})
+
+
+def test_adapters_at_other_places_are_refused() -> None:
+    base = TINY.build()
+    ours = with_inlay(base, CASE.method, ["one"], seed=0)
+    with pytest.raises(ValueError, match="different places"):
+        copy_values(ours, with_peft(base, CASE.method, ["other"]))
+
+
+def test_the_floor_trains_nothing() -> None:
+    base = TINY.build()
+    before = [p.clone() for p in base.parameters()]
+    step.floor_step(base, CASE.batch())()
+    assert all(p.grad is None and torch.equal(p, b) for p, b in zip(base.parameters(), before, strict=True))
+
+
+def test_switches_serve_what_was_asked_for() -> None:
+    found = switching.compare(adapters=3, shape=TINY, runs=1)
+    assert found["outputs"]["agree"], found["outputs"]
+    assert found["layers"] == 2 * 7
+
+
+def test_mixed_batches_equal_peft() -> None:
+    found = mixed.compare(mixed.Load(shape=TINY, rows=4, prompt=6, steps=2), counts=(1, 2, 4), runs=1)
+    assert [r["adapters"] for r in found["results"]] == [1, 2, 4]
+    assert all(r["logits"]["agree"] for r in found["results"]), found["results"]
+
+
+def test_rounds_alternate() -> None:
+    order: list[str] = []
+    found = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, runs=2, warmup=1)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert all(len(t.seconds) == 2 for t in found.values())
+
+
+def test_a_ratio_tells_the_medians_and_the_extremes() -> None:
+    found = ratio(Timing((1.0, 2.0, 9.0)), Timing((2.0, 2.0, 3.0)))
+    assert found == {"of_medians": 1.0, "lowest_round": 0.5, "highest_round": 3.0}
+
+
+def test_provenance_names_no_path_of_the_machine() -> None:
+    text = json.dumps(provenance.provenance(seeds=[0]))
+    assert str(provenance.ROOT) not in text
+    assert json.loads(text)["versions"].keys() >= {"python", "inlay", "torch", "transformers", "peft"}
+
+
+def test_a_series_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    program = "import sys, json; json.dump({'score': int(sys.argv[2])}, open(sys.argv[1], 'w'))"
+
+    def run(*jobs: Job, settings: dict[str, int] | None = None) -> dict[str, dict[str, int]]:
+        content = run_series(
+            jobs,
+            out=out,
+            settings=settings or {"epochs": 1},
+            command=lambda job, report: ["-c", program, str(report), str(job.seed)],
+            say=lambda _: None,
+        )
+        return content["results"]
+
+    assert run(Job("lora", 1))["lora seed 1"]["score"] == 1
+    first = json.loads(out.read_text())["results"]["lora seed 1"]
+    assert run(Job("lora", 1), Job("lora", 2))["lora seed 1"] == first
+    with pytest.raises(SystemExit, match="settings"):
+        run(Job("lora", 1), settings={"epochs": 2})
+    with pytest.raises(SystemExit, match="failed"):
+        run_series([Job("x", 0)], out=out, settings={"epochs": 1}, command=lambda job, report: ["-c", "1/0"])
+    assert set(json.loads(out.read_text())["results"]) == {"lora seed 1", "lora seed 2"}
+
+
+def test_real_data_is_read_whole(tmp_path: Path) -> None:
+    try:
+        trec = realdata.trec_as_jsonl(tmp_path)
+        e2e = realdata.e2e_as_jsonl(tmp_path, rows=100, meanings=None, seed=0)
+    except FileNotFoundError as absent:
+        pytest.skip(str(absent))
+    questions = [[json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in trec]
+    assert [len(q) for q in questions] == [5452, 500]
+    assert {row["label"] for row in questions[0]} == set("012345")
+    train, dev = ([json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in e2e)
+    assert len(train) == 100 and len(dev) == 4672
+    assert len({row["mr"] for row in dev}) == 547
