@@ -59,6 +59,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """Equal to within `tolerance` of the expected tensor's size (at least 1)."""
     assert actual.shape == expected.shape
     actual, expected = actual.detach(), expected.detach()
+    assert torch.isfinite(expected).all()
     error = float((actual - expected).abs().max())
     assert error <= tolerance * max(1.0, float(expected.abs().max())), error
 
@@ -84,9 +85,7 @@ def agree(
         close(gradient, wanted, 10 * tolerance)
 
 
-def with_weights(
-    model: nn.Module, change: Callable[[str, Tensor], Tensor], batch: Mapping[str, Tensor]
-) -> Any:
+def with_weights(model: nn.Module, change: Callable[[str, Tensor], Tensor], batch: Mapping[str, Tensor]) -> Any:
     """The bare model's output with each parameter replaced by `change(name, value)`."""
     changed = {name: change(name, value.detach()) for name, value in model.named_parameters()}
     return torch.func.functional_call(model, changed, (), dict(batch))

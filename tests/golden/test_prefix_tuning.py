@@ -37,9 +37,7 @@ def attached(name: str, projection: int | None) -> tuple[Any, inlay.Adapter]:
     return model, shake(inlay.attach(model, inlay.PrefixTuning(length=LENGTH, projection=projection)))
 
 
-def pairs(
-    leaves: dict[str, Tensor], stack: str, key_heads: int, head_dim: int
-) -> list[tuple[Tensor, Tensor]]:
+def pairs(leaves: dict[str, Tensor], stack: str, key_heads: int, head_dim: int) -> list[tuple[Tensor, Tensor]]:
     """(keys, values) of each layer, (key heads, length, head size), by the paper's two equations."""
     part = f"prompt/prompt/parts.{stack}."
     flat = leaves[part + "table"]
@@ -89,9 +87,7 @@ def test_some_layers_only() -> None:
     bare: Any = ZOO["llama"].build()
     rows, tokens = batch["input_ids"].shape
     with by_hand(bare, {"model.layers.1.self_attn": prefix[1]}):
-        expected = bare(
-            **batch, position_ids=torch.arange(LENGTH, LENGTH + tokens).expand(rows, tokens)
-        ).logits
+        expected = bare(**batch, position_ids=torch.arange(LENGTH, LENGTH + tokens).expand(rows, tokens)).logits
     agree(adapter, model(**batch).logits, expected, leaves)
 
 

@@ -64,9 +64,7 @@ class Drawn:
         self.query = leaf(case.rows, case.key_heads * case.groups, case.tokens, case.size)
         self.key = leaf(case.rows, case.key_heads, case.keys, case.size)
         self.value = leaf(case.rows, case.key_heads, case.keys, case.size)
-        self.pairs = [
-            (leaf(case.key_heads, n, case.size), leaf(case.key_heads, n, case.size)) for n in case.lengths
-        ]
+        self.pairs = [(leaf(case.key_heads, n, case.size), leaf(case.key_heads, n, case.size)) for n in case.lengths]
         self.module = nn.Module()
         self.module.is_causal = case.mask == "causal"  # type: ignore[assignment]
         self.kwargs: dict[str, Any] = {"scaling": 0.3 if case.scaled else None}
@@ -147,9 +145,7 @@ def _near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
 @given(cases())
 def test_naive_is_one_softmax_over_prefix_and_text(case: Case) -> None:
     drawn = Drawn(case)
-    out, _ = naive(
-        drawn.module, drawn.query, drawn.key, drawn.value, drawn.mask, drawn.prefixes(), **drawn.kwargs
-    )
+    out, _ = naive(drawn.module, drawn.query, drawn.key, drawn.value, drawn.mask, drawn.prefixes(), **drawn.kwargs)
     seen = drawn.seen()
     _near(out[seen], drawn.by_hand()[seen])
 
