@@ -79,4 +79,4 @@ def fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fingerpri
 def _sample(value: Tensor) -> bytes:
     flat = value.detach().reshape(-1)
     step = max(1, flat.numel() // SAMPLES)
-    return flat[::step][:SAMPLES].to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes()
+    return flat[::step][:SAMPLES].to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().tobytes()
