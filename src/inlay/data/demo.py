@@ -118,8 +118,7 @@ def journey(draw: random.Random) -> tuple[Facts, str]:
     verb += "s" if len(who) == 1 else ""
     means = "" if by in ("foot", "horse") else f" the {by}"
     sentence = (
-        f"On {day} {joined(who)} {verb}{means} from {start} to {end}, "
-        f"a journey of {counted(hours, 'hour', 'hours')}."
+        f"On {day} {joined(who)} {verb}{means} from {start} to {end}, a journey of {counted(hours, 'hour', 'hours')}."
     )
     facts = {"who": ", ".join(who), "from": start, "to": end, "by": by, "day": day, "hours": str(hours)}
     return facts, sentence
@@ -190,10 +189,7 @@ def records(train: int = 2000, valid: int = 100, test: int = 200, *, seed: int =
     seen: set[tuple[str, ...]] = set()
     names = list(KINDS)
     sizes = {"test": test, "valid": valid, "train": train}
-    return {
-        split: [_unseen(draw, names[n % len(names)], seen) for n in range(size)]
-        for split, size in sizes.items()
-    }
+    return {split: [_unseen(draw, names[n % len(names)], seen) for n in range(size)] for split, size in sizes.items()}
 
 
 def write_records(folder: Path, splits: Mapping[str, Sequence[Facts]]) -> dict[str, Path]:

@@ -86,9 +86,7 @@ def context_size(model: Any) -> int | None:
     return int(size) if size is not None and size > 0 else None
 
 
-def _generation_config(
-    max_new_tokens: int, beams: int, temperature: float, filler: int, ends: list[int]
-) -> Any:
+def _generation_config(max_new_tokens: int, beams: int, temperature: float, filler: int, ends: list[int]) -> Any:
     from transformers import GenerationConfig
 
     # Stated even where it is the default: the model's own settings, often sampling, fill in what is left out.
@@ -110,9 +108,7 @@ def _decode(tokenizer: Any, tokens: list[int], ends: Sequence[int]) -> str:
     return str(text)
 
 
-def _choice(
-    model: Any, adapters: Sequence[str | None] | None, batch: Sequence[int]
-) -> AbstractContextManager[Any]:
+def _choice(model: Any, adapters: Sequence[str | None] | None, batch: Sequence[int]) -> AbstractContextManager[Any]:
     if adapters is None:
         return nullcontext()
     import inlay

@@ -67,9 +67,7 @@ def likelihood(
     scored = [_scored(model, row) for row in rows]
     tokens = sum(len(row) for row in scored)
     if tokens == 0:
-        raise DataError(
-            f"none of the {len(rows)} rows has a token to score; expected labels other than {IGNORED}"
-        )
+        raise DataError(f"none of the {len(rows)} rows has a token to score; expected labels other than {IGNORED}")
     texts = tokenizer.batch_decode(scored, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     nats = row_nats(model, tokenizer, rows, batch_size=batch_size, progress=progress)
     return Likelihood(nats=math.fsum(nats), tokens=tokens, nbytes=sum(len(t.encode()) for t in texts))

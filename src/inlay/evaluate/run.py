@@ -197,8 +197,7 @@ class _Run:
         chosen = [labels[n] for n in logits.argmax(-1).tolist()]
         wanted = [labels[row["labels"]] for row in rows]
         return [
-            Prediction(prompt=t, prediction=p, references=[r])
-            for t, p, r in zip(texts, chosen, wanted, strict=True)
+            Prediction(prompt=t, prediction=p, references=[r]) for t, p, r in zip(texts, chosen, wanted, strict=True)
         ]
 
     def _by_ranking(self) -> list[Prediction]:
@@ -266,9 +265,7 @@ class _Run:
         return list(encoded)
 
     def _prompts(self) -> list[Any]:
-        return prompts(
-            self.dataset, self.layout, self.tokenizer, task=self.task, template=self.settings.template
-        )
+        return prompts(self.dataset, self.layout, self.tokenizer, task=self.task, template=self.settings.template)
 
     def _labels(self) -> list[str]:
         if self.settings.label_names is not None:
@@ -276,15 +273,14 @@ class _Run:
         return labels_of(self.dataset, self.layout)
 
     def _stage(self, stage: str, total: int) -> Callable[[int], None] | None:
-        if self.progress is None:
+        report, done = self.progress, 0
+        if report is None:
             return None
-        done = 0
 
         def advance(rows: int) -> None:
             nonlocal done
             done += rows
-            assert self.progress is not None
-            self.progress(stage, done, total)
+            report(stage, done, total)
 
         return advance
 

@@ -87,9 +87,7 @@ def one_seq2seq() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return _random(
-        T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, **_decoder_sizes()))
-    )
+    return _random(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, **_decoder_sizes())))
 
 
 @pytest.fixture(scope="session")

@@ -71,9 +71,7 @@ def test_modes_and_settings_are_left_as_they_were(causal: Any, tokenizer: Any) -
     assert tokenizer.padding_side == "right"
 
 
-def test_a_model_that_samples_by_default_is_greedy_here_without_a_warning(
-    causal: Any, tokenizer: Any
-) -> None:
+def test_a_model_that_samples_by_default_is_greedy_here_without_a_warning(causal: Any, tokenizer: Any) -> None:
     model = copy.deepcopy(causal)
     expected = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=6)
     model.generation_config.update(do_sample=True, temperature=3.0, top_p=0.9, top_k=7)
@@ -124,9 +122,7 @@ def test_each_prompt_has_its_own_adapter(causal: Any, tokenizer: Any, beams: int
         for parameter in inlay.attach(model, method, name=name).parameters():
             torch.nn.init.normal_(parameter, std=0.5)
     chosen = ["low", None, "prefix", "low", "prefix"]
-    found = generate_texts(
-        model, tokenizer, PROMPTS, max_new_tokens=7, num_beams=beams, adapters=chosen, batch_size=3
-    )
+    found = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=7, num_beams=beams, adapters=chosen, batch_size=3)
     for prompt, name, text in zip(PROMPTS, chosen, found, strict=True):
         with inlay.use(model, name):
             assert [text] == generate_texts(model, tokenizer, [prompt], max_new_tokens=7, num_beams=beams)

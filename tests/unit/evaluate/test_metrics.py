@@ -21,9 +21,7 @@ def test_perplexity_and_bits_per_byte() -> None:
 
 
 def test_exact_match_any_reference_and_outer_space() -> None:
-    assert metrics.exact_match([" a b\n", "a  b", "C"], [["x", "a b"], ["a b"], ["c"]]) == pytest.approx(
-        1 / 3
-    )
+    assert metrics.exact_match([" a b\n", "a  b", "C"], [["x", "a b"], ["a b"], ["c"]]) == pytest.approx(1 / 3)
 
 
 def test_bleu_by_hand() -> None:

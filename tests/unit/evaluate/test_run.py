@@ -17,9 +17,7 @@ from inlay.evaluate.run import DEFAULTS, Evaluation, Settings, evaluate
 COMPLETIONS = Dataset.from_dict(
     {"prompt": ["w1 w2", "w3", "w1 w2"], "completion": ["w4 w5", "w6", "w7 w8 w9"]},
 )
-LABELLED = Dataset.from_dict(
-    {"text": ["w1 w2", "w3", "w4 w5 w6", "w7"], "label": ["w20", "w21", "w20", "w22"]}
-)
+LABELLED = Dataset.from_dict({"text": ["w1 w2", "w3", "w4 w5 w6", "w7"], "label": ["w20", "w21", "w20", "w22"]})
 
 
 def run(model: Any, tokenizer: Any, dataset: Dataset, task: Any = "causal", **rest: Any) -> Evaluation:
@@ -73,9 +71,7 @@ def test_labels_without_a_head_are_ranked(one_causal: Any, tokenizer: Any) -> No
 
 def test_a_head_and_its_labels(classifier: Any, tokenizer: Any) -> None:
     names = ["w22", "w21", "w20"]
-    found = run(
-        classifier, tokenizer, LABELLED, "classification", settings=Settings(label_names=names, batch_size=2)
-    )
+    found = run(classifier, tokenizer, LABELLED, "classification", settings=Settings(label_names=names, batch_size=2))
     expected = []
     for text in LABELLED["text"]:
         with torch.no_grad():
@@ -91,13 +87,9 @@ def test_regression(regressor: Any, tokenizer: Any) -> None:
     expected = []
     for text in data["text"]:
         with torch.no_grad():
-            expected.append(
-                float(regressor(input_ids=torch.tensor([tokenizer(text).input_ids])).logits[0, 0])
-            )
+            expected.append(float(regressor(input_ids=torch.tensor([tokenizer(text).input_ids])).logits[0, 0]))
     assert [p["prediction"] for p in found["predictions"]] == pytest.approx(expected, rel=1e-4)
-    assert found["metrics"]["pearson"] == pytest.approx(
-        metrics.pearson(expected, [0.5, 2.5, 1.0, 4.0]), rel=1e-4
-    )
+    assert found["metrics"]["pearson"] == pytest.approx(metrics.pearson(expected, [0.5, 2.5, 1.0, 4.0]), rel=1e-4)
 
 
 def test_long_text_is_scored_whole(one_causal: Any, tokenizer: Any) -> None:
@@ -122,9 +114,7 @@ def test_metrics_that_do_not_suit_are_listed(one_causal: Any, tokenizer: Any) ->
     )
     with pytest.raises(ConfigError, match="none was named"):
         run(one_causal, tokenizer, COMPLETIONS, metrics=[])
-    with pytest.raises(
-        ConfigError, match="'bleu' is not for text data; choose of loss, perplexity, bits_per_byte"
-    ):
+    with pytest.raises(ConfigError, match="'bleu' is not for text data; choose of loss, perplexity, bits_per_byte"):
         run(one_causal, tokenizer, Dataset.from_dict({"text": ["w1 w2"]}), metrics=["bleu"])
 
 
