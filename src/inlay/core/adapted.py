@@ -16,6 +16,8 @@ so `isinstance`, `state_dict`, parameter names, tied weights and name-based look
 from __future__ import annotations
 
 import functools
+import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core import prompting
+from inlay.core.errors import UnsupportedError
 from inlay.core.host import Host
 
 
 def adopt(host: Host, features: frozenset[str]) -> None:
     """Give the host's module the subclass that has `features`, or its own class back if there are none."""
-    release(host)
     module = host.module
+    patched = module.__dict__.get("_inlay_patched") if "forward" in module.__dict__ else None
+    release(host)
     host.features = features
     parameters = host.replaced
     if features or parameters:
@@ -43,6 +47,8 @@ def adopt(host: Host, features: frozenset[str]) -> None:
             module.__dict__["_inlay_checkpoint"] = function
     original: Any = host.original_class
     module.__class__ = _subclass(original, features, parameters)
+    if patched is not None:
+        module.forward = patched
 
 
 def release(host: Host) -> None:
@@ -52,7 +58,10 @@ def release(host: Host) -> None:
     if not getattr(type(module), "inlay_adapted", False):
         return
     module.__class__ = host.original_class
-    if host.original_forward is not None:
+    patched = module.__dict__.pop("_inlay_patched", None)
+    if patched is not None and "forward" in module.__dict__:
+        module.__dict__["forward"] = patched
+    elif host.original_forward is not None:
         module.__dict__["forward"] = host.original_forward
     function = module.__dict__.pop("_inlay_checkpoint", None)
     if function is not None:
@@ -70,6 +79,8 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
     bases: tuple[type, ...] = (cls,)
     if features & {"forward", "root", "stack", "pooler", "rotary"}:
         body["forward"] = _forward(cls, features)
+    if "root" in features:
+        body["__setattr__"] = _set_attribute(cls)
     if "root" in features and hasattr(cls, "generate"):
         body["generate"] = _generate(cls)
     if "checkpoint" in features:
@@ -98,6 +109,31 @@ def _forward(cls: type[nn.Module], features: frozenset[str]) -> Callable[..., An
             inner = functools.partial(wrap, host, inner)
         return host.run(inner, args, kwargs) if "forward" in features else inner(*args, **kwargs)
 
+    return forward
+
+
+def _set_attribute(cls: type[nn.Module]) -> Callable[..., None]:
+    """A forward that is put in the place of an attached model's own (TRL's fused head) gets the prompts, too."""
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        if name == "forward" and callable(value):
+            self.__dict__["_inlay_patched"] = value
+            value = types.MethodType(_patched(value), self)
+        cls.__setattr__(self, name, value)
+
+    return __setattr__
+
+
+def _patched(given: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that stands for `given`; it finds module and host by itself, so a copied model has its own."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner, host = self.__dict__["_inlay_patched"], self.__dict__.get("_inlay_host")
+        return inner(*args, **kwargs) if host is None else prompting.root(host, inner, *args, **kwargs)
+
+    signature = inspect.signature(given)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
     return forward
 
 
@@ -152,4 +188,12 @@ class ShiftedPositions(nn.Embedding):
 
     def forward(self, positions: Tensor) -> Tensor:
         host: Host = self.__dict__["_inlay_host"]
-        return super().forward(prompting.shift(host, positions))
+        moved = prompting.shift(host, positions)
+        if moved is not positions and moved.device.type == "cpu" and not torch.compiler.is_compiling():
+            last = int(moved.max())
+            if last >= self.num_embeddings:
+                raise UnsupportedError(
+                    f"a prompt and its text reach position {last}, but {host.path} ends at {self.num_embeddings - 1}: "
+                    "shorten the text or the prompt"
+                )
+        return super().forward(moved)
