@@ -37,9 +37,12 @@ def implementation(original: str) -> str:
         return original
     name = PREFIX + original
     if name not in AttentionInterface._global_mapping:
+        if original not in ("sdpa", "eager"):
+            raise UnsupportedError(
+                f"prompts work with the attention implementations sdpa and eager, not {original!r}: load the model "
+                "with attn_implementation='sdpa'"
+            )
         masks = AttentionMaskInterface._global_mapping
-        if original not in masks:
-            raise UnsupportedError(f"attention implementation {original!r} has no mask function that prompts could use")
 
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any

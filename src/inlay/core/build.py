@@ -37,6 +37,7 @@ def build(
     pieces = method.pieces(view, places)
     pieces = _outside(pieces, saved, explicit=places.where is not None and not isinstance(places.where, str))
     _check_parts(pieces, method)
+    _check_reached(view, pieces)
     copies = {}
     for path in saved:
         for parameter_name, value in view.modules[path].named_parameters(prefix=path):
@@ -96,6 +97,17 @@ def _check_parts(pieces: list[Piece], method: Method) -> None:
         raise UnsupportedError(
             f"method {method.name!r} changes what enters a layer, but {', '.join(changed[:4])} shares its input with "
             "other parts of a fused matrix; adapt the whole layer, or the layer before it"
+        )
+
+
+def _check_reached(view: ModelView, pieces: list[Piece]) -> None:
+    """PyTorch's own attention and encoder layers compute with their children's weights and never call them."""
+    closed = [p for p, m in view.modules.items() if isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer))]
+    unreached = [p.key for p in pieces if isinstance(p, DeltaPiece) and _covered(p.site.path, closed)]
+    if unreached:
+        raise UnsupportedError(
+            f"{', '.join(unreached[:4])} lies in a layer of torch.nn that bypasses its children, so an adapter there "
+            "would never act; choose places outside it, or train its parameters with 'full' or 'top-layers'"
         )
 
 

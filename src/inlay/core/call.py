@@ -20,7 +20,9 @@ class Call:
         sequences: adapter → virtual tokens (length, hidden) that take part in an encoder's sequence.
         prefilled: the adapters whose prefix is text that was run through the model, so that a sliding
             window applies to it.
-        rows: of the batch, once the model is called.
+        rows, tokens: of the batch, once the model is called.
+        padding: for each row, the masked tokens in front of its text, where the caller gave no positions.
+        order: of an encoder's sequence, (rows, block + tokens), where it is not the block and then the text.
         capture: where attention modules leave their own keys and values while a prompt is prefilled.
     """
 
@@ -30,6 +32,9 @@ class Call:
     sequences: dict[str, Tensor] = field(default_factory=dict)
     prefilled: frozenset[str] = frozenset()
     rows: int | None = None
+    tokens: int | None = None
+    padding: Tensor | None = None
+    order: Tensor | None = None
     capture: KeyValues | None = None
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.delta import Delta
-from inlay.core.errors import UnsupportedError
+from inlay.core.errors import RouteError, UnsupportedError
 from inlay.core.route import Route
 from inlay.core.site import Site
 from inlay.core.subset import Difference
@@ -41,6 +41,8 @@ class Host:
         feeds: hosts whose deltas read this module's input as their ``x``.
         features: what the module's subclass does (`core/adapted.py`).
         encoder: whether the module's positions are those of an encoder's sequence.
+        by_row: whether what enters is a batch of rows: not so for experts and tables of relative positions.
+        pooled: whether a matrix that enters may hold one vector a row.
     """
 
     def __init__(self, roster: Roster, path: str, module: nn.Module) -> None:
@@ -54,6 +56,7 @@ class Host:
         self.captured: dict[int, Tensor] = {}
         self.features: frozenset[str] = frozenset()
         self.encoder = False
+        self.by_row, self.pooled = True, True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         import copy
@@ -92,9 +95,10 @@ class Host:
         if self.feeds:
             for host in self.feeds:
                 host.captured[_thread()] = _first(args, kwargs)
-        if self.roster.merged is not None:
-            return forward(*args, **kwargs)
         route = self.roster.current()
+        if self.roster.merged is not None:
+            self.roster.check_merged(route)
+            return forward(*args, **kwargs)
         if not route.single:
             return self._mixed(route, forward, args, kwargs)
         name = route.names[0]
@@ -105,23 +109,25 @@ class Host:
         for site, delta in deltas:
             if site.part is None and site.source is None:
                 x = delta.pre(x)
-        y = forward(*_with_first(args, kwargs, x)[0], **_with_first(args, kwargs, x)[1])
-        x = self._input(deltas, x)
-        return _on_tensor(y, lambda t: self._post(deltas, x, t))
+        new_args, new_kwargs = _with_first(args, kwargs, x)
+        y = forward(*new_args, **new_kwargs)
+        source = self._source(deltas)
+        return _on_tensor(y, lambda t: self._post(deltas, x, source, t))
 
-    def _input(self, deltas: Sequence[tuple[Site, Delta]], x: Tensor) -> Tensor:
-        """The ``x`` of `post`: this module's input, or what entered the module that feeds it."""
+    def _source(self, deltas: Sequence[tuple[Site, Delta]]) -> Tensor | None:
+        """What entered the module that feeds this one, where a delta reads that."""
         if all(site.source is None for site, _ in deltas):
-            return x
+            return None
         return self.captured.pop(_thread())
 
-    def _post(self, deltas: Sequence[tuple[Site, Delta]], x: Tensor, y: Tensor) -> Tensor:
+    def _post(self, deltas: Sequence[tuple[Site, Delta]], x: Tensor, source: Tensor | None, y: Tensor) -> Tensor:
         for site, delta in deltas:
+            entering = x if site.source is None or source is None else source
             if site.part is None:
-                y = delta.post(x, y, site).to(y.dtype)
+                y = delta.post(entering, y, site).to(y.dtype)
             else:
                 part = site.part.take(y)
-                y = site.part.put(y, delta.post(x, part, site).to(y.dtype))
+                y = site.part.put(y, delta.post(entering, part, site).to(y.dtype))
         return y
 
     def _mixed(self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -131,7 +137,7 @@ class Host:
         if not names and not copied:
             return forward(*args, **kwargs)
         x = _first(args, kwargs)
-        rows = {n: route.index(n, x) for n in dict.fromkeys(route.names)}
+        rows = {n: self._rows(route, n, x) for n in dict.fromkeys(route.names)}
         seen = x
         for name in names:
             for site, delta in self.deltas[name]:
@@ -144,17 +150,27 @@ class Host:
             y = forward(*new_args, **new_kwargs)
         if not names:
             return y
-        x = self._input([d for n in names for d in self.deltas[n]], seen)
+        source = self._source([d for n in names for d in self.deltas[n]])
 
         def post(t: Tensor) -> Tensor:
             out = t.clone()
             for name in names:
-                index = rows[name] if t.shape[0] == seen.shape[0] else route.index(name, t)
-                source = rows[name] if x.shape[0] == seen.shape[0] else route.index(name, x)
-                out[index] = self._post(self.deltas[name], x[source], t[index])
+                at = rows[name] if t.shape[0] == seen.shape[0] else self._rows(route, name, t)
+                fed = None if source is None else source[self._rows(route, name, source)]
+                out[at] = self._post(self.deltas[name], seen[rows[name]], fed, t[at])
             return out
 
         return _on_tensor(y, post)
+
+    def _rows(self, route: Route, name: str | None, like: Tensor) -> Tensor:
+        """The indices of an adapter's rows in a tensor that enters or leaves this module."""
+        if not self.by_row:
+            raise RouteError(
+                f"{self.path} does not see the batch row by row, so it cannot serve several adapters in one batch; "
+                "run them one after another, or choose other places"
+            )
+        call = self.roster.call.get()
+        return route.index(name, like, tokens=None if call is None else call.tokens, pooled=self.pooled)
 
     def _split(
         self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor,

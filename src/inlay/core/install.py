@@ -204,7 +204,17 @@ def _host(roster: Roster, path: str) -> Host:
     host = roster.hosts.get(path)
     if host is None:
         host = roster.hosts[path] = Host(roster, path, roster.model.get_submodule(path))
+        host.by_row = _sees_rows(roster.model, path, host.module)
+        host.pooled = roles.layer_of(path) is None
     return host
+
+
+def _sees_rows(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether a module's input is a batch of rows: not an expert's chosen tokens, not a table of positions."""
+    if isinstance(module, nn.Embedding):
+        table = ModelView(model).input_embedding
+        return table is None or module._parameters["weight"] is table._parameters["weight"]
+    return roles.EXPERT.fullmatch(path) is None
 
 
 def _grant(roster: Roster, path: str, *features: str) -> Host:

@@ -39,6 +39,8 @@ class MergeReport:
 def merge(model: nn.Module, name: str) -> MergeReport:
     """Fold adapter `name` into the base, in place. The model then costs what the base costs.
 
+    Until `unmerge` the merged adapter is the active one, and choosing another raises.
+
     The sum is formed in float32 and rounded once to the base's type; the report says what that cost.
 
     Raises:
@@ -68,7 +70,8 @@ def merge(model: nn.Module, name: str) -> MergeReport:
         for step in reversed(undo):
             step()
         raise
-    roster.merged = Merged(name, undo)
+    undo.append(_activator(roster, roster.active))
+    roster.merged, roster.active = Merged(name, undo), name
     return MergeReport(errors, untied)
 
 
@@ -93,7 +96,8 @@ def _merge_deltas(roster: Roster, adapter: Adapter, undo: list[Undo], errors: di
             continue
         weight, bias = read_weight(host.module)
         dtype = weight.dtype
-        exact, exact_bias = weight.float(), None if bias is None else bias.float()
+        wide = torch.promote_types(dtype, torch.float32)
+        exact, exact_bias = weight.to(wide), None if bias is None else bias.to(wide)
         for site, delta in placed:
             exact, exact_bias = _weight_of(site, delta, exact, exact_bias)
         errors[host.path] = _loss(exact, dtype)
@@ -121,11 +125,24 @@ def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors
             assert old is not None
             if id(old) not in new:
                 copy = host.copies.get(adapter.name, {}).get(name)
-                value = copy if copy is not None else host.differences[adapter.name][name].apply_to(old.float())
+                value = (
+                    copy
+                    if copy is not None
+                    else host.differences[adapter.name][name].apply_to(
+                        old.to(torch.promote_types(old.dtype, torch.float32))
+                    )
+                )
                 errors[f"{host.path}.{name}"] = _loss(value, old.dtype)
                 new[id(old)] = nn.Parameter(value.detach().to(old.dtype), requires_grad=False)
             host.module._parameters[name] = new[id(old)]
             undo.append(_putter(host.module, name, old))
+
+
+def _activator(roster: Roster, name: str | None) -> Undo:
+    def activate() -> None:
+        roster.active = name
+
+    return activate
 
 
 def _putter(module: nn.Module, name: str, parameter: nn.Parameter) -> Undo:
@@ -149,4 +166,4 @@ def _untie(roster: Roster, undo: list[Undo]) -> bool:
 
 
 def _loss(exact: Tensor, dtype: torch.dtype) -> float:
-    return float((exact.to(dtype).float() - exact.float()).abs().max()) if exact.numel() else 0.0
+    return float((exact.to(dtype).to(exact.dtype) - exact).abs().max()) if exact.numel() else 0.0

@@ -95,38 +95,57 @@ def root(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     """The model's own forward: check rows, compute prompts, hide what they left in the outputs."""
     roster = host.roster
     route, call = roster.current(), roster.call.get()
-    rows = _rows(args, kwargs)
+    if roster.merged is not None:
+        roster.check_merged(route)
+        return inner(*args, **kwargs)
+    rows, tokens = _shape(args, kwargs)
     if rows is not None:
         route.check_rows(rows)
-    if call is not None and call.capture is not None:
-        return inner(*args, **kwargs)
+    if call is not None and (call.capture is not None or call.rows is not None):
+        return inner(*args, **kwargs)  # a prompt's own run, or a forward around the model's own
     if call is None:
-        if roster.merged is not None or not any(roster.has_prompt(n) for n in route.used):
+        prompted = any(roster.has_prompt(n) for n in route.used)
+        if route.single and not prompted:
             return inner(*args, **kwargs)
-        call = prepare(roster, route)
-    call = replace(call, rows=rows)
-    with roster.bind(route, call):
-        if not (call.block and _encoder_decoder(roster)):
-            return inner(*args, **kwargs)
-        return _seq2seq(host, inner, call, args, kwargs)
-
-
-def _seq2seq(host: Host, inner: Forward, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An encoder–decoder with virtual tokens in its encoder: the decoder must see them in the mask."""
+        call = prepare(roster, route) if prompted else Call(route)
     given = {**dict(zip(_names(host), args, strict=False)), **kwargs}
+    call = replace(call, rows=rows, tokens=tokens, padding=_padding(call, given))
+    if not (call.block and _encoder_decoder(roster)):
+        with roster.bind(route, call):
+            return inner(*args, **kwargs)
+    return _seq2seq(roster, inner, call, given)
+
+
+def _padding(call: Call, given: dict[str, Any]) -> Tensor | None:
+    """Masked tokens in front of each row's text, which a prompt must not be moved away by."""
+    mask = given.get("attention_mask")
+    if not call.shifts or given.get("position_ids") is not None or mask is None or mask.dim() != 2:
+        return None
+    return _leading(mask)
+
+
+def _leading(mask: Tensor) -> Tensor:
+    """How many masked tokens each row begins with, (rows)."""
+    return (mask.cumsum(1) == 0).sum(1)
+
+
+def _seq2seq(roster: Roster, inner: Forward, call: Call, given: dict[str, Any]) -> Any:
+    """An encoder–decoder with virtual tokens in its encoder: the decoder must see them in the mask."""
     mask, block = given.get("attention_mask"), call.block
     encoded = given.get("encoder_outputs")
     source = encoded[0] if encoded is not None else _present(given, "input_ids", "inputs_embeds")
     length = source.shape[1] - (block if encoded is not None else 0)
     if mask is None:
         mask = source.new_ones((source.shape[0], length), dtype=torch.long)
-    given["attention_mask"] = torch.cat([_valid(call, mask), mask], dim=1)
+    call = _arranged(call, mask)
+    given["attention_mask"] = _joined_rows(call, _valid(call, mask), mask)
     as_tuple = given.get("return_dict") is False
-    out = inner(**{**given, "return_dict": True})
-    if getattr(out, "encoder_last_hidden_state", None) is not None and encoded is None:
-        out.encoder_last_hidden_state = out.encoder_last_hidden_state[:, block:]
-    if getattr(out, "encoder_hidden_states", None) is not None and encoded is None:
-        out.encoder_hidden_states = tuple(h[:, block:] for h in out.encoder_hidden_states)
+    with roster.bind(call.route, call):
+        out = inner(**{**given, "return_dict": True})
+    if encoded is None and getattr(out, "encoder_last_hidden_state", None) is not None:
+        out.encoder_last_hidden_state = _text(call, out.encoder_last_hidden_state)
+    if encoded is None and getattr(out, "encoder_hidden_states", None) is not None:
+        out.encoder_hidden_states = tuple(_text(call, h) for h in out.encoder_hidden_states)
     return out.to_tuple() if as_tuple else out
 
 
@@ -151,48 +170,50 @@ def stack(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     if mask.dim() != 2:
         raise UnsupportedError("a token prompt needs a two-dimensional attention mask (rows, tokens)")
     if mask.shape[1] == length:
-        mask = torch.cat([_valid(call, mask), mask], dim=1)
-    if given.get("token_type_ids") is not None:
-        types = given["token_type_ids"]
-        given["token_type_ids"] = torch.cat([types.new_zeros((rows, block)), types], dim=1)
-    if given.get("position_ids") is not None:
-        positions = given["position_ids"]
-        ahead = torch.arange(block, device=positions.device).expand(positions.shape[0], block)
-        given["position_ids"] = torch.cat([ahead, positions + block], dim=1)
-    whole = torch.cat([_block(call, embeds), embeds], dim=1)
+        call = _arranged(call, mask)
+        mask = _joined_rows(call, _valid(call, mask), mask)
+    for name, ahead in (("token_type_ids", 0), ("position_ids", block)):
+        if given.get(name) is not None:
+            text = given[name].expand(rows, length)
+            virtual = torch.arange(block, device=text.device) if ahead else text.new_zeros(block)
+            given[name] = _joined_rows(call, virtual.expand(rows, block), text + ahead)
+    whole = _joined_rows(call, _block(call, embeds), embeds)
     given |= {"input_ids": None, "inputs_embeds": whole, "attention_mask": mask}
     as_tuple = given.pop("return_dict", None) is False
     with roster.bind(call.route, call):
         out = inner(**given)
     if not _encoder_decoder(roster):
-        _cut(out, block)
+        _cut(out, call)
     return out.to_tuple() if as_tuple else out
 
 
 def pooler(host: Host, inner: Forward, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The pooler reads the first token: the text's, not the prompt's."""
     call = host.roster.call.get()
-    return inner(hidden if call is None else hidden[:, call.block :], *args, **kwargs)
+    return inner(hidden if call is None or not call.block else _text(call, hidden), *args, **kwargs)
 
 
 def rotary(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     """Rotary positions count a prompt's positions too."""
     if "position_ids" in kwargs:
-        return inner(*args, **{**kwargs, "position_ids": shift(host, kwargs["position_ids"])})
-    return inner(args[0], shift(host, args[1]), *args[2:], **kwargs)
+        return inner(*args, **{**kwargs, "position_ids": shift(host, kwargs["position_ids"], relative=True)})
+    return inner(args[0], shift(host, args[1], relative=True), *args[2:], **kwargs)
 
 
 # Innermost first: a module may be root and stack at once.
 WRAPPERS: dict[str, Callable[..., Any]] = {"rotary": rotary, "pooler": pooler, "stack": stack, "root": root}
 
 
-def shift(host: Host, positions: Tensor) -> Tensor:
+def shift(host: Host, positions: Tensor, *, relative: bool = False) -> Tensor:
     """Positions of the text behind each row's prompt.
 
     In a decoder the text begins behind the prompt. In an encoder the sequence holds the longest prompt's
-    slots for all rows, so rows with shorter prompts move back.
+    slots for all rows, so rows with shorter prompts move back. Where only differences of positions count
+    (`relative`), padding in front of a row does not come between it and its prompt.
     """
     call = host.roster.call.get()
+    if relative and call is not None and call.padding is not None and not host.encoder:
+        positions = (positions - call.padding[:, None]).clamp(min=0)
     if call is None or call.capture is not None:
         return positions
     if host.encoder:
@@ -219,7 +240,7 @@ def generation(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ite
     if not route.per_row and not prompted:
         yield
         return
-    rows = _rows(args, kwargs)
+    rows, _ = _shape(args, kwargs)
     if rows is not None:
         replace(route, expand=1).check_rows(rows)
     route = replace(route, expand=_copies(host.module, kwargs))
@@ -237,12 +258,12 @@ def _copies(model: Any, kwargs: dict[str, Any]) -> int:
 # -- small parts ------------------------------------------------------------------------------------
 
 
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The number of rows of a batch: the leading dimension of the first tensor among its inputs."""
+def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Rows and tokens of a batch: the leading dimensions of the first tensor among its inputs."""
     for value in (*args, *(kwargs.get(n) for n in INPUTS)):
         if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    return None
+            return value.shape[0], value.shape[1] if value.dim() > 1 else None
+    return None, None
 
 
 def _names(host: Host) -> list[str]:
@@ -280,10 +301,45 @@ def _block(call: Call, embeds: Tensor) -> Tensor:
     return torch.stack([padded.get(n, empty) if n is not None else empty for n in names])
 
 
-def _cut(out: Any, block: int) -> None:
+def _arranged(call: Call, mask: Tensor) -> Call:
+    """The call with the order of an encoder's sequence, where some row's text begins behind padding.
+
+    A prompt stands directly in front of its text, so that distances are those of the row alone: padding first,
+    then the virtual block, then the text.
+    """
+    leading, block = _leading(mask)[:, None], call.block
+    if not torch.compiler.is_compiling() and not bool(leading.any()):
+        return replace(call, order=None)
+    slots = torch.arange(block + mask.shape[1], device=mask.device)[None, :]
+    order = torch.where(slots < leading, slots + block, torch.where(slots < leading + block, slots - leading, slots))
+    return replace(call, order=order)
+
+
+def _joined_rows(call: Call, virtual: Tensor, text: Tensor) -> Tensor:
+    """Block and text along the tokens, in the call's order."""
+    whole = torch.cat([virtual.to(text.dtype), text], dim=1)
+    return whole if call.order is None else _taken(whole, call.order)
+
+
+def _text(call: Call, whole: Tensor) -> Tensor:
+    """The text's part of an encoder's output, in the order of the input."""
+    if call.order is None:
+        return whole[:, call.block :]
+    return _taken(whole, call.order.argsort(1)[:, call.block :])
+
+
+def _taken(values: Tensor, order: Tensor) -> Tensor:
+    """Tokens in another order, each row its own."""
+    index = order if values.dim() == 2 else order[..., None].expand(*order.shape, values.shape[2])
+    return values.gather(1, index)
+
+
+def _cut(out: Any, call: Call) -> None:
     """Cut the virtual positions out of an encoder's outputs, in place."""
-    out.last_hidden_state = out.last_hidden_state[:, block:]
+    out.last_hidden_state = _text(call, out.last_hidden_state)
     if getattr(out, "hidden_states", None) is not None:
-        out.hidden_states = tuple(h[:, block:] for h in out.hidden_states)
+        out.hidden_states = tuple(_text(call, h) for h in out.hidden_states)
     if getattr(out, "attentions", None) is not None:
-        out.attentions = tuple(None if a is None else a[..., block:, block:] for a in out.attentions)
+        if call.order is not None:
+            raise UnsupportedError("attention weights behind a prompt need padding on the right")
+        out.attentions = tuple(None if a is None else a[..., call.block :, call.block :] for a in out.attentions)

@@ -34,6 +34,7 @@ SUBLAYER_DROPOUT = re.compile(
 )
 
 LEARNED_POSITIONS = re.compile(r"(?:^|.*\.)(wpe|embed_positions|position_embeddings)")
+EXPERT = re.compile(r".*\bexperts?\..*")
 CROSS_ATTENTION = re.compile(r".*(encoder_attn|crossattention|cross_attn|EncDecAttention)")
 
 

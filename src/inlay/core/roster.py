@@ -86,10 +86,7 @@ class Roster:
         route = Route.of(choice)
         for name in route.used:
             self.require(name)
-        if self.merged is not None and set(route.names) != {self.merged.name}:
-            raise RouteError(
-                f"adapter {self.merged.name!r} is merged into the base, so nothing else can be used; unmerge() first"
-            )
+        self.check_merged(route)
         if not route.single:
             whole = [n for n in route.used if any(isinstance(p, SubsetPiece) for p in self.adapters[n].pieces)]
             if whole:
@@ -99,6 +96,13 @@ class Roster:
                     "so it cannot be mixed with other adapters in one batch; run its rows on their own"
                 )
         return route
+
+    def check_merged(self, route: Route) -> None:
+        """While a merge is in effect, only its adapter can answer."""
+        if self.merged is not None and set(route.names) != {self.merged.name}:
+            raise RouteError(
+                f"adapter {self.merged.name!r} is merged into the base, so nothing else can be used; unmerge() first"
+            )
 
     def has_prompt(self, name: str | None) -> bool:
         return name is not None and any(isinstance(p, PromptPiece) for p in self.require(name).pieces)

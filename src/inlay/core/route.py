@@ -4,7 +4,7 @@
 or one a row. Sites see tensors in several shapes, so a row's place is found from the leading dimension:
 
     (rows, tokens, features)     row = index                       most models
-    (rows × tokens, features)    row = index // tokens             models that flatten before a linear
+    (rows × tokens, features)    row = index // tokens             models that flatten before a linear (OPT)
     (rows × beams, ...)          row = index // beams              beam search and several samples a prompt
 
 Any other count raises: a wrong guess would serve one user's adapter to another.
@@ -68,18 +68,25 @@ class Route:
             return self.names * rows
         return tuple(n for n in self.names for _ in range(rows // len(self.names)))
 
-    def index(self, name: str | None, like: Tensor) -> Tensor:
+    def index(self, name: str | None, like: Tensor, *, tokens: int | None = None, pooled: bool = True) -> Tensor:
         """The indices along `like`'s leading dimension that belong to `name`.
+
+        Args:
+            tokens: of each row of this call, where the model was told; rows that a model flattened are
+                recognised by nothing else.
+            pooled: whether a matrix may hold one vector a row, as behind a pooler.
 
         Raises:
             RouteError: the leading dimension is no size that a batch of this route can have.
         """
         count, rows = like.shape[0], len(self.names)
-        flat = like.dim() == 2 and count % rows == 0
-        if count not in (rows, rows * self.expand) and not flat:
+        whole = (rows, rows * self.expand) if like.dim() != 2 or pooled else ()
+        flat = tokens is not None and like.dim() == 2 and count in (rows * tokens, rows * self.expand * tokens)
+        if count not in whole and not flat:
             raise RouteError(
-                f"a layer received {count} rows while use() names {rows}: this model rearranges rows there, so a "
-                "mixed batch cannot be routed exactly; run the adapters one after another, or choose other places"
+                f"a layer received {tuple(like.shape)} while use() names {rows} rows: this model rearranges rows "
+                "there, so a mixed batch cannot be routed exactly; run the adapters one after another, or choose "
+                "other places"
             )
         owned = tuple(r for r, n in enumerate(self.names) if n == name)
         make = _row_index.__wrapped__ if torch.compiler.is_compiling() else _row_index

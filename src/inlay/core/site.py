@@ -43,6 +43,11 @@ class Site:
         """The name under which this site's tensors are stored."""
         return self.path if self.part is None else f"{self.path}:{self.part.name}"
 
+    @property
+    def original_class(self) -> type[nn.Module]:
+        """The layer's own class, also where another adapter has exchanged it."""
+        return next(c for c in type(self.module).__mro__ if not getattr(c, "inlay_adapted", False))
+
     def read_weight(self) -> tuple[Tensor, Tensor | None]:
         """The base's weight and bias in canonical layout; of the part, where the site is one."""
         weight, bias = read_weight(self.module)

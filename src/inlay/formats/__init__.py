@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from inlay.core.adapter import Adapter
-from inlay.core.errors import ConfigError
+from inlay.core.errors import ConfigError, UnsupportedError
 from inlay.core.roster import roster_of
 from inlay.formats import native
 
@@ -21,7 +21,12 @@ def save(model: nn.Module, name: str, folder: str | Path, *, format: str = "nati
     """
     if format != "native":
         raise ConfigError(f"unknown format {format!r}; known: native")
-    return native.write(model, roster_of(model).require(name), Path(folder))
+    roster = roster_of(model)
+    if roster.merged is not None:
+        raise UnsupportedError(
+            f"adapter {roster.merged.name!r} is merged into the base; unmerge() before saving adapters"
+        )
+    return native.write(model, roster.require(name), Path(folder))
 
 
 def load(model: nn.Module, folder: str | Path, *, name: str | None = None, trainable: bool = False) -> Adapter:

@@ -21,6 +21,8 @@ from inlay.core.layer import Kind
 from inlay.core.method import Recipe
 from inlay.core.site import Site
 
+CHANNELS_FIRST = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(DeltaMethod):
@@ -48,7 +50,7 @@ class BiasDelta(Delta):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.channels_first = site.kind == "conv"
+        self.channels_first = site.kind == "conv" or isinstance(site.module, CHANNELS_FIRST)
         self.offset = nn.Parameter(site.empty(site.out_features))  # (out)
 
     def initialise(self, site: Site) -> None:

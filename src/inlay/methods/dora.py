@@ -70,7 +70,7 @@ class DoRADelta(Delta):
         self.a = nn.Parameter(site.empty(method.rank, site.in_features))  # (rank, in)
         self.b = nn.Parameter(site.empty(site.out_features, method.rank))  # (out, rank)
         self.magnitude = nn.Parameter(site.empty(site.out_features))  # (out)
-        self.base_squares: Tensor | None = None  # (out), of the frozen weight
+        self.squares: tuple[tuple[int, int], Tensor] | None = None  # the frozen weight's, and which weight's
 
     def initialise(self, site: Site) -> None:
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
@@ -80,12 +80,19 @@ class DoRADelta(Delta):
 
     def norm(self, weight: Tensor) -> Tensor:
         """Row norms of W + s B A, (out), float32, without the dense sum."""
-        if self.base_squares is None or self.base_squares.device != weight.device:
-            self.base_squares = weight.float().square().sum(1)
         cross = F.linear(weight, cast(self.a, weight)).float()  # W Aᵀ, (out, rank)
         low = self.b @ (self.a @ self.a.t())  # (out, rank)
         squares = (2 * self.scale * cross + self.scale**2 * low).mul(self.b).sum(1)
-        return (self.base_squares + squares).clamp(min=0).sqrt()
+        return (self.base_squares(weight) + squares).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+    def base_squares(self, weight: Tensor) -> Tensor:
+        """‖W‖² of each row, computed again only when the base's weight is another."""
+        if torch.compiler.is_compiling():
+            return weight.float().square().sum(1)
+        which = (weight.data_ptr(), weight._version)
+        if self.squares is None or self.squares[0] != which:
+            self.squares = (which, weight.float().square().sum(1))
+        return self.squares[1]
 
     def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         weight, bias = site.read_weight()

@@ -95,12 +95,22 @@ class LinearDelta(Delta):
 class EmbeddingDelta(LinearDelta):
     """At an embedding: A holds a column an entry."""
 
+    def __init__(self, site: Site, method: LoRA) -> None:
+        super().__init__(site, method)
+        layer: Any = site.module
+        if site.original_class.forward is not nn.Embedding.forward:
+            raise UnsupportedError(
+                f"{site.path} ({site.original_class.__name__}) scales or moves what it looks up, so LoRA there has no "
+                "weights of the same effect; name the embedding in modules_to_save"
+            )
+        self.padding = layer.padding_idx
+
     def initialise(self, site: Site) -> None:
         nn.init.zeros_(self.a)
         nn.init.normal_(self.b)
 
     def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        low = F.embedding(x, self.a.t())  # (..., rank)
+        low = F.embedding(x, self.a.t(), self.padding)  # (..., rank)
         return y.add(F.linear(cast(low, y), cast(self.b, y)), alpha=self.scale)
 
 
