@@ -40,18 +40,15 @@ class Metrics(TrainerCallback):
     """Writes metrics.jsonl and counts tokens and time.
 
     Attributes:
-        seconds: spent in steps, by earlier parts of a resumed run too.
+        seconds: spent in training (evaluations and checkpoints left out), by earlier parts of a resumed run too.
         tokens_per_second: in the steps of this part.
     """
 
     def __init__(self, folder: RunFolder, earlier: list[dict[str, Any]]) -> None:
         self.folder = folder
         self.earlier_seconds: float = earlier[-1]["seconds"] if earlier else 0.0
-        self.spent = 0.0
-        self.step_seconds = 0.0
-        self.started = 0.0
-        self.tokens_before: int | None = None
-        self.tokens = 0
+        self.spent = self.step_seconds = self.started = 0.0
+        self.tokens = self.step_tokens = self.tokens_before = 0
 
     @property
     def seconds(self) -> float:
@@ -61,22 +58,30 @@ class Metrics(TrainerCallback):
     def tokens_per_second(self) -> float:
         return self.tokens / self.spent if self.spent else 0.0
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
-        self.tokens_before = state.num_input_tokens_seen
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step_seconds = time.perf_counter() - self.started
+        now = time.perf_counter()  # from one step's end to the next's, so that making batches counts
+        self.step_seconds, self.started = now - self.started, now
+        self.step_tokens = state.num_input_tokens_seen - self.tokens_before
+        self.tokens_before = state.num_input_tokens_seen
         self.spent += self.step_seconds
-        self.tokens += state.num_input_tokens_seen - (self.tokens_before or 0)
+        self.tokens += self.step_tokens
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         if "loss" in logs:
             line |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
-            new = state.num_input_tokens_seen - (self.tokens_before or 0)
-            line |= {"tokens": new, "tokens_per_second": round(new / max(self.step_seconds, 1e-9), 1)}
+            speed = self.step_tokens / max(self.step_seconds, 1e-9)
+            line |= {"tokens": self.step_tokens, "tokens_per_second": round(speed, 1)}
         elif "eval_loss" in logs:
             line |= {key: value for key, value in logs.items() if key in ("eval_loss", "eval_accuracy")}
         else:

@@ -25,6 +25,7 @@ from inlay.core.errors import OutputError
 _OWN_FILES = ("run.yaml", "metrics.jsonl", "result.json", ".lock")
 _OWN_FOLDERS = ("adapter", "checkpoints", "runs")
 _PREFIX = "checkpoint-"
+_REMEDY = "Whole files are kept: free space, then go on with --resume, or choose another --out"
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -163,7 +164,7 @@ class RunFolder:
 
 
 @contextmanager
-def disk_errors(path: Path, remedy: str = "Free space, or choose another --out") -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Full disks and forbidden places as an `OutputError` that names the path."""
     try:
         yield
@@ -171,11 +172,11 @@ def disk_errors(path: Path, remedy: str = "Free space, or choose another --out")
         why = _why(error)
         if why is None:
             raise
-        raise OutputError(f"{path} cannot be written: {why}. {remedy}") from error
+        raise OutputError(f"{path} cannot be written: {why}. {_REMEDY}") from error
     except Exception as error:  # safetensors has an error class of its own
         if type(error).__name__ != "SafetensorError":
             raise
-        raise OutputError(f"{path} cannot be written: {_why(error) or error}. {remedy}") from error
+        raise OutputError(f"{path} cannot be written: {_why(error) or error}. {_REMEDY}") from error
 
 
 def is_full_disk(error: BaseException) -> bool:

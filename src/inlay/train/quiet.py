@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging as python_logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,8 +17,6 @@ def quiet_libraries() -> Iterator[None]:
     import datasets
     from transformers.utils import logging
 
-    # The tokenizer is only used before the data loader's workers exist, so forking is safe.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Says that an optional package for 4-bit layers on a CPU is absent, to everyone who imports it.
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

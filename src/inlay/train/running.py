@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inlay.core.errors import BaseMismatchError, ConfigError, DataError, problems
+from inlay.core.errors import BaseMismatchError, ConfigError, DataError, OutputError, UnsupportedError, problems
 from inlay.train.config import RunConfig
-from inlay.train.folder import RunFolder, disk_errors, write_beside, write_text
+from inlay.train.folder import RunFolder, write_beside, write_text
 from inlay.train.prepare import Prepared, prepare
 from inlay.train.quiet import quiet_libraries
 from inlay.train.stop import Stopped, StopRequest, listening
@@ -74,6 +76,11 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, pro
     """
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other: one goes on with a run, the other replaces it")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UnsupportedError(
+            "`inlay train` is one process on one device. For several, attach the adapter in a script of your own "
+            "and launch it with torchrun; attached models train in any loop"
+        )
     folder = RunFolder(config.out)
     folder.check(resume=resume, overwrite=overwrite)
     if resume and folder.finished:
@@ -122,10 +129,13 @@ def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
 
 def _start(folder: RunFolder, prepared: Prepared) -> None:
     """Make room, and write what a resumed run needs to know."""
-    with disk_errors(folder.root):
-        folder.clear()
+    folder.clear()
+    try:
         write_text(folder.checkpoints / IDENTITY, json.dumps(prepared.identity, indent=2))
         write_text(folder.config, prepared.config.to_yaml())
+    except OutputError:
+        folder.clear()  # too little to resume from
+        raise
 
 
 def _check_identity(folder: RunFolder, prepared: Prepared) -> None:
@@ -196,8 +206,8 @@ def _over(state: Any, prepared: Prepared, patience_used_up: Any) -> bool:
 def _stopped(folder: RunFolder, request: StopRequest) -> Stopped:
     kept = folder.last_checkpoint()
     step = 0 if kept is None else int(kept.name.rpartition("-")[2])
-    again = f"go on with: inlay train --out {folder.root} --resume"
-    return Stopped(f"stopped by {request.name}; {step} steps are saved in {folder.root}. {again}", request.number)
+    again = f"Go on with: inlay train --out {folder.root} --resume"
+    return Stopped(f"stopped by {request.name}: {step} steps are saved in {folder.root}. {again}", request.number)
 
 
 def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
@@ -207,7 +217,7 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
     config = prepared.config
     evaluates = "no" if prepared.held_out is None else "steps"
     assert config.learning_rate is not None and config.schedule is not None and config.warmup is not None
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder.root),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
@@ -237,6 +247,9 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
         disable_tqdm=True,
         log_level="error",
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # replicas that share threads would share the routes of rows, too
+    return arguments
 
 
 def _finish(prepared: Prepared, folder: RunFolder, state: Any, metrics: Any) -> RunResult:
@@ -261,8 +274,6 @@ def _finish(prepared: Prepared, folder: RunFolder, state: Any, metrics: Any) -> 
     )
     write_beside(folder.adapter, lambda part: _write_adapter(prepared, result, part))
     write_text(folder.result, json.dumps(result.to_dict(), indent=2) + "\n")
-    import shutil
-
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return result
 

@@ -21,7 +21,7 @@ from transformers import Trainer
 
 from inlay.core.adapter import Adapter
 from inlay.core.errors import ConfigError
-from inlay.train.folder import RunFolder, disk_errors, write_beside
+from inlay.train.folder import RunFolder, write_beside
 from inlay.train.order import LengthGroupedOrder
 
 IGNORED = -100
@@ -95,7 +95,7 @@ class AdapterTrainer(Trainer):
             if not torch.isfinite(loss):
                 raise ConfigError(
                     f"the loss is {loss.item()} at step {self.state.global_step + 1}: training diverged. "
-                    "Lower --learning-rate, or give --precision fp32 if the base is bf16"
+                    "Lower --learning-rate, or give --precision fp32 if the base is bf16, and --overwrite"
                 )
             if num_items_in_batch is not None:
                 loss = loss * (self.items(inputs) / num_items_in_batch) * self.accelerator.num_processes
@@ -145,14 +145,17 @@ class AdapterTrainer(Trainer):
         super().log(logs, start_time)
         self.state.log_history = [entry for entry in self.state.log_history if "eval_loss" in entry]
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None counted: the Trainer goes through every module at each step to guess a number nobody reads."""
+        return 0
+
     # -- checkpoints --------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         path = self.folder.checkpoint(self.state.global_step)
         if not self.args.should_save:
             return
-        with disk_errors(path, "The last whole checkpoint is kept: free space, then go on with --resume"):
-            write_beside(path, self._write_checkpoint)
+        write_beside(path, self._write_checkpoint)
         self.folder.keep_only(path)
 
     def _write_checkpoint(self, part: Path) -> None:
@@ -166,8 +169,7 @@ class AdapterTrainer(Trainer):
         read_tensors(self.adapter, Path(resume_from_checkpoint) / ADAPTER_FILE)
 
     def _keep_best(self) -> None:
-        with disk_errors(self.folder.best, "The last whole checkpoint is kept: free space, then go on with --resume"):
-            write_beside(self.folder.best, lambda part: write_tensors(self.adapter, part))
+        write_beside(self.folder.best, lambda part: write_tensors(self.adapter, part))
 
     def load_best(self) -> None:
         """Put the best adapter's values back, where an evaluation found one."""

@@ -184,11 +184,11 @@ def test_what_cannot_be_run(completions: Path, llama: Path, bert: Path, tmp_path
         (DataError, "too few to hold some out", {"data": str(few), "early_stopping": 1}),
         (ConfigError, "reads 96 tokens", {"max_length": 97}),
         (ConfigError, "96 virtual tokens leave no room", {"method": "prompt-tuning", "settings": {"length": 96}}),
-        (ConfigError, "cannot do the task", {"base": str(bert)}),
+        (ConfigError, "lacks weights that the task causal needs", {"base": str(bert)}),
         (ConfigError, "not a regular expression", {"where": "re:("}),
         (DataError, "must have the columns of", {"eval_data": str(chats)}),
         (DataError, "more than 12", {"max_length": 12}),
-        (ConfigError, "training diverged", {"learning_rate": 1e30, "schedule": "constant", "warmup": 0.0}),
+        (ConfigError, "training diverged", {"method": "full", "learning_rate": 1e30, "schedule": "constant"}),
     ]
     for kind, words, changes in cases:
         with pytest.raises(kind, match=words):

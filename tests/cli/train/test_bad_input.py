@@ -17,7 +17,7 @@ import pytest
 from inlay.cli.main import main
 from tests import tiny
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUN = [sys.executable, "-c", "from inlay.cli.main import main; main()"]
 LONG = " ".join(tiny.WORDS * 12)
 
