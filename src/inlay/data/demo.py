@@ -4,9 +4,9 @@
     completion  On Monday Anna and Ben take the train from York to Dover, a journey of one hour.
 
 Copying is not enough: fields come in any order, one is never told, numbers become words, verbs and
-nouns agree in number, lists are joined, and some facts are worked out (who won, whether the weather
-stays). Each record has exactly one sentence, so an exact match means something. The three splits share
-no record: two rows that differ in the order of the fields or in ``no`` alone count as the same record.
+nouns agree in number, lists are joined, and some facts are worked out (the order of the runners, whether
+the weather stays). Each record has exactly one sentence, so an exact match means something, and no
+sentence occurs twice: what is tested was never seen in training, in whatever order its fields stood.
 """
 
 from __future__ import annotations
@@ -160,15 +160,11 @@ def weather(draw: random.Random) -> tuple[Facts, str]:
 
 
 def race(draw: random.Random) -> tuple[Facts, str]:
-    first, second = draw.sample(PEOPLE, 2)
-    place, (left, right) = draw.choice(PLACES), (draw.randint(1, 12), draw.randint(1, 12))
-    if left == right:
-        sentence = f"In {place} {first} and {second} both have {counted(left, 'point', 'points')}."
-    else:
-        winner, loser = (first, second) if left > right else (second, first)
-        points = counted(max(left, right), "point", "points")
-        sentence = f"In {place} {winner} beats {loser} with {points} to {NUMBERS[min(left, right)]}."
-    return {"place": place, "points": f"{first} {left}, {second} {right}"}, sentence
+    place, runners = draw.choice(PLACES), draw.sample(PEOPLE, 3)
+    seen = draw.sample((0, 1, 2), 3)  # the record lists the runners in any order
+    told = ", ".join(f"{rank + 1} {runners[rank]}" for rank in seen)
+    sentence = f"In {place} {runners[0]} wins the race before {runners[1]} and {runners[2]}."
+    return {"place": place, "results": told}, sentence
 
 
 KINDS: Mapping[str, Callable[[random.Random], tuple[Facts, str]]] = {
@@ -186,7 +182,7 @@ def records(train: int = 2000, valid: int = 100, test: int = 200, *, seed: int =
     The kinds take turns, so every split holds them equally.
     """
     draw = random.Random(seed)
-    seen: set[tuple[str, ...]] = set()
+    seen: set[str] = set()
     names = list(KINDS)
     sizes = {"test": test, "valid": valid, "train": train}
     return {split: [_unseen(draw, names[n % len(names)], seen) for n in range(size)] for split, size in sizes.items()}
@@ -213,12 +209,11 @@ def write_records(folder: Path, splits: Mapping[str, Sequence[Facts]]) -> dict[s
     return paths
 
 
-def _unseen(draw: random.Random, kind: str, seen: set[tuple[str, ...]]) -> Facts:
+def _unseen(draw: random.Random, kind: str, seen: set[str]) -> Facts:
     while True:
         facts, sentence = KINDS[kind](draw)
-        key = (kind, *(facts[name] for name in sorted(facts)))
-        if key not in seen:
-            seen.add(key)
+        if sentence not in seen:
+            seen.add(sentence)
             break
     fields = [*facts.items(), ("no", str(draw.randint(100, 999)))]
     draw.shuffle(fields)
