@@ -4,100 +4,95 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
-
-# typer reads annotations at run time, and `X | None` inside Annotated is spelt Optional for its sake.
-# ruff: noqa: UP045
 
 
 def train(
     data: Annotated[
-        Optional[str], typer.Option(help="CSV, TSV, JSONL, JSON, Parquet or text file (maybe .gz), or a datasets id.")
+        str | None, typer.Option(help="CSV, TSV, JSONL, JSON, Parquet or text file (maybe .gz), or a datasets id.")
     ] = None,
-    out: Annotated[Optional[str], typer.Option(help="Folder to write the run to.")] = None,
-    base: Annotated[
-        Optional[str], typer.Option(help="Transformers folder or hub id. Default: the embedded base.")
-    ] = None,
-    method: Annotated[Optional[str], typer.Option(help="Method (see `inlay methods`). Default: lora.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write the run to.")] = None,
+    base: Annotated[str | None, typer.Option(help="Transformers folder or hub id. Default: the embedded base.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method (see `inlay methods`). Default: lora.")] = None,
     set_: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Hyper-parameter of the method, e.g. rank=16. Repeatable."),
     ] = None,
     where: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="all-linear, attention, mlp, a role, module names with commas, or re:PATTERN. Default: the paper's."
         ),
     ] = None,
-    layers: Annotated[
-        Optional[str], typer.Option(metavar="NUMBERS", help="Layers to stay within, e.g. 0-5,11.")
-    ] = None,
+    layers: Annotated[str | None, typer.Option(metavar="NUMBERS", help="Layers to stay within, e.g. 0-5,11.")] = None,
     modules_to_save: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(metavar="NAMES", help="Modules to train whole, with commas. A fresh head is found by itself."),
     ] = None,
-    eval_data: Annotated[Optional[str], typer.Option(help="Rows to evaluate on during training.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Rows to evaluate on during training.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a datasets id.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Split to evaluate on.")] = None,
+    reading: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="How files are read: format=csv, header=text,label … Repeatable."),
+    ] = None,
     eval_share: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(help="Share of the data held out where --eval-data is not given. Default: 0.05; 0 is none."),
     ] = None,
     task: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="causal, seq2seq, classification or regression. Default: guessed from columns and base."),
     ] = None,
     columns: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(metavar="ROLE=NAME,…", help="Columns with other names, e.g. prompt=question,completion=answer."),
     ] = None,
     prompt_template: Annotated[
-        Optional[str], typer.Option(help="Text with column names in braces that becomes the prompt.")
+        str | None, typer.Option(help="Text with column names in braces that becomes the prompt.")
     ] = None,
-    separator: Annotated[
-        Optional[str], typer.Option(help="Between prompt and completion. Default: a line end.")
-    ] = None,
-    name: Annotated[Optional[str], typer.Option(help="Name of the adapter. Default: default.")] = None,
-    epochs: Annotated[Optional[float], typer.Option(help="Passes over the data. Default: 3.")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Steps, in place of --epochs.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Rows in a pass. Default: 16.")] = None,
-    accumulate: Annotated[Optional[int], typer.Option(help="Passes in a step. Default: 1.")] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="Peak rate. Default: the method's.")] = None,
+    separator: Annotated[str | None, typer.Option(help="Between prompt and completion. Default: a line end.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the adapter. Default: default.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 3.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps, in place of --epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in a pass. Default: 16.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Passes in a step. Default: 1.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate. Default: the method's.")] = None,
     schedule: Annotated[
-        Optional[str], typer.Option(help="linear, cosine, constant or constant_with_warmup. Default: the method's.")
+        str | None, typer.Option(help="linear, cosine, constant or constant_with_warmup. Default: the method's.")
     ] = None,
     warmup: Annotated[
-        Optional[float], typer.Option(help="Share of the steps in which the rate rises. Default: the method's.")
+        float | None, typer.Option(help="Share of the steps in which the rate rises. Default: the method's.")
     ] = None,
-    weight_decay: Annotated[Optional[float], typer.Option(help="Default: the method's.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Default: the method's.")] = None,
     max_grad_norm: Annotated[
-        Optional[float], typer.Option(help="Gradients are scaled down to this norm. Default: 1; 0 leaves them.")
+        float | None, typer.Option(help="Gradients are scaled down to this norm. Default: 1; 0 leaves them.")
     ] = None,
     max_length: Annotated[
-        Optional[int], typer.Option(help="Tokens a row may have. Default: what the base can read.")
+        int | None, typer.Option(help="Tokens a row may have. Default: what the base can read.")
     ] = None,
     on_long: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="Longer rows: error, truncate, drop or split. Default: split for plain text, else error."),
     ] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of every random draw. Default: 0.")] = None,
-    precision: Annotated[
-        Optional[str], typer.Option(help="bf16 or fp32 weights of the base. Default: its own.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random draw. Default: 0.")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16 or fp32 weights of the base. Default: its own.")] = None,
     gradient_checkpointing: Annotated[
-        Optional[bool], typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
+        bool | None, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
     ] = None,
     eval_every: Annotated[
-        Optional[int], typer.Option(help="Steps between evaluations. Default: an epoch, or a quarter of a short run.")
+        int | None, typer.Option(help="Steps between evaluations. Default: an epoch, or a quarter of a short run.")
     ] = None,
     save_every: Annotated[
-        Optional[int], typer.Option(help="Steps between checkpoints. Default: as --eval-every, and every ten minutes.")
+        int | None, typer.Option(help="Steps between checkpoints. Default: as --eval-every, and every ten minutes.")
     ] = None,
     early_stopping: Annotated[
-        Optional[int], typer.Option(metavar="N", help="End after N evaluations without a better score.")
+        int | None, typer.Option(metavar="N", help="End after N evaluations without a better score.")
     ] = None,
-    report_to: Annotated[Optional[str], typer.Option(help="tensorboard, wandb, mlflow, with commas.")] = None,
-    config: Annotated[Optional[Path], typer.Option(help="run.yaml of these options; flags override it.")] = None,
+    report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, mlflow, with commas.")] = None,
+    config: Annotated[Path | None, typer.Option(help="run.yaml of these options; flags override it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, exactly.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
@@ -142,6 +137,11 @@ def _values(flags: dict[str, Any], config: Path | None) -> dict[str, Any]:
             flags[key] = _listed(flags[key])
     if "where" in flags and "," in flags["where"] and not flags["where"].startswith("re:"):
         flags["where"] = _listed(flags["where"])
+    if "reading" in flags:
+        from inlay.data.reading import Reading
+        from inlay.train.hyper import parse_fields
+
+        flags["reading"] = parse_fields(Reading, flags["reading"], heading="--reading", noun="option")
     if "layers" in flags:
         flags["layers"] = _numbers(flags["layers"])
     if "columns" in flags:

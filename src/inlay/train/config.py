@@ -25,6 +25,8 @@ class RunConfig(BaseModel):
         data: file or `datasets` id to train on.
         out: folder the run writes to.
         base: transformers folder or hub id; None is the embedded base.
+        split, eval_split: of `datasets` ids.
+        reading: how files are read, where the defaults do not suit (`inlay.data.Reading`): format, header, …
         eval_data: file or id to evaluate on during training.
         eval_share: share of `data` held out for that where `eval_data` is not given; 0 is none.
         task: None is guessed from the columns and the base.
@@ -57,7 +59,10 @@ class RunConfig(BaseModel):
     data: str
     out: str
     base: str | None = None
+    split: str | None = None
     eval_data: str | None = None
+    eval_split: str | None = None
+    reading: dict[str, Any] = {}
     eval_share: float = Field(default=0.05, ge=0, lt=1)
     task: Task | None = None
     columns: dict[str, str] = {}
@@ -90,7 +95,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _evaluates(self) -> Self:
-        if self.early_stopping and self.eval_data is None and self.eval_share == 0:
+        if self.early_stopping and self.eval_data is None and self.eval_split is None and self.eval_share == 0:
             raise ValueError("early_stopping needs evaluations: give eval_data, or an eval_share above 0")
         return self
 

@@ -1,4 +1,4 @@
-"""Hyper-parameters from words: ``rank=16`` typed by the method's own field."""
+"""Options from words: ``rank=16`` typed by the field of the dataclass that it is for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ def parse_settings(method: str, words: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: all words that are not ``name=value``, name no hyper-parameter or do not fit its type.
     """
-    hints = _fields(method)
+    from inlay.methods import method_named
+
+    return parse_fields(method_named(method), words, heading=f"--set, method {method!r}", noun="hyper-parameter")
+
+
+def parse_fields(cls: type, words: Sequence[str], *, heading: str, noun: str) -> dict[str, Any]:
+    """``name=value`` words as values of the types that a dataclass's fields have. Raises as `parse_settings`."""
+    hints = _fields(cls)
     found: list[str] = []
     values: dict[str, Any] = {}
     for word in words:
@@ -31,16 +38,16 @@ def parse_settings(method: str, words: Sequence[str]) -> dict[str, Any]:
         if not equals or not name:
             found.append(f"{word!r} is not of the form name=value")
         elif name not in hints:
-            found.append(f"unknown hyper-parameter {name!r}{nearest(name, hints)}")
+            found.append(f"unknown {noun} {name!r}{nearest(name, hints)}")
         elif name in values:
             found.append(f"{name} is given twice")
         else:
             try:
-                values[name] = _typed(hints[name], text.strip())
+                values[name] = _typed(hints[name], text if hints[name] is str else text.strip())
             except ValidationError:
                 found.append(f"{name}={text.strip()!r} is not {_called(hints[name])}")
     if found:
-        raise ConfigError(problems(f"--set, method {method!r}", found))
+        raise ConfigError(problems(heading, found))
     return values
 
 
@@ -52,25 +59,29 @@ def build_method(name: str, settings: Mapping[str, Any]) -> Method:
     """
     from inlay.methods import method_named
 
-    hints = _fields(name)
-    found, values = [], {}
-    for key, value in settings.items():
+    cls = method_named(name)
+    return cls.from_dict(check_fields(cls, settings, heading=f"method {name!r}", noun="hyper-parameter"))
+
+
+def check_fields(cls: type, values: Mapping[str, Any], *, heading: str, noun: str) -> dict[str, Any]:
+    """Values from a file, in the types that a dataclass's fields have. Raises as `build_method`."""
+    hints = _fields(cls)
+    found: list[str] = []
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
         if key not in hints:
-            found.append(f"unknown hyper-parameter {key!r}{nearest(key, hints)}")
+            found.append(f"unknown {noun} {key!r}{nearest(key, hints)}")
             continue
         try:
-            values[key] = TypeAdapter(hints[key]).validate_python(value)
+            checked[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError:
             found.append(f"{key}={value!r} is not {_called(hints[key])}")
     if found:
-        raise ConfigError(problems(f"method {name!r}", found))
-    return method_named(name).from_dict(values)
+        raise ConfigError(problems(heading, found))
+    return checked
 
 
-def _fields(method: str) -> dict[str, Any]:
-    from inlay.methods import method_named
-
-    cls = method_named(method)
+def _fields(cls: Any) -> dict[str, Any]:
     return {field.name: _hint(cls, field.name) for field in dataclasses.fields(cls)}
 
 

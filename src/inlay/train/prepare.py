@@ -12,7 +12,7 @@ import numpy as np
 from inlay.core.errors import ConfigError, DataError
 from inlay.core.method import Method
 from inlay.train.config import RunConfig, Task
-from inlay.train.hyper import build_method
+from inlay.train.hyper import build_method, check_fields
 from inlay.train.loading import Base, base_source, load_base, read_config
 from inlay.train.record import TrainingRecord, versions
 
@@ -123,19 +123,21 @@ def prepare(config: RunConfig) -> Prepared:
 
 def read_rows(config: RunConfig) -> tuple[Dataset, Dataset | None, Layout]:
     """Both tables as read, and the layout they share."""
-    from inlay.data import read_table, resolve_columns
+    from inlay.data import Reading, read_table, resolve_columns
 
-    rows = read_table(config.data)
+    reading = Reading(**check_fields(Reading, config.reading, heading="reading", noun="option"))
+    rows = read_table(config.data, split=config.split, reading=reading)
     layout = resolve_columns(rows, config.columns, task=config.task)
-    if config.eval_data is None:
+    if config.eval_data is None and config.eval_split is None:
         return rows, None, layout
-    held = read_table(config.eval_data)
+    source = config.eval_data or config.data  # a split of the same data set may be held out
+    held = read_table(source, split=config.eval_split, reading=reading)
     try:
         other = resolve_columns(held, _roles(layout), task=config.task)
     except DataError as error:
-        raise DataError(f"{config.eval_data} must have the columns of {config.data}: {error}") from error
+        raise DataError(f"{source} must have the columns of {config.data}: {error}") from error
     if other.kind != layout.kind and {other.kind, layout.kind} != {"classification", "regression"}:
-        raise DataError(f"{config.eval_data} is {other.kind} data, but {config.data} is {layout.kind} data")
+        raise DataError(f"{source} is {other.kind} data, but {config.data} is {layout.kind} data")
     return rows, held, layout
 
 

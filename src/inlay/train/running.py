@@ -157,6 +157,7 @@ def _check_identity(folder: RunFolder, prepared: Prepared) -> None:
 
 
 def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progress: bool) -> RunResult:
+    import torch
     from transformers import PrinterCallback
     from transformers.trainer_callback import TrainerState
 
@@ -187,16 +188,21 @@ def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progr
             read_tensors(prepared.adapter, checkpoint / "adapter.safetensors")
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except Stopped as stopped:
-        raise _stopped(folder, request) from stopped
-    finally:
         request.training = False
+        if request.number and not _over(trainer.state, prepared, patience_used_up):
+            raise _stopped(folder, request)
+        trainer.load_best()
+        return _finish(prepared, folder, trainer.state, metrics)
+    except Stopped:
+        raise _stopped(folder, request) from None
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"out of memory with {config.batch_size} rows a pass. Lower --batch-size and raise --accumulate, give "
+            "--gradient-checkpointing or a smaller --max-length, and --overwrite"
+        ) from error
+    finally:
         if bar:
             bar.close()
-    if request.number and not _over(trainer.state, prepared, patience_used_up):
-        raise _stopped(folder, request)
-    trainer.load_best()
-    return _finish(prepared, folder, trainer.state, metrics)
 
 
 def _over(state: Any, prepared: Prepared, patience_used_up: Any) -> bool:

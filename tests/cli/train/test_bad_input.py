@@ -104,6 +104,8 @@ OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--task", "regresion"], ["regresion"]),
     (["--batch-size", "0", "--learning-rate", "-1"], ["batch_size is 0", "learning_rate is -1.0"]),
     (["--layers", "0-x"], ["0-x"]),
+    (["--reading", "formt=csv"], ["did you mean 'format'"]),
+    (["--split", "test"], ["has no split 'test'"]),
     (["--layers", "7"], ["7"]),
     (["--report-to", "nobody"], ["nobody"]),
     (["--max-length", "4000"], ["the base reads 96 tokens"]),
