@@ -52,8 +52,8 @@ def unmerge_by_subtraction(module: nn.Module, weight: Tensor, bias: Tensor | Non
     return undo
 
 
-def neighbour(self: route.Route, name: str | None, like: Tensor) -> Tensor:
-    return (real_index(self, name, like) + 1) % like.shape[0]
+def neighbour(self: route.Route, name: str | None, like: Tensor, **kwargs: Any) -> Tensor:
+    return (real_index(self, name, like, **kwargs) + 1) % like.shape[0]
 
 
 real_index = route.Route.index
@@ -137,10 +137,9 @@ BUGS: dict[str, tuple[str, str, Method, Bug]] = {
     "the base is not checked when loading": (
         "storage", "llama", inlay.LoRA(rank=2), patched(fingerprint.Fingerprint, "differences", lambda *a: [])),
     "detaching leaves the base frozen": (
-        "detach_restores", "llama", inlay.LoRA(rank=2),
-        patched(nn.Parameter, "requires_grad_", lambda self, value=True: self)),
+        "detach_restores", "llama", inlay.LoRA(rank=2), patched(install, "_thaw", nothing)),
     "a failed attach leaves pieces behind": (
-        "all_or_nothing", "llama", inlay.LoRA(rank=2), patched(install, "_remove", nothing)),
+        "all_or_nothing", "llama", inlay.DoRA(rank=2), patched(install, "_remove", nothing)),
     "recomputation takes the route of the moment": (
         "checkpointing", "llama", inlay.LoRA(rank=2),
         patched(adapted, "_checkpointed", lambda host, inner, function, *args: inner(function, *args))),

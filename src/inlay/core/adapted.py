@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.errors import UnsupportedError
-from inlay.core.host import Host
+from inlay.core.host import Host, Storage
 
 
 def adopt(host: Host, features: frozenset[str]) -> None:
@@ -171,7 +171,8 @@ def _checkpointed(host: Host, inner: Callable[..., Any], function: Callable[...,
     tensors = call.tensors(host.path) if call is not None else []
     flows = any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *tensors))
     prefilling = call is not None and call.capture is not None  # its keys and values outlive the layer's call
-    if prefilling or (not flows and not any(p.requires_grad for p in host.module.parameters())):
+    layer = _layer(function) or host.module
+    if prefilling or (not flows and not _trains(layer, route.used)):
         return function(*args)
     anchor = torch.empty(0, requires_grad=True)
 
@@ -181,6 +182,19 @@ def _checkpointed(host: Host, inner: Callable[..., Any], function: Callable[...,
             return function(*given[len(tensors) :])
 
     return inner(run, anchor, *tensors, *args)
+
+
+def _trains(layer: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether one of these adapters has something to train inside the layer."""
+    stores = [m for m in layer.modules() if isinstance(m, Storage)]
+    return any(p.requires_grad for s in stores for n in names if n in s for p in s[n].parameters())
+
+
+def _layer(function: Any) -> nn.Module | None:
+    """The layer that a checkpointed function runs: a bound method's, or the first argument of a partial forward."""
+    owner = function.args[0] if isinstance(function, functools.partial) and function.args else function
+    owner = getattr(owner, "__self__", owner)
+    return owner if isinstance(owner, nn.Module) else None
 
 
 class ShiftedPositions(nn.Embedding):

@@ -18,11 +18,11 @@ from inlay.core.view import ModelView
 
 def install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
     """Put a built adapter at its hosts, or leave the model as it was."""
-    roster = find_roster(model)
-    fresh = roster is None
-    if roster is None:
-        roster = _enlist(model)
+    there = find_roster(model)
+    roster, fresh = there or _new_roster(model), there is None
     try:
+        if fresh:
+            _enlist(roster)
         _place(roster, adapter)
     except BaseException:
         roster.adapters.pop(adapter.name, None)
@@ -44,22 +44,24 @@ def uninstall(roster: Roster, adapter: Adapter) -> None:
         _dismiss(roster)
 
 
-def _enlist(model: nn.Module) -> Roster:
-    """Make a model a host of adapters: freeze it, remember its flags, wrap its root and checkpointed layers."""
+def _new_roster(model: nn.Module) -> Roster:
+    """A roster for a model without adapters; the model is not touched yet."""
     for path, module in model.named_modules():
         if "_inlay_host" in module.__dict__:
             raise UnsupportedError(
                 f"{path or 'this module'} belongs to another attached model; attach all adapters to the same root"
             )
-    roster = Roster(model)
-    roster.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
-    model.requires_grad_(False)
-    model.__dict__["_inlay_roster"] = roster
+    return Roster(model, requires_grad={n: p.requires_grad for n, p in model.named_parameters()})
+
+
+def _enlist(roster: Roster) -> None:
+    """Make a model a host of adapters: freeze it, wrap its root and its checkpointed layers."""
+    roster.model.requires_grad_(False)
+    roster.model.__dict__["_inlay_roster"] = roster
     _grant(roster, "", "root")
-    for path, module in model.named_modules():
+    for path, module in roster.model.named_modules():
         if hasattr(module, "gradient_checkpointing"):
             _grant(roster, path, "checkpoint")
-    return roster
 
 
 def _dismiss(roster: Roster) -> None:
@@ -69,6 +71,11 @@ def _dismiss(roster: Roster) -> None:
     for config, original in roster.attention:
         config._attn_implementation = original
     roster.model.__dict__.pop("_inlay_roster", None)
+    _thaw(roster)
+
+
+def _thaw(roster: Roster) -> None:
+    """Give the base's parameters back the flags they had."""
     flags = roster.requires_grad
     for name, parameter in roster.model.named_parameters():
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
@@ -205,7 +212,7 @@ def _host(roster: Roster, path: str) -> Host:
     if host is None:
         host = roster.hosts[path] = Host(roster, path, roster.model.get_submodule(path))
         host.by_row = _sees_rows(roster.model, path, host.module)
-        host.pooled = roles.layer_of(path) is None
+        host.pooled = roles.layer_of(path) is None or not hasattr(roster.model, "config")
     return host
 
 

@@ -13,6 +13,7 @@ The functions here wrap the forwards of special modules (`core/adapted.py` says 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -78,6 +79,11 @@ def _prefill(roster: Roster, name: str, prompt: TokenPrompt) -> KeyValues:
     model: Any = roster.model
     base = getattr(model, "base_model", model)
     embeddings = prompt.embeddings()
+    if embeddings.requires_grad and _sharded(model):
+        raise UnsupportedError(
+            "a token prompt on a sharded decoder cannot be trained: FSDP frees the layers that its keys and values "
+            "came from before their gradients are known; use prefix-tuning, or data parallelism without sharding"
+        )
     weight = next(iter(model.get_input_embeddings()._parameters.values()))
     captured: KeyValues = {}
     route = Route((name,))
@@ -86,6 +92,12 @@ def _prefill(roster: Roster, name: str, prompt: TokenPrompt) -> KeyValues:
     if not captured:
         raise UnsupportedError(f"no attention module of {type(model).__name__} passed through the attention interface")
     return captured
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 manages some layer; its module is not imported for the answer."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
 
 
 # -- wrappers ---------------------------------------------------------------------------------------
@@ -215,6 +227,8 @@ def shift(host: Host, positions: Tensor, *, relative: bool = False) -> Tensor:
     if relative and call is not None and call.padding is not None and not host.encoder:
         positions = (positions - call.padding[:, None]).clamp(min=0)
     if call is None or call.capture is not None:
+        return positions
+    if host.encoder and not call.sequences:
         return positions
     if host.encoder:
         by = {n: call.sequences[n].shape[0] if n in call.sequences else 0 for n in call.route.names if n is not None}

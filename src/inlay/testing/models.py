@@ -305,7 +305,7 @@ ZOO: Mapping[str, Specimen] = {
         _encoder("bert", _bert, takes_positions=True),
         _encoder("roberta", _roberta),
         _encoder("distilbert", _distilbert),
-        _encoder("deberta-v2", _deberta_v2, attention_interface=False),
+        _encoder("deberta-v2", _deberta_v2, attention_interface=False, shares_projections=True),
         Specimen(
             name="t5",
             kind="seq2seq",

@@ -44,6 +44,8 @@ class Specimen:
         attention_interface: its attention passes through transformers' attention interface.
         takes_positions: its forward takes ``position_ids``.
         padding_sides: sides on which a padded row gives the same logits as the row alone.
+        shares_projections: its query and key layers also see positions that all rows share, so that they
+            cannot serve several adapters in one batch.
         tokens: length of the longest row of a batch (of pixels or features, not used).
     """
 
@@ -56,6 +58,7 @@ class Specimen:
     takes_positions: bool = False
     padding_sides: tuple[Side, ...] = ("right",)
     tokens: int = TOKENS
+    shares_projections: bool = False
 
     def build(self, *, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A fresh copy of the model, in eval mode, every parameter random.
