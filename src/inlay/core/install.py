@@ -20,6 +20,8 @@ def install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
     """Put a built adapter at its hosts, or leave the model as it was."""
     there = find_roster(model)
     roster, fresh = there or _new_roster(model), there is None
+    features = {path: host.features for path, host in roster.hosts.items()}
+    wrapped, encoder = len(roster.attention), roster.encoder
     try:
         if fresh:
             _enlist(roster)
@@ -27,6 +29,11 @@ def install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
     except BaseException:
         roster.adapters.pop(adapter.name, None)
         _remove(roster, adapter)
+        for path, host in roster.hosts.items():
+            adopt(host, features.get(path, frozenset()))
+        roster.hosts = {path: host for path, host in roster.hosts.items() if path in features}
+        roster.encoder = encoder
+        _unwrap_attention(roster, wrapped)
         if fresh:
             _dismiss(roster)
         raise
@@ -68,10 +75,16 @@ def _dismiss(roster: Roster) -> None:
     """The inverse of `_enlist`, once no adapter is left."""
     for host in roster.hosts.values():
         release(host)
-    for config, original in roster.attention:
-        config._attn_implementation = original
+    _unwrap_attention(roster, 0)
     roster.model.__dict__.pop("_inlay_roster", None)
     _thaw(roster)
+
+
+def _unwrap_attention(roster: Roster, keep: int) -> None:
+    """Give configurations back the attention they named, all but the first `keep`."""
+    while len(roster.attention) > keep:
+        config, original = roster.attention.pop()
+        config._attn_implementation = original
 
 
 def _thaw(roster: Roster) -> None:

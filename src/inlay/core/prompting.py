@@ -274,7 +274,7 @@ def _copies(model: Any, kwargs: dict[str, Any]) -> int:
 
 def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
     """Rows and tokens of a batch: the leading dimensions of the first tensor among its inputs."""
-    for value in (*args, *(kwargs.get(n) for n in INPUTS)):
+    for value in (*args, *(kwargs.get(n) for n in INPUTS), *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0], value.shape[1] if value.dim() > 1 else None
     return None, None

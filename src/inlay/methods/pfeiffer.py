@@ -57,7 +57,7 @@ class Pfeiffer(DeltaMethod):
 
     @classmethod
     def examples(cls) -> list[Pfeiffer]:
-        return [cls(reduction=8)]
+        return [cls(reduction=2)]
 
 
 def _normal(down: Tensor, up: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -417,6 +418,8 @@ def checkpointing(specimen: Specimen, method: Method) -> None:
     for route in routes:
         expected: dict[str, Tensor] | None = None
         for kind in (None, False, True):
+            if kind and not _reentrant_works(specimen):
+                continue
             if kind is not None:
                 model.activation_checkpointing_enable({"use_reentrant": kind})
             model.zero_grad()
@@ -431,6 +434,18 @@ def checkpointing(specimen: Specimen, method: Method) -> None:
             hold(found.keys() == expected.keys(), f"checkpointing (reentrant={kind}) loses gradients, route {route}")
             for name in expected:
                 close(found[name], expected[name], f"checkpointing (reentrant={kind}), route {route}, {name}", 1e-4)
+
+
+@cache
+def _reentrant_works(specimen: Specimen) -> bool:
+    """Whether the bare model, trained whole, can be checkpointed that way: DeBERTa's layers share an input."""
+    model: Any = specimen.build().train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    try:
+        loss(specimen, model, specimen.batch(3, 8)).backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 def precision(specimen: Specimen, method: Method) -> None:
