@@ -20,9 +20,7 @@ def encode_completions(rows: Rows, job: Job, joiner: Joiner) -> list[list[Encode
 
     A row that is too long loses the beginning of its prompt first, then the end of its completion.
     """
-    both = zip(
-        prompts_of(rows, job.layout, job.template), completions_of(rows, job.layout, job.named), strict=True
-    )
+    both = zip(prompts_of(rows, job.layout, job.template), completions_of(rows, job.layout, job.named), strict=True)
     texts = {
         row: (prompt + job.template.separator, completion)
         for row, (prompt, completion) in enumerate(both)
@@ -64,13 +62,9 @@ def encode_chats(rows: Rows, job: Job, joiner: Joiner) -> list[list[Encoded] | N
     for row, tokens in _tokens(rows, joiner, texts).items():
         ids = [token for piece in tokens for token in piece]
         labels = [
-            token if said else IGNORED
-            for piece, said in zip(tokens, scored[row], strict=True)
-            for token in piece
+            token if said else IGNORED for piece, said in zip(tokens, scored[row], strict=True) for token in piece
         ]
-        labels[: min(len(labels), 1)] = [IGNORED] * min(
-            len(labels), 1
-        )  # nothing stands before the first token
+        labels[: min(len(labels), 1)] = [IGNORED] * min(len(labels), 1)  # nothing stands before the first token
         out[row] = [Encoded(ids[: job.max_length], labels[: job.max_length], len(ids))]
     return out
 

@@ -17,9 +17,7 @@ Pieces = list[tuple[str, bool]]  # text, whether it is scored
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def chat_pieces(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, open_turn: bool = False
-) -> Pieces:
+def chat_pieces(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, open_turn: bool = False) -> Pieces:
     """A chat as the tokenizer's template writes it, cut where scored text begins and ends.
 
     Scored is what stands inside the template's ``{% generation %}`` blocks. A template without them is
@@ -52,9 +50,7 @@ def split_last_turn(messages: Sequence[Message]) -> tuple[list[Message], str]:
     return list(messages[:last]), content
 
 
-def _marked(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, open_turn: bool
-) -> Pieces:
+def _marked(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, open_turn: bool) -> Pieces:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with _template_errors():

@@ -75,9 +75,7 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
-def resolve_columns(
-    dataset: Dataset, columns: Mapping[str, str] | None = None, *, task: Task | None = None
-) -> Layout:
+def resolve_columns(dataset: Dataset, columns: Mapping[str, str] | None = None, *, task: Task | None = None) -> Layout:
     """Find which column plays which role.
 
     Args:

@@ -15,9 +15,7 @@ from inlay.data.parsed import Parsed
 Row = tuple[int, list[str]]  # first line, cells
 
 
-def parse_delimited(
-    text: str, name: str, *, delimiter: str, quoted: bool, header: tuple[str, ...] | None
-) -> Parsed:
+def parse_delimited(text: str, name: str, *, delimiter: str, quoted: bool, header: tuple[str, ...] | None) -> Parsed:
     """Read the cells of a file, each row as wide as the header.
 
     Args:
@@ -42,8 +40,7 @@ def parse_delimited(
             cells.append(row)
         else:
             found.add(
-                f"row {len(lines) + found.count + 1} (line {line}) has {_cells(len(row))}, "
-                f"the header has {len(names)}",
+                f"row {len(lines) + found.count + 1} (line {line}) has {_cells(len(row))}, the header has {len(names)}",
                 _ragged_remedy(delimiter, quoted),
             )
     found.raise_if_any()

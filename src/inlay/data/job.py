@@ -51,12 +51,7 @@ class Job:
             found.append(f"on_long='split' is for plain text, not for {kind} data; use truncate or drop")
         if self.max_length < 2:
             found.append(f"max_length={self.max_length} leaves no room for a token and one scored after it")
-        if (
-            self.task == "causal"
-            and kind != "chat"
-            and self.template.end
-            and self.tokenizer.eos_token_id is None
-        ):
+        if self.task == "causal" and kind != "chat" and self.template.end and self.tokenizer.eos_token_id is None:
             found.append(
                 "the tokenizer has no end token, so the model cannot learn where to stop; "
                 "set tokenizer.eos_token, or use a template with end=False"

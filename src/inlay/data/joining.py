@@ -42,9 +42,7 @@ class Joiner:
         if not texts:
             return []
         # verbose=False: lengths are checked here, with better words than the tokenizer's warning
-        out = self._tokenizer(
-            list(texts), add_special_tokens=False, verbose=False, return_attention_mask=False
-        )
+        out = self._tokenizer(list(texts), add_special_tokens=False, verbose=False, return_attention_mask=False)
         return [list(ids) for ids in out["input_ids"]]
 
     def pieces(self, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:

@@ -52,9 +52,7 @@ def labels_of(dataset: Dataset, layout: Layout) -> list[str]:
         return named
     if len(seen) == 1:
         only = next(iter(seen))
-        raise DataError(
-            f"all rows have the label {only!r}. A classifier needs at least two; check column {column!r}"
-        )
+        raise DataError(f"all rows have the label {only!r}. A classifier needs at least two; check column {column!r}")
     if all(_is_whole(name) for name in seen):
         return sorted(seen, key=lambda name: (int(name), name))
     return sorted(seen)

@@ -45,9 +45,7 @@ def encode_labelled(rows: Rows, job: Job) -> list[list[Encoded] | None]:
         if length > job.max_length:
             whole = job.tokenizer(*both, truncation=True, max_length=job.max_length)
         if length == 0:
-            rows.found.add(
-                f"{rows.places[row]}: {layout.text!r} has no tokens", "Fill in the text, or remove the row."
-            )
+            rows.found.add(f"{rows.places[row]}: {layout.text!r} has no tokens", "Fill in the text, or remove the row.")
             out.append(None)
             continue
         out.append([Encoded(list(whole["input_ids"]), label, length, whole.get("token_type_ids"))])

@@ -30,8 +30,7 @@ class Parsed:
 def places(name: str, lines: Sequence[int | None]) -> list[str]:
     """Where each row is, in words; rows count from 1."""
     return [
-        f"{name}, row {row}" + ("" if line is None else f" (line {line})")
-        for row, line in enumerate(lines, start=1)
+        f"{name}, row {row}" + ("" if line is None else f" (line {line})") for row, line in enumerate(lines, start=1)
     ]
 
 

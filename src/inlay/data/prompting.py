@@ -92,9 +92,7 @@ def prompts_of(rows: Rows, layout: Layout, template: Template) -> list[str | Non
     for row in range(len(rows)):
         roles = _role_texts(rows, row, layout)
         others = {
-            name: rows.text(row, name, may_be_empty=True)
-            for name in dict.fromkeys(template.names)
-            if name not in roles
+            name: rows.text(row, name, may_be_empty=True) for name in dict.fromkeys(template.names) if name not in roles
         }
         values = roles | others
         whole = not any(value is None for value in values.values())

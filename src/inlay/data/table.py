@@ -26,9 +26,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _DEFAULT = Reading()
 
 
-def read_table(
-    source: str | os.PathLike[str], *, split: str | None = None, reading: Reading = _DEFAULT
-) -> Dataset:
+def read_table(source: str | os.PathLike[str], *, split: str | None = None, reading: Reading = _DEFAULT) -> Dataset:
     """Read a data file or a data set of the Hugging Face hub, whole, into memory.
 
     Args:
@@ -132,9 +130,7 @@ def decoded(raw: bytes, name: str, encoding: str) -> str:
         return raw.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
     except UnicodeDecodeError as error:
         if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise DataError(
-                f"{name} looks like UTF-16, not {encoding}. Read it with encoding=utf-16"
-            ) from error
+            raise DataError(f"{name} looks like UTF-16, not {encoding}. Read it with encoding=utf-16") from error
         found = Findings(f"{name} is not {encoding} text")
         for number, line in enumerate(raw.split(b"\n"), start=1):
             try:

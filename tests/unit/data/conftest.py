@@ -46,9 +46,7 @@ def byte_level() -> PreTrainedTokenizerFast:
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     inner.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<end>", pad_token="<pad>", chat_template=MARKED
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<pad>", chat_template=MARKED)
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +63,7 @@ def sentence_piece() -> PreTrainedTokenizerFast:
     inner.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<bos>", eos_token="<end>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<end>", unk_token="<unk>")
 
 
 @pytest.fixture(scope="session")

@@ -51,9 +51,7 @@ def test_padding_adds_nothing_to_learn(byte_level, rows, side, task, multiple):
 
 
 def test_labels_of_classifiers_and_regressors(word_piece):
-    rows = [
-        {"input_ids": [1], "attention_mask": [1], "token_type_ids": [0], "labels": label} for label in (1, 0)
-    ]
+    rows = [{"input_ids": [1], "attention_mask": [1], "token_type_ids": [0], "labels": label} for label in (1, 0)]
     batch = collate(word_piece, "classification")(rows)
     assert batch["labels"].dtype == torch.int64 and batch["labels"].tolist() == [1, 0]
     assert "token_type_ids" in batch

@@ -48,9 +48,7 @@ def test_scored_is_what_the_assistant_says(byte_level, template, turns):
     row = encode(rows_of(messages), LAYOUT, tokenizer, task="causal", max_length=999)[0]
     assert tokenizer.decode([label for label in row["labels"] if label != IGNORED]) == "".join(answers)
     assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
-    assert all(
-        label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True)
-    )
+    assert all(label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
     # generation starts from exactly the tokens that stood before the last answer in training
     prompt = prompts(rows_of(messages), LAYOUT, tokenizer, task="causal")[0]
     last = max(place for place, turn in enumerate(turns) if turn[0] == "assistant")

@@ -155,10 +155,7 @@ def test_refusals(columns, given, task, words):
 
 def test_class_labels_are_never_numbers_to_predict():
     features = Features(text=Value("string"), label=ClassLabel(names=["a", "b"]))
-    assert (
-        resolve_columns(Dataset.from_dict({"text": ["x"], "label": [0]}, features=features)).kind
-        == "classification"
-    )
+    assert resolve_columns(Dataset.from_dict({"text": ["x"], "label": [0]}, features=features)).kind == "classification"
 
 
 def test_parse_columns():
@@ -190,6 +187,4 @@ def test_options_need_neither_torch_nor_datasets():
         "import sys; from inlay.data import Layout, Reading, Template, parse_columns, resolve_columns; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))}
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})

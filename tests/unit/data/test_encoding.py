@@ -63,19 +63,14 @@ def test_sentence_piece_inserts_no_space(sentence_piece, prompt, completion, sep
 def test_an_end_token_already_there_is_not_doubled(byte_level):
     rows = encode(pairs(("a", "b<end>")), PAIRS, byte_level, task="causal", max_length=9)
     assert byte_level.decode(scored(rows[0])) == "b<end>"
-    rows = encode(
-        pairs(("a", "b")), PAIRS, byte_level, task="causal", max_length=9, template=Template(end=False)
-    )
+    rows = encode(pairs(("a", "b")), PAIRS, byte_level, task="causal", max_length=9, template=Template(end=False))
     assert byte_level.decode(scored(rows[0])) == "b"
 
 
 def test_templates_may_name_other_columns(byte_level):
     dataset = Dataset.from_dict({"prompt": ["Who?"], "context": ["The fox."], "completion": ["fox"]})
     template = Template(prompt="{context}\nQ: {prompt}", separator=" A: ")
-    assert (
-        prompts(dataset, PAIRS, byte_level, task="causal", template=template)[0].text
-        == "The fox.\nQ: Who? A: "
-    )
+    assert prompts(dataset, PAIRS, byte_level, task="causal", template=template)[0].text == "The fox.\nQ: Who? A: "
     with pytest.raises(DataError, match=r"\{contxt\} is no column; did you mean 'context'"):
         encode(dataset, PAIRS, byte_level, task="causal", max_length=99, template=Template(prompt="{contxt}"))
 
@@ -216,7 +211,5 @@ def test_options_that_do_not_exist_or_fit(byte_level):
 def test_a_tokenizer_without_end_token(word_piece):
     with pytest.raises(ConfigError, match="no end token"):
         encode(pairs(("a", "b")), PAIRS, word_piece, task="causal", max_length=9)
-    rows = encode(
-        pairs(("fox", "dog")), PAIRS, word_piece, task="causal", max_length=9, template=Template(end=False)
-    )
+    rows = encode(pairs(("fox", "dog")), PAIRS, word_piece, task="causal", max_length=9, template=Template(end=False))
     assert word_piece.decode(scored(rows[0])) == "dog"

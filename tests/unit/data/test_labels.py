@@ -32,9 +32,7 @@ def test_vocabulary(labels, names):
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    st.lists(st.text(alphabet="ab1 2", min_size=1, max_size=3).filter(str.strip), min_size=2), st.randoms()
-)
+@given(st.lists(st.text(alphabet="ab1 2", min_size=1, max_size=3).filter(str.strip), min_size=2), st.randoms())
 def test_vocabulary_does_not_depend_on_the_order(labels, random):
     shuffled = random.sample(labels, len(labels))
     results = []
@@ -50,9 +48,7 @@ def test_class_labels_keep_their_order(word_piece):
     features = Features(text=Value("string"), label=ClassLabel(names=["yes", "no", "maybe"]))
     dataset = table([1, 0], features)
     assert labels_of(dataset, LAYOUT) == ["yes", "no", "maybe"]
-    encoded = encode(
-        dataset, LAYOUT, word_piece, task="classification", max_length=9, label_names=["no", "yes"]
-    )
+    encoded = encode(dataset, LAYOUT, word_piece, task="classification", max_length=9, label_names=["no", "yes"])
     assert encoded["labels"][:] == [0, 1]
     with pytest.raises(DataError, match=r"row 2: label -1 stands for no class"):
         labels_of(table([1, -1], features), LAYOUT)
@@ -87,9 +83,7 @@ def test_a_label_never_seen_names_file_row_and_label(write, word_piece):
     with pytest.raises(DataError) as caught:
         encode(test, LAYOUT, word_piece, task="classification", max_length=9, label_names=names)
     message = str(caught.value)
-    assert (
-        "test.csv, row 2 (line 3): label 'spamm' was never seen in training; did you mean 'spam'?" in message
-    )
+    assert "test.csv, row 2 (line 3): label 'spamm' was never seen in training; did you mean 'spam'?" in message
     assert "test.csv, row 3 (line 4): label 'eggs'" in message
     assert "Known labels: ham, spam" in message
 

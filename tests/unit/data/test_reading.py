@@ -133,9 +133,7 @@ class TestHub:
 
         def load(name, configuration, split):
             asked.append((name, configuration, split))
-            one = Dataset.from_list(
-                ROWS, features=Features(prompt=Value("string"), completion=Value("string"))
-            )
+            one = Dataset.from_list(ROWS, features=Features(prompt=Value("string"), completion=Value("string")))
             return one if split else DatasetDict(train=one, test=one)
 
         monkeypatch.setattr("inlay.data.hub.load_dataset", load)
