@@ -23,8 +23,9 @@ FIRST = {key: cls.examples()[0] for key, cls in registry().items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("specimen", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize("key", FIRST)
+@pytest.mark.parametrize(
+    ("key", "specimen"), [*((key, "llama") for key in FIRST), ("lora", "gpt2"), ("lora", "bert"), ("bitfit", "bert")]
+)
 def test_compiles_to_one_graph(key: str, specimen: str) -> None:
     if refusal(ZOO[specimen], FIRST[key]):
         pytest.skip("refused on this model; test_refusals pins it")

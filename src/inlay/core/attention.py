@@ -97,7 +97,7 @@ def _prefixes(host: Host, call: Call, query: Tensor) -> list[Prefix]:
 
 def _refuse(host: Host, call: Call, key: Tensor, kwargs: dict[str, Any]) -> None:
     window = kwargs.get("sliding_window")
-    longest = max((call.shifts[n] for n in call.route.used if n in call.prefilled), default=0)
+    longest = max([0, *(call.shifts[n] for n in call.route.used if n in call.prefilled)])
     if window is not None and longest and key.shape[2] + longest > window:
         raise UnsupportedError(
             f"{host.path}: {key.shape[2]} tokens behind {longest} virtual ones exceed the sliding window of {window}, "
@@ -122,15 +122,13 @@ def naive(
     """One softmax over prefix and text, a group of rows at a time."""
     additive = _additive(module, query, key, mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    covered = torch.zeros(query.shape[0], dtype=torch.bool)
-    out = query.new_zeros(query.shape[:3] + value.shape[-1:])
-    weights = None
+    out, weights = query, None
     groups = list(prefixes)
-    for rows, _, _ in prefixes:
-        covered[slice(None) if rows is None else rows.cpu()] = True
-    if not bool(covered.all()):
+    if all(rows is not None for rows, _, _ in prefixes):
+        # All rows without a prefix first, and then those that have one again: which rows are left over would be
+        # a question about values, and no compiled graph could hold the answer.
         none = key.new_zeros((key.shape[1], 0, key.shape[-1]))
-        groups.append(((~covered).nonzero()[:, 0].to(query.device), none, none[..., : value.shape[-1]]))
+        groups.insert(0, (None, none, none[..., : value.shape[-1]]))
     for rows, prefix_key, prefix_value in groups:
         at: Any = slice(None) if rows is None else rows
         q, bias = query[at], additive[at] if additive.shape[0] > 1 else additive
@@ -144,7 +142,7 @@ def naive(
         probabilities = nn.functional.dropout(scores.softmax(-1).to(q.dtype), dropout, training=module.training)
         part = probabilities @ v
         if rows is None:
-            out, weights = part, probabilities[..., length:]
+            out, weights = part, probabilities[..., length:] if len(groups) == 1 else None
         else:
             out = out.index_copy(0, rows, part)
     return out.transpose(1, 2).contiguous(), weights

@@ -40,7 +40,7 @@ class Call:
     @property
     def block(self) -> int:
         """Length of the virtual block in an encoder's sequence: the longest of the batch."""
-        return max((s.shape[0] for s in self.sequences.values()), default=0)
+        return max([0, *(s.shape[0] for s in self.sequences.values())])
 
     def tensors(self, below: str) -> list[Tensor]:
         """The prefix tensors used at attention modules below a path, in a fixed order."""
