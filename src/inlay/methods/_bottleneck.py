@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.delta import Delta, cast
+from inlay.core.method import Method
 from inlay.core.site import Site
 
-Nonlinearity = Literal["relu", "gelu", "silu"]
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def check_sizes(method: Method, size: str) -> None:
+    """Raise unless the field `size` is positive and the nonlinearity known."""
+    fields = method.to_dict()
+    value, nonlinearity = fields[size], fields["nonlinearity"]
+    method.require(
+        (value >= 1, f"{size} is {value}, expected at least 1"),
+        (nonlinearity in FUNCTIONS, f"nonlinearity is {nonlinearity!r}, expected one of {sorted(FUNCTIONS)}"),
+    )
 
 
 class BottleneckDelta(Delta):

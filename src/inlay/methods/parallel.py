@@ -20,7 +20,7 @@ from inlay.core.delta import Delta, DeltaMethod
 from inlay.core.layer import Kind
 from inlay.core.method import Recipe
 from inlay.core.site import Site
-from inlay.methods._bottleneck import FUNCTIONS, BottleneckDelta
+from inlay.methods._bottleneck import BottleneckDelta, check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,7 @@ class ParallelAdapter(DeltaMethod):
     nonlinearity: str = "relu"
 
     def __post_init__(self) -> None:
-        self.require(
-            (self.bottleneck >= 1, f"bottleneck is {self.bottleneck}, expected at least 1"),
-            (
-                self.nonlinearity in FUNCTIONS,
-                f"nonlinearity is {self.nonlinearity!r}, expected one of {sorted(FUNCTIONS)}",
-            ),
-        )
+        check_sizes(self, "bottleneck")
 
     def build(self, site: Site) -> Delta:
         return BottleneckDelta(site, self.bottleneck, self.nonlinearity, _as_lora, scale=self.scale, beside=True)

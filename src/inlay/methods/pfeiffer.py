@@ -20,7 +20,7 @@ from inlay.core.delta import Delta, DeltaMethod
 from inlay.core.layer import Kind
 from inlay.core.method import Recipe
 from inlay.core.site import Site
-from inlay.methods._bottleneck import FUNCTIONS, BottleneckDelta
+from inlay.methods._bottleneck import BottleneckDelta, check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,7 @@ class Pfeiffer(DeltaMethod):
     nonlinearity: str = "relu"
 
     def __post_init__(self) -> None:
-        self.require(
-            (self.reduction >= 1, f"reduction is {self.reduction}, expected at least 1"),
-            (
-                self.nonlinearity in FUNCTIONS,
-                f"nonlinearity is {self.nonlinearity!r}, expected one of {sorted(FUNCTIONS)}",
-            ),
-        )
+        check_sizes(self, "reduction")
 
     def build(self, site: Site) -> Delta:
         return BottleneckDelta(site, max(1, site.out_features // self.reduction), self.nonlinearity, _normal)

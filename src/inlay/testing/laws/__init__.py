@@ -1,0 +1,46 @@
+"""The laws: what holds for every method on every model, each one a function that raises when it does not.
+
+A law takes a `Specimen` and a `Method` instance. Adapters are given random values first ("trained"), because
+a fresh one changes nothing and would obey most laws by doing nothing; each law that compares outputs
+therefore also holds that the adapter has an effect where that matters (`silence`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from inlay.core.method import Method
+from inlay.testing.laws.computing import (
+    checkpointing,
+    compiling,
+    generation,
+    mixed_training,
+    only_the_adapter_learns,
+    precision,
+    rows_are_independent,
+    views_agree,
+)
+from inlay.testing.laws.lifecycle import (
+    all_or_nothing,
+    configuration,
+    copying,
+    detach_restores,
+    identity,
+    silence,
+    storage,
+)
+from inlay.testing.laws.scaffold import refusal, train
+from inlay.testing.specimen import Specimen
+
+__all__ = ["LAWS", "SLOW_LAWS", "Law", "refusal", "train"]
+
+Law = Callable[[Specimen, Method], None]
+
+LAWS: dict[str, Law] = {
+    f.__name__: f
+    for f in (
+        identity, silence, views_agree, storage, only_the_adapter_learns, rows_are_independent, mixed_training,
+        generation, detach_restores, all_or_nothing, checkpointing, precision, copying, configuration,
+    )
+}  # fmt: skip
+SLOW_LAWS: dict[str, Law] = {"compiling": compiling}

@@ -1,0 +1,115 @@
+"""What the laws are written with: trained adapters, comparisons, a census of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import inlay
+from inlay.core.adapter import Adapter
+from inlay.core.delta import DeltaMethod
+from inlay.core.errors import UnsupportedError
+from inlay.core.method import Method
+from inlay.core.pieces import SubsetPiece
+from inlay.testing.specimen import Specimen
+
+TOLERANCE = 2e-5  # float32, logits of order one: summation order differs between batch shapes
+ROWS = 4
+
+
+class Broken(AssertionError):
+    """A law does not hold."""
+
+
+def hold(condition: bool, message: str) -> None:
+    if not condition:
+        raise Broken(message)
+
+
+def close(one: Tensor, other: Tensor, message: str, tolerance: float = TOLERANCE) -> None:
+    worst = float((one.float() - other.float()).abs().max()) if one.numel() else 0.0
+    scale = max(1.0, float(other.float().abs().max()))
+    hold(worst <= tolerance * scale, f"{message}: differs by {worst:.2e}, tolerance {tolerance * scale:.0e}")
+
+
+def same(one: Tensor, other: Tensor, message: str) -> None:
+    one, other = one.detach(), other.detach()
+    hold(torch.equal(one, other), f"{message}: differs by {float((one.float() - other.float()).abs().max()):.2e}")
+
+
+def train(adapter: Adapter, seed: int = 7, size: float = 0.1) -> None:
+    """Random values in place of training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
+
+
+def put(specimen: Specimen, model: nn.Module, method: Method, name: str = "one") -> Adapter:
+    """Attach at the paper's places; in a plain module, which has none, at every layer the method can adapt."""
+    plain = specimen.kind == "plain" and isinstance(method, DeltaMethod)
+    return inlay.attach(model, method, name=name, where=_has_bias if plain else None)
+
+
+def _has_bias(path: str, module: nn.Module) -> bool:
+    return module._parameters.get("bias") is not None
+
+
+def attached(specimen: Specimen, method: Method, name: str = "one", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A fresh base with a trained adapter on it."""
+    model = specimen.build(dtype=dtype)
+    torch.manual_seed(0)
+    train(put(specimen, model, method, name))
+    return model
+
+
+def refusal(specimen: Specimen, method: Method) -> str | None:
+    """Why the method cannot be attached to this model, or None; a refusal leaves the model as it was."""
+    model = specimen.build()
+    before = census(model)
+    try:
+        put(specimen, model, method)
+    except inlay.UserError as error:
+        hold(census(model) == before, "a refused attach left something behind")
+        return str(error)
+    try:
+        forward(specimen, model, specimen.batch(2, 0))
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def forward(specimen: Specimen, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return specimen.logits(model(**batch))
+
+
+def census(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that detaching must restore, apart from its outputs."""
+    return {
+        "keys": list(model.state_dict()),
+        "classes": [(n, type(m)) for n, m in model.named_modules()],
+        "flags": [(n, p.requires_grad) for n, p in model.named_parameters()],
+        "attributes": [(n, sorted(m.__dict__)) for n, m in model.named_modules()],
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+    }
+
+
+def loss(specimen: Specimen, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    out = model(**batch)
+    return specimen.logits(out).float().square().mean() if getattr(out, "loss", None) is None else out.loss
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def partners(method: Method) -> dict[str, Method]:
+    """Other methods for a mixed batch: one that changes layers and one that reads inputs."""
+    return {"two": inlay.LoRA(rank=2), "three": inlay.IA3()}
+
+
+def is_subset(model: nn.Module, name: str) -> bool:
+    return any(isinstance(p, SubsetPiece) for p in inlay.adapters(model)[name].pieces)
