@@ -55,7 +55,7 @@ def train(
     ] = None,
     separator: Annotated[str | None, typer.Option(help="Between prompt and completion. Default: a line end.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the adapter. Default: default.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 3.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 3, more of few rows.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps, in place of --epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in a pass. Default: 16.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Passes in a step. Default: 1.")] = None,

@@ -39,7 +39,7 @@ class RunConfig(BaseModel):
         layers: numbers of the layers to stay within.
         modules_to_save: whole modules to train; a freshly initialised head is added by itself.
         name: of the adapter.
-        epochs, steps: length of the run; steps, where given, decide.
+        epochs, steps: length of the run; steps, where given, decide. None is 3 epochs, more of few rows.
         batch_size: rows in one forward pass.
         accumulate: forward passes in one step.
         learning_rate, schedule, warmup, weight_decay: None is the method's recipe; warmup is a share of the steps.
@@ -74,7 +74,7 @@ class RunConfig(BaseModel):
     layers: list[int] | None = None
     modules_to_save: list[str] = []
     name: str = "default"
-    epochs: float = Field(default=3.0, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)
     accumulate: int = Field(default=1, ge=1)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from inlay.core.adapter import Adapter
     from inlay.data import Layout
 
+USUAL_EPOCHS, MOST_EPOCHS, FEWEST_STEPS = 3, 20, 250
 FEWEST_TO_SPLIT = 20  # rows; holding one out of fewer says nothing and costs too much
 UNBOUNDED_CONTEXT = 1024  # tokens, where a base states no limit
 TEXT_WINDOW = 1024  # tokens; plain text is cut into rows, which need not be as long as the longest contexts
@@ -90,7 +91,9 @@ def prepare(config: RunConfig) -> Prepared:
     train = _encode(rows, layout, base, task, labels, config)
     held_out = None if held is None else _by_length(_encode(held, layout, base, task, labels, config))
     per_epoch = math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulate)
-    total_steps = config.steps or math.ceil(config.epochs * per_epoch)
+    epochs = config.epochs or default_epochs(per_epoch)
+    config = config.changed(epochs=epochs)
+    total_steps = config.steps or math.ceil(epochs * per_epoch)
     config = _resolved(config, task, method, layout, per_epoch, total_steps)
     digests = {"train": rows_fingerprint(train)} | ({} if held_out is None else {"eval": rows_fingerprint(held_out)})
     record = TrainingRecord(
@@ -119,6 +122,11 @@ def prepare(config: RunConfig) -> Prepared:
         record=record,
         identity={"data": digests, "base": base_fingerprint(base.model, without=adapter.copies).to_dict()},
     )
+
+
+def default_epochs(steps_per_epoch: int) -> float:
+    """Three, or of few rows as many as make 250 steps, at most twenty: a rate cannot rise and fall in ten steps."""
+    return float(max(USUAL_EPOCHS, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))))
 
 
 def read_rows(config: RunConfig) -> tuple[Dataset, Dataset | None, Layout]:

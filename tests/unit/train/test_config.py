@@ -97,3 +97,9 @@ def test_every_method_comes_back_from_plain_data() -> None:
         for method in cls.examples():
             plain = json.loads(json.dumps({k: v for k, v in method.to_dict().items() if k != "method"}))
             assert build_method(name, plain) == method
+
+
+def test_few_rows_are_read_more_often() -> None:
+    from inlay.train.prepare import default_epochs
+
+    assert [default_epochs(steps) for steps in (1, 12, 25, 100, 5000)] == [20, 20, 10, 3, 3]
