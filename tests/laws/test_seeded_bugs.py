@@ -22,7 +22,7 @@ from inlay.core.adapter import Adapter
 from inlay.core.host import Host
 from inlay.core.method import Method
 from inlay.formats import native
-from inlay.methods import dora, ia3, lora
+from inlay.methods import _low_rank, dora, ia3
 from inlay.testing import LAWS, ZOO
 
 Bug = Callable[[], AbstractContextManager[Any]]
@@ -98,7 +98,7 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 BUGS: dict[str, tuple[str, str, Method, Bug]] = {
     "the scale is applied twice when merging": (
-        "views_agree", "llama", inlay.LoRA(rank=2), patched(lora.LinearDelta, "weight", double_scale)),
+        "views_agree", "llama", inlay.LoRA(rank=2), patched(_low_rank.LowRank, "weight", double_scale)),
     "merging forgets to rescale the bias": (
         "views_agree", "bert", inlay.IA3(), patched(ia3.OutputDelta, "weight", bias_forgotten)),
     "a transposed layer is read as it lies": (
@@ -126,7 +126,7 @@ BUGS: dict[str, tuple[str, str, Method, Bug]] = {
     "a choice outlives an exception": (
         "silence", "llama", inlay.LoRA(rank=2), patched(scope.Binding, "__exit__", nothing)),
     "initialisation moves the base": (
-        "identity", "llama", inlay.LoRA(rank=2), patched(lora.LinearDelta, "initialise", base_moved)),
+        "identity", "llama", inlay.LoRA(rank=2), patched(_low_rank.LowRank, "initialise", base_moved)),
     "the base is trained too": (
         "only_the_adapter_learns", "llama", inlay.LoRA(rank=2),
         patched(nn.Module, "requires_grad_", lambda self, requires_grad=True: self)),

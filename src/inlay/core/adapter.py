@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from inlay.core.method import Method
 from inlay.core.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
 from inlay.core.select import Places, Where
+from inlay.core.shared import shared_in
+
+if TYPE_CHECKING:
+    from inlay.core.clock import Clock
 
 
 @dataclass(eq=False)
@@ -25,6 +30,7 @@ class Adapter:
         pieces: its trained modules and their places.
         copies: full parameter name → the adapter's own values (`modules_to_save`).
         modules_to_save: the module paths those belong to.
+        clock: what happens around an optimizer's steps, where the method has something to do there.
     """
 
     name: str
@@ -33,6 +39,7 @@ class Adapter:
     pieces: list[Piece]
     copies: dict[str, nn.Parameter] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    clock: Clock | None = None
 
     @property
     def where(self) -> Where:
@@ -42,13 +49,40 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the adapter under the name it is stored by.
 
-        ``delta/<site>/<name>``, ``prompt/<key>/<name>``, ``difference/<parameter>/<name>``, ``copy/<parameter>``.
+        ``delta/<site>/<name>``, ``prompt/<key>/<name>``, ``difference/<parameter>/<name>``, ``shared/<key>/<name>``,
+        ``copy/<parameter>``.
         """
+        return self._named(keep_vars=False)
+
+    def _named(self, *, keep_vars: bool) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for piece in self.pieces:
             kind, module = _module_of(piece)
-            found |= {f"{kind}/{piece.key}/{n}": t for n, t in module.state_dict().items()}
+            owned = shared_in(module)
+            for name, tensor in module.state_dict(keep_vars=keep_vars).items():
+                owner = next((o for o in owned if name.startswith(f"{o}.")), None)
+                if owner is None:
+                    found[f"{kind}/{piece.key}/{name}"] = tensor
+                else:
+                    found[f"shared/{owned[owner].key}/{name.removeprefix(f'{owner}.')}"] = tensor
         return found | {f"copy/{n}": p for n, p in self.copies.items()}
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for an optimizer: one for each rate that the method asks for (LoRA+ has two).
+
+        Args:
+            learning_rate: of parameters whose rate the method does not raise.
+        """
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        seen: set[int] = set()
+        for name, value in self._named(keep_vars=True).items():
+            if isinstance(value, nn.Parameter) and id(value) not in seen:
+                seen.add(id(value))
+                by_rate.setdefault(self.method.rate_of(name), []).append(value)
+        return [
+            {"params": values, "lr": learning_rate * factor, "weight_decay": weight_decay}
+            for factor, values in by_rate.items()
+        ]
 
     def modules(self) -> list[nn.Module]:
         """The trained modules, in the order of the model."""

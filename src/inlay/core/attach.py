@@ -16,6 +16,7 @@ from inlay.core.adapter import Adapter
 from inlay.core.build import build, initialise
 from inlay.core.errors import UnsupportedError
 from inlay.core.install import install, uninstall
+from inlay.core.measure import Batches, Measured, check_data
 from inlay.core.method import Method
 from inlay.core.roster import find_roster, roster_of
 from inlay.core.select import Places, Where
@@ -29,6 +30,7 @@ def attach(
     where: Where | None = None,
     layers: Sequence[int] | None = None,
     modules_to_save: Sequence[str] = (),
+    data: Batches | None = None,
 ) -> Adapter:
     """Put a method's trained pieces into `model`, in place; the base is frozen, the adapter active and trainable.
 
@@ -37,14 +39,24 @@ def attach(
         where: places (`core/select.py`); the paper's own where None.
         layers: numbers of the layers to stay within.
         modules_to_save: ends of module names that the adapter trains whole, as copies of its own.
+        data: for a method that is initialised from data (EVA, FISH mask): batches of keyword arguments for the
+            model's forward, with labels where the method follows gradients.
 
     Raises:
+        ConfigError: data is missing, or given to a method that takes none.
         AdapterNameError: the name is taken or ill-formed.
         SelectionError: `where`, `layers` or `modules_to_save` match nothing, or what the method cannot adapt.
         UnsupportedError: the method cannot be exact on this model. In every case the model is as it was.
     """
-    adapter = build(model, method, name=name, places=Places.of(where, layers), modules_to_save=modules_to_save)
-    initialise(model, adapter)
+    places = Places.of(where, layers)
+    check_data(method, data)
+    if data is None:
+        measured = Measured(method)
+    else:
+        build(model, method, name=name, places=places, modules_to_save=modules_to_save)  # refuse before measuring
+        measured = method.measure(model, places, data)
+    adapter = build(model, measured.method, name=name, places=places, modules_to_save=modules_to_save)
+    initialise(model, adapter, measured.values)
     install(model, adapter, trainable=True)
     return adapter
 

@@ -74,11 +74,32 @@ def attend(
         return _base(original, module)(module, query, key, value, mask, **kwargs)
     prefixes = _prefixes(host, call, query)
     if not prefixes:
-        return _base(original, module)(module, query, key, value, mask, **kwargs)
-    _refuse(host, call, key, kwargs)
-    if fusible(query, value, prefixes, kwargs):
-        return fused(module, query, key, value, mask, prefixes, **kwargs), None
-    return naive(module, query, key, value, mask, prefixes, **kwargs)
+        out, weights = _base(original, module)(module, query, key, value, mask, **kwargs)
+    else:
+        _refuse(host, call, key, kwargs)
+        if fusible(query, value, prefixes, kwargs):
+            out, weights = fused(module, query, key, value, mask, prefixes, **kwargs), None
+        else:
+            out, weights = naive(module, query, key, value, mask, prefixes, **kwargs)
+    return _with_gated(host, call, query, out, **kwargs), weights
+
+
+def _with_gated(
+    host: Host, call: Call, query: Tensor, out: Tensor, *, scaling: float | None = None, **_: Any
+) -> Tensor:
+    """The text's attention plus each gated prompt's own, times its gate a head: (rows, tokens, heads, size)."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    for name in call.route.used:
+        held = call.gated.get(name, {}).get(host.path)
+        if held is None:
+            continue
+        index = None if call.route.single else call.route.index(name, query)
+        at: Any = slice(None) if index is None else index
+        keys, values = (t.to(query.dtype).repeat_interleave(query.shape[1] // t.shape[0], 0) for t in held[:2])
+        own = _scores(query[at], keys, scale).softmax(-1).to(query.dtype) @ values  # (rows, heads, tokens, size)
+        added = (own * held[2].to(query.dtype)[:, None, None]).transpose(1, 2)
+        out = out + added if index is None else out.index_add(0, index, added)
+    return out
 
 
 Prefix: TypeAlias = tuple[Tensor | None, Tensor, Tensor]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from inlay.core.method import Method
 from inlay.core.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
 from inlay.core.roster import find_roster
 from inlay.core.select import Places
+from inlay.core.shared import shared_in
 from inlay.core.view import ModelView
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -46,15 +48,22 @@ def build(
     return Adapter(name, method, _storable(places, pieces), pieces, copies, tuple(saved))
 
 
-def initialise(model: nn.Module, adapter: Adapter) -> None:
-    """Fill a built adapter's parameters as its paper says."""
+def initialise(
+    model: nn.Module, adapter: Adapter, measured: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({})
+) -> None:
+    """Fill a built adapter's parameters as its paper says, and then with what was measured on data."""
     view = ModelView(model)
     with torch.no_grad():
-        for piece in adapter.pieces:
+        for shared in {id(s): s for m in adapter.modules() for s in shared_in(m).values()}.values():
+            shared.initialise(view)
+        for piece, module in zip(adapter.pieces, adapter.modules(), strict=True):
             if isinstance(piece, DeltaPiece):
                 piece.delta.initialise(piece.site)
             elif isinstance(piece, PromptPiece):
                 piece.prompt.initialise(view)
+            state = module.state_dict()
+            for name, value in measured.get(piece.key, {}).items():
+                state[name].copy_(value)
 
 
 def _saved_modules(view: ModelView, wanted: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ class Call:
 
     Attributes:
         prefixes: adapter → attention path → (keys, values) in front of the text there.
+        gated: adapter → attention path → (keys, values, gates) beside the text there.
         shifts: adapter → number of positions by which its text moves on in a decoder.
         sequences: adapter → virtual tokens (length, hidden) that take part in an encoder's sequence.
         prefilled: the adapters whose prefix is text that was run through the model, so that a sliding
@@ -23,11 +24,14 @@ class Call:
         rows, tokens: of the batch, once the model is called.
         padding: for each row, the masked tokens in front of its text, where the caller gave no positions.
         order: of an encoder's sequence, (rows, block + tokens), where it is not the block and then the text.
+        span: first token of each row's prompt in this forward, and the one behind its last, (rows, 2); only
+            where some delta reads it.
         capture: where attention modules leave their own keys and values while a prompt is prefilled.
     """
 
     route: Route
     prefixes: dict[str, KeyValues] = field(default_factory=dict)
+    gated: dict[str, KeyValues] = field(default_factory=dict)
     shifts: dict[str, int] = field(default_factory=dict)
     sequences: dict[str, Tensor] = field(default_factory=dict)
     prefilled: frozenset[str] = frozenset()
@@ -35,6 +39,7 @@ class Call:
     tokens: int | None = None
     padding: Tensor | None = None
     order: Tensor | None = None
+    span: Tensor | None = None
     capture: KeyValues | None = None
 
     @property
@@ -43,17 +48,21 @@ class Call:
         return max([0, *(s.shape[0] for s in self.sequences.values())])
 
     def tensors(self, below: str) -> list[Tensor]:
-        """The prefix tensors used at attention modules below a path, in a fixed order."""
-        return [t for kv in self.prefixes.values() for p, pair in kv.items() if is_below(p, below) for t in pair]
+        """The prompts' tensors used at attention modules below a path, in a fixed order."""
+        owners = (self.prefixes, self.gated)
+        return [t for o in owners for kv in o.values() for p, held in kv.items() if is_below(p, below) for t in held]
 
     def with_tensors(self, below: str, tensors: list[Tensor]) -> Call:
         """This call with the tensors that `tensors(below)` lists replaced."""
         given = iter(tensors)
-        new = {
-            name: {p: (next(given), next(given)) if is_below(p, below) else pair for p, pair in kv.items()}
-            for name, kv in self.prefixes.items()
-        }
-        return replace(self, prefixes=new)
+
+        def replaced(owner: dict[str, KeyValues]) -> dict[str, KeyValues]:
+            return {
+                name: {p: tuple(next(given) for _ in held) if is_below(p, below) else held for p, held in kv.items()}
+                for name, kv in owner.items()
+            }
+
+        return replace(self, prefixes=replaced(self.prefixes), gated=replaced(self.gated))
 
 
 def is_below(path: str, ancestor: str) -> bool:

@@ -26,9 +26,15 @@ if TYPE_CHECKING:
 
 
 class Delta(nn.Module):
-    """One trained piece at one site. Abstract; `__init__` makes storage, `initialise` fills it."""
+    """One trained piece at one site. Abstract; `__init__` makes storage, `initialise` fills it.
+
+    Class variables:
+        merges: whether it has a weight view.
+        reads_span: whether it needs to know where each row's prompt lies (`core/span.py`).
+    """
 
     merges: ClassVar[bool] = True
+    reads_span: ClassVar[bool] = False
 
     def initialise(self, site: Site) -> None:
         """Fill the parameters of a fresh delta; not called when stored ones are about to be read in.

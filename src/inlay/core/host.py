@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,10 +159,18 @@ class Host:
             for name in names:
                 at = rows[name] if t.shape[0] == seen.shape[0] else self._rows(route, name, t)
                 fed = None if source is None else source[self._rows(route, name, source)]
-                out[at] = self._post(self.deltas[name], seen[rows[name]], fed, t[at])
+                with self._alone(name, rows[name]):
+                    out[at] = self._post(self.deltas[name], seen[rows[name]], fed, t[at])
             return out
 
         return _on_tensor(y, post)
+
+    def _alone(self, name: str, rows: Tensor) -> AbstractContextManager[object]:
+        """While an adapter's rows are at work by themselves, the call knows the spans of those only."""
+        call = self.roster.call.get()
+        if call is None or call.span is None:
+            return nullcontext()
+        return self.roster.bind(call.route, replace(call, span=call.span[rows]))
 
     def _rows(self, route: Route, name: str | None, like: Tensor) -> Tensor:
         """The indices of an adapter's rows in a tensor that enters or leaves this module."""

@@ -38,6 +38,7 @@ def install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
             _dismiss(roster)
         raise
     adapter.trainable = trainable
+    adapter.clock = adapter.method.clock(adapter)
     roster.active = adapter.name
 
 

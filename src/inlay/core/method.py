@@ -16,6 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from inlay.core.errors import ConfigError, nearest, problems
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from inlay.core.adapter import Adapter
+    from inlay.core.clock import Clock
+    from inlay.core.measure import Batches, Measured
     from inlay.core.pieces import Piece
     from inlay.core.select import Places
     from inlay.core.view import ModelView
@@ -48,6 +53,7 @@ class Method(ABC):
         family: heading in the methods table.
         recipe: training defaults.
         default_where: the paper's places, as roles (`core/roles.py`), for every architecture.
+        needs_data: whether `attach` must be given batches to initialise from (`core/measure.py`).
         expected_failures: law name → why the method cannot obey it; an unexpected pass fails.
     """
 
@@ -56,6 +62,7 @@ class Method(ABC):
     family: ClassVar[str]
     recipe: ClassVar[Recipe]
     default_where: ClassVar[str | tuple[str, ...]]
+    needs_data: ClassVar[bool] = False
     expected_failures: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
@@ -69,6 +76,27 @@ class Method(ABC):
         Raises:
             SelectionError: the places match nothing, or what the method cannot adapt.
         """
+
+    def measure(self, model: nn.Module, places: Places, data: Batches) -> Measured:
+        """Look at data before anything is built; only where `needs_data`."""
+        from inlay.core.measure import Measured
+
+        return Measured(self)
+
+    def clock(self, adapter: Adapter) -> Clock | None:
+        """What happens around the optimizer's steps of this adapter (`core/clock.py`), or None."""
+        return None
+
+    def rate_of(self, name: str) -> float:
+        """By how much the learning rate of the tensor stored as `name` is multiplied."""
+        return 1.0
+
+    def for_steps(self, total: int) -> Self:
+        """This method in a run of `total` optimizer steps: fills `total_steps` in where it is left open."""
+        fields = {f.name for f in dataclasses.fields(self)}
+        if "total_steps" in fields and getattr(self, "total_steps") is None:  # noqa: B009 - not every method has it
+            return dataclasses.replace(self, total_steps=total)  # type: ignore[call-arg]
+        return self
 
     @classmethod
     @abstractmethod

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from inlay.core.pieces import Piece
     from inlay.core.view import ModelView
 
-KeyValues = dict[str, tuple[Tensor, Tensor]]
+KeyValues = dict[str, tuple[Tensor, ...]]
+"""Attention path → keys and values (key heads, length, head size); behind them a gate a head, where gated."""
 
 
 class TokenPrompt(nn.Module, ABC):
@@ -43,13 +44,20 @@ class TokenPrompt(nn.Module, ABC):
 
 
 class KeyValuePrompt(nn.Module, ABC):
-    """Key/value pairs in front of the text's own at some attention modules. Abstract."""
+    """Key/value pairs in front of the text's own at some attention modules. Abstract.
 
+    Class variables:
+        gated: the pairs have a softmax of their own, whose output is added times a gate; the text's attention
+            and its positions stay as they are (LLaMA-Adapter). Otherwise they share the text's softmax, and
+            its positions move on by `length`.
+    """
+
+    gated: ClassVar[bool] = False
     length: int
 
     @abstractmethod
     def keys_values(self) -> KeyValues:
-        """Attention module path → (keys, values), each (key heads, length, head size)."""
+        """Attention module path → (keys, values), each (key heads, length, head size); gated: and gates (heads,)."""
 
     def initialise(self, view: ModelView) -> None:
         """As `TokenPrompt.initialise`."""

@@ -29,6 +29,7 @@ from inlay.core.pieces import PromptPiece
 from inlay.core.prompt import KeyValues, TokenPrompt
 from inlay.core.roster import Roster
 from inlay.core.route import Route
+from inlay.core.span import span_of
 
 Forward = Callable[..., Any]
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "inputs", "attention_mask", "input_values")
@@ -36,28 +37,35 @@ INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "in
 
 def prepare(roster: Roster, route: Route) -> Call:
     """Compute the prompts of every adapter on the route."""
-    prefixes: dict[str, KeyValues] = {}
-    shifts: dict[str, int] = {}
-    sequences: dict[str, Tensor] = {}
+    call = Call(route)
     prefilled = set()
     for name in route.used:
         pairs: list[KeyValues] = []
+        gated: list[KeyValues] = []
         for piece in roster.require(name).pieces:
             if not isinstance(piece, PromptPiece):
                 continue
             prompt = piece.prompt
-            if not isinstance(prompt, TokenPrompt):
-                pairs.append(prompt.keys_values())
-            elif roster.encoder:
-                sequences[name] = prompt.embeddings()
+            if isinstance(prompt, TokenPrompt) and roster.encoder:
+                before = [call.sequences[name]] if name in call.sequences else []
+                call.sequences[name] = torch.cat([*before, prompt.embeddings()])
                 continue
-            else:
+            if isinstance(prompt, TokenPrompt):
                 pairs.append(_prefill(roster, name, prompt))
                 prefilled.add(name)
-            shifts[name] = shifts.get(name, 0) + prompt.length
+            elif prompt.gated:
+                gated.append(prompt.keys_values())
+                continue
+            else:
+                pairs.append(prompt.keys_values())
+            call.shifts[name] = call.shifts.get(name, 0) + prompt.length
         if pairs:
-            prefixes[name] = _joined(pairs)
-    return Call(route, prefixes, shifts, sequences, frozenset(prefilled))
+            call.prefixes[name] = _joined(pairs)
+        if gated:
+            call.gated[name] = gated[0]
+        if len(gated) > 1:
+            raise UnsupportedError(f"adapter {name!r} has several gated prompts; attach them as adapters of their own")
+    return replace(call, prefilled=frozenset(prefilled))
 
 
 def _joined(pairs: list[KeyValues]) -> KeyValues:
@@ -117,11 +125,13 @@ def root(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
         return inner(*args, **kwargs)  # a prompt's own run, or a forward around the model's own
     if call is None:
         prompted = any(roster.has_prompt(n) for n in route.used)
-        if route.single and not prompted:
+        if route.single and not prompted and not any(roster.reads_span(n) for n in route.used):
             return inner(*args, **kwargs)
         call = prepare(roster, route) if prompted else Call(route)
     given = {**dict(zip(_names(host), args, strict=False)), **kwargs}
     call = replace(call, rows=rows, tokens=tokens, padding=_padding(call, given))
+    if rows is not None and tokens is not None and any(roster.reads_span(n) for n in route.used):
+        call = replace(call, span=span_of(given, rows, tokens))
     if not (call.block and _encoder_decoder(roster)):
         with roster.bind(route, call):
             return inner(*args, **kwargs)

@@ -13,7 +13,7 @@ from inlay.core.adapter import Adapter
 from inlay.core.call import Call
 from inlay.core.errors import AdapterNameError, RouteError, UnsupportedError, nearest
 from inlay.core.host import Host
-from inlay.core.pieces import PromptPiece, SubsetPiece
+from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
 from inlay.core.route import Route
 from inlay.core.scope import Scoped
 
@@ -106,6 +106,12 @@ class Roster:
 
     def has_prompt(self, name: str | None) -> bool:
         return name is not None and any(isinstance(p, PromptPiece) for p in self.require(name).pieces)
+
+    def reads_span(self, name: str | None) -> bool:
+        """Whether some delta of an adapter acts at positions of the prompt (`core/span.py`)."""
+        return name is not None and any(
+            isinstance(p, DeltaPiece) and p.delta.reads_span for p in self.require(name).pieces
+        )
 
 
 def roster_of(model: nn.Module) -> Roster:

@@ -15,17 +15,22 @@ also where a model fuses them (GPT-2).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from inlay.core.delta import Delta, DeltaMethod, cast
-from inlay.core.errors import UnsupportedError
+from inlay.core.delta import Delta, DeltaMethod
+from inlay.core.errors import SelectionError, problems
 from inlay.core.layer import Kind
 from inlay.core.method import Recipe
+from inlay.core.pattern import Pattern, frozen, unused, value_at
 from inlay.core.site import Site
+from inlay.methods._low_rank import low_rank
+
+if TYPE_CHECKING:
+    from inlay.core.pieces import Piece
+    from inlay.core.select import Places
+    from inlay.core.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,8 @@ class LoRA(DeltaMethod):
         alpha: numerator of the scale.
         dropout: on the update's input, in training.
         rank_stabilised: scale by alpha / √rank, so that higher ranks keep learning.
+        rank_pattern: ranks of single sites, by the end of their names.
+        alpha_pattern: alphas of single sites, likewise.
     """
 
     name: ClassVar[str] = "lora"
@@ -50,93 +57,39 @@ class LoRA(DeltaMethod):
     alpha: float = 16.0
     dropout: float = 0.0
     rank_stabilised: bool = False
+    rank_pattern: Mapping[str, int] | Pattern[int] = ()
+    alpha_pattern: Mapping[str, float] | Pattern[float] = ()
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, frozen(getattr(self, name)))
         self.require(
             (self.rank >= 1, f"rank is {self.rank}, expected at least 1"),
+            (all(r >= 1 for _, r in self.ranks), "every rank of rank_pattern must be at least 1"),
             (0 <= self.dropout < 1, f"dropout is {self.dropout}, expected at least 0 and below 1"),
         )
 
     @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+    def ranks(self) -> Pattern[int]:
+        return frozen(self.rank_pattern)
+
+    @property
+    def alphas(self) -> Pattern[float]:
+        return frozen(self.alpha_pattern)
 
     def build(self, site: Site) -> Delta:
-        if site.kind == "conv":
-            return ConvDelta(site, self)
-        return EmbeddingDelta(site, self) if site.kind == "embedding" else LinearDelta(site, self)
+        rank, alpha = value_at(site.key, self.ranks, self.rank), value_at(site.key, self.alphas, self.alpha)
+        return low_rank(site, rank, alpha / (math.sqrt(rank) if self.rank_stabilised else rank), self.dropout)
+
+    def pieces(self, view: ModelView, places: Places) -> list[Piece]:
+        found = super().pieces(view, places)
+        keys = [piece.key for piece in found]
+        wrong = [f"rank_pattern: {end!r} fits none of the chosen sites" for end in unused(self.ranks, keys)]
+        wrong += [f"alpha_pattern: {end!r} fits none of the chosen sites" for end in unused(self.alphas, keys)]
+        if wrong:
+            raise SelectionError(problems("method 'lora'", wrong))
+        return found
 
     @classmethod
     def examples(cls) -> list[LoRA]:
         return [cls(rank=2), cls(rank=4, alpha=1.0, rank_stabilised=True), cls(rank=2, dropout=0.25)]
-
-
-class LinearDelta(Delta):
-    """At a linear layer."""
-
-    def __init__(self, site: Site, method: LoRA) -> None:
-        super().__init__()
-        self.scale, self.dropout = method.scale, method.dropout
-        self.a = nn.Parameter(site.empty(method.rank, site.in_features))  # (rank, in)
-        self.b = nn.Parameter(site.empty(site.out_features, method.rank))  # (out, rank)
-
-    def initialise(self, site: Site) -> None:
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        nn.init.zeros_(self.b)
-
-    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        low = F.linear(F.dropout(x, self.dropout, self.training), cast(self.a, x))  # (..., rank)
-        return y.add(F.linear(low, cast(self.b, x)), alpha=self.scale)
-
-    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * (self.b @ self.a), bias
-
-
-class EmbeddingDelta(LinearDelta):
-    """At an embedding: A holds a column an entry."""
-
-    def __init__(self, site: Site, method: LoRA) -> None:
-        super().__init__(site, method)
-        layer: Any = site.module
-        if site.original_class.forward is not nn.Embedding.forward:
-            raise UnsupportedError(
-                f"{site.path} ({site.original_class.__name__}) scales or moves what it looks up, so LoRA there has no "
-                "weights of the same effect; name the embedding in modules_to_save"
-            )
-        self.padding = layer.padding_idx
-
-    def initialise(self, site: Site) -> None:
-        nn.init.zeros_(self.a)
-        nn.init.normal_(self.b)
-
-    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        low = F.embedding(x, self.a.t(), self.padding)  # (..., rank)
-        return y.add(F.linear(cast(low, y), cast(self.b, y)), alpha=self.scale)
-
-
-class ConvDelta(Delta):
-    """At a convolution: a narrow convolution of the same geometry, then one of size 1."""
-
-    def __init__(self, site: Site, method: LoRA) -> None:
-        super().__init__()
-        layer: Any = site.module
-        if layer.groups != 1 or layer.padding_mode != "zeros":
-            raise UnsupportedError(f"{site.path}: LoRA needs a convolution with one group and zero padding")
-        self.scale, self.dropout = method.scale, method.dropout
-        self.convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
-        self.geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        self.a = nn.Parameter(site.empty(method.rank, site.in_features, *layer.kernel_size))  # (rank, in, *kernel)
-        self.b = nn.Parameter(site.empty(site.out_features, method.rank))  # (out, rank)
-
-    def initialise(self, site: Site) -> None:
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-        nn.init.zeros_(self.b)
-
-    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        low = self.convolve(F.dropout(x, self.dropout, self.training), cast(self.a, x), **self.geometry)
-        point = cast(self.b, x).reshape(*self.b.shape, *(1,) * (self.a.dim() - 2))
-        return y.add(self.convolve(low, point), alpha=self.scale)
-
-    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        update = (self.b @ self.a.flatten(1)).reshape(weight.shape)
-        return weight + self.scale * update, bias

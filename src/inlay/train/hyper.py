@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from inlay.core.method import Method
 def parse_settings(method: str, words: Sequence[str]) -> dict[str, Any]:
     """``["rank=16", "dropout=0.1"]`` as values of the types that the method's fields have.
 
-    Lists are written with commas, an absent value as ``none``.
+    Lists are written with commas, an absent value as ``none``, mappings as JSON.
 
     Raises:
         ConfigError: all words that are not ``name=value``, name no hyper-parameter or do not fit its type.
@@ -44,7 +45,7 @@ def parse_fields(cls: type, words: Sequence[str], *, heading: str, noun: str) ->
         else:
             try:
                 values[name] = _typed(hints[name], text if hints[name] is str else text.strip())
-            except ValidationError:
+            except (ValidationError, json.JSONDecodeError):
                 found.append(f"{name}={text.strip()!r} is not {_called(hints[name])}")
     if found:
         raise ConfigError(problems(heading, found))
@@ -96,6 +97,8 @@ def _typed(hint: Any, text: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if type(None) in options and text.lower() in ("none", "null"):
         return None
+    if text.startswith(("{", "[")):
+        return TypeAdapter(hint).validate_python(json.loads(text))
     if any(get_origin(option) in (tuple, list) for option in options):
         return TypeAdapter(hint).validate_python([part.strip() for part in text.split(",") if part.strip()])
     return TypeAdapter(hint).validate_strings(text)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 USUAL_EPOCHS, MOST_EPOCHS, FEWEST_STEPS = 3, 20, 250
 FEWEST_TO_SPLIT = 20  # rows; holding one out of fewer says nothing and costs too much
 UNBOUNDED_CONTEXT = 1024  # tokens, where a base states no limit
+ROWS_TO_INITIALISE = 512  # of the training rows, for methods that are initialised from data
 TEXT_WINDOW = 1024  # tokens; plain text is cut into rows, which need not be as long as the longest contexts
 
 
@@ -59,7 +60,6 @@ def prepare(config: RunConfig) -> Prepared:
     """
     from transformers import set_seed
 
-    import inlay
     from inlay.core.fingerprint import fingerprint as base_fingerprint
     from inlay.data import collate
     from inlay.data import fingerprint as rows_fingerprint
@@ -79,21 +79,19 @@ def prepare(config: RunConfig) -> Prepared:
             "that was trained on chats, or data with `prompt` and `completion`"
         )
     base_parameters = sum(p.numel() for p in base.model.parameters())
-    adapter = inlay.attach(
-        base.model,
-        method,
-        name=config.name,
-        where=_where(config),
-        layers=config.layers,
-        modules_to_save=list(dict.fromkeys([*config.modules_to_save, *base.fresh])),
-    )
+    # What is initialised from data needs the rows first; what takes room in the context is attached before them.
+    adapter = None if method.needs_data else _attach(base, method, config)
     config = config.changed(max_length=_max_length(config, layout, base, adapter), on_long=_on_long(config, layout))
     train = _encode(rows, layout, base, task, labels, config)
+    collator = collate(base.tokenizer, task)
+    if adapter is None:
+        adapter = _attach(base, method, config, _batches(train, collator, config))
     held_out = None if held is None else _by_length(_encode(held, layout, base, task, labels, config))
     per_epoch = math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulate)
     epochs = config.epochs or default_epochs(per_epoch)
     config = config.changed(epochs=epochs)
     total_steps = config.steps or math.ceil(epochs * per_epoch)
+    adapter.method = adapter.method.for_steps(total_steps)
     config = _resolved(config, task, method, layout, per_epoch, total_steps)
     digests = {"train": rows_fingerprint(train)} | ({} if held_out is None else {"eval": rows_fingerprint(held_out)})
     record = TrainingRecord(
@@ -111,17 +109,38 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(
         config=config,
         task=task,
-        method=method,
+        method=adapter.method,
         base=base,
         adapter=adapter,
         base_parameters=base_parameters,
         train=train,
         held_out=held_out,
-        collator=collate(base.tokenizer, task),
+        collator=collator,
         total_steps=total_steps,
         record=record,
         identity={"data": digests, "base": base_fingerprint(base.model, without=adapter.copies).to_dict()},
     )
+
+
+def _attach(base: Base, method: Method, config: RunConfig, data: list[Any] | None = None) -> Adapter:
+    import inlay
+
+    return inlay.attach(
+        base.model,
+        method,
+        name=config.name,
+        where=_where(config),
+        layers=config.layers,
+        modules_to_save=list(dict.fromkeys([*config.modules_to_save, *base.fresh])),
+        data=data,
+    )
+
+
+def _batches(rows: Dataset, collator: Any, config: RunConfig) -> list[Any]:
+    """Training rows to initialise from: at most a few hundred, drawn by the seed."""
+    order = np.random.default_rng(config.seed).permutation(len(rows))[:ROWS_TO_INITIALISE]
+    cuts = range(0, len(order), config.batch_size)
+    return [collator([rows[int(i)] for i in order[at : at + config.batch_size]]) for at in cuts]
 
 
 def default_epochs(steps_per_epoch: int) -> float:
@@ -202,9 +221,9 @@ def _by_length(rows: Dataset) -> Dataset:
     return rows.select(np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable"))
 
 
-def _max_length(config: RunConfig, layout: Layout, base: Base, adapter: Adapter) -> int:
+def _max_length(config: RunConfig, layout: Layout, base: Base, adapter: Adapter | None) -> int:
     """The longest row the base can read beside the adapter's virtual tokens."""
-    context, virtual = context_of(base.model, base.tokenizer), _virtual_tokens(adapter)
+    context, virtual = context_of(base.model, base.tokenizer), 0 if adapter is None else _virtual_tokens(adapter)
     room = (context or UNBOUNDED_CONTEXT) - virtual
     if room < 2:
         raise ConfigError(

@@ -52,6 +52,7 @@ class AdapterTrainer(Trainer):
     ) -> None:
         self.adapter, self.folder, self.task, self.patience, self.told = adapter, folder, task, patience, told
         self.control: Any
+        self.optimizer: Any
         super().__init__(**options)
         self.loss_is_scaled_for_ga = True  # `compute_loss` weighs each pass by its share of the step
 
@@ -100,6 +101,14 @@ class AdapterTrainer(Trainer):
             if num_items_in_batch is not None:
                 loss = loss * (self.items(inputs) / num_items_in_batch) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """AdamW over the adapter, each parameter at the rate that its method asks for."""
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = self.adapter.parameter_groups(self.args.learning_rate, self.args.weight_decay)
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
 
     # -- evaluation ---------------------------------------------------------------------------------
 

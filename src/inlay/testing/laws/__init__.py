@@ -17,6 +17,7 @@ from inlay.testing.laws.computing import (
     mixed_training,
     only_the_adapter_learns,
     precision,
+    resuming,
     rows_are_independent,
     views_agree,
 )
@@ -41,6 +42,7 @@ LAWS: dict[str, Law] = {
     for f in (
         identity, silence, views_agree, storage, only_the_adapter_learns, rows_are_independent, mixed_training,
         generation, detach_restores, all_or_nothing, checkpointing, precision, copying, configuration,
+        resuming,
     )
 }  # fmt: skip
 SLOW_LAWS: dict[str, Law] = {"compiling": compiling}

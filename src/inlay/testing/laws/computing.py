@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import inlay
+from inlay.core.adapter import Adapter
 from inlay.core.errors import RouteError, UnsupportedError
 from inlay.core.method import Method
 from inlay.testing.laws.scaffold import (
@@ -27,6 +29,8 @@ from inlay.testing.laws.scaffold import (
     train,
 )
 from inlay.testing.specimen import Specimen
+
+RESUMED = ("llama", "bert", "t5", "sequential")  # one of each kind: the loop does not depend on the architecture
 
 
 def views_agree(specimen: Specimen, method: Method) -> None:
@@ -69,6 +73,40 @@ def only_the_adapter_learns(specimen: Specimen, method: Method) -> None:
     adapter.trainable = False
     with inlay.use(model, None), inlay.use(model, "one"):
         hold(not adapter.trainable, "choosing an adapter made it trainable")
+
+
+def resuming(specimen: Specimen, method: Method) -> None:
+    """Training that is stopped and taken up again gives the same numbers as without the stop."""
+    if specimen.name not in RESUMED:
+        return
+
+    def fresh() -> tuple[nn.Module, Adapter, torch.optim.Optimizer]:
+        model = specimen.build()
+        torch.manual_seed(0)
+        adapter = put(specimen, model, method)
+        return model.train(), adapter, torch.optim.AdamW(adapter.parameter_groups(1e-2))
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            loss(specimen, model, specimen.batch(2, seed)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, adapter, optimizer = fresh()
+    steps(model, optimizer, range(2))
+    stored = {n: t.clone() for n, t in adapter.tensors().items()}
+    state = copy.deepcopy(optimizer.state_dict())
+    steps(model, optimizer, range(2, 4))
+
+    again, resumed, other = fresh()
+    with torch.no_grad():
+        for name, tensor in resumed.tensors().items():
+            tensor.copy_(stored[name])
+    other.load_state_dict(state)
+    steps(again, other, range(2, 4))
+    for name, tensor in resumed.tensors().items():
+        same(tensor, adapter.tensors()[name], f"{name} after resuming")
 
 
 def rows_are_independent(specimen: Specimen, method: Method) -> None:

@@ -50,7 +50,8 @@ def train(adapter: Adapter, seed: int = 7, size: float = 0.1) -> None:
 def put(specimen: Specimen, model: nn.Module, method: Method, name: str = "one") -> Adapter:
     """Attach at the paper's places; in a plain module, which has none, at every layer the method can adapt."""
     plain = specimen.kind == "plain" and isinstance(method, DeltaMethod)
-    return inlay.attach(model, method, name=name, where=_has_bias if plain else None)
+    data = [specimen.batch(3, seed) for seed in range(2)] if method.needs_data else None
+    return inlay.attach(model, method, name=name, where=_has_bias if plain else None, data=data)
 
 
 def _has_bias(path: str, module: nn.Module) -> bool:

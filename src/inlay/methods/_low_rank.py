@@ -1,0 +1,99 @@
+"""What LoRA and its relatives share: two narrow matrices beside a frozen layer.
+
+x ── dropout ── A ── B ── · scale ── + y          A (rank, in), B (out, rank)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.core.delta import Delta, cast
+from inlay.core.errors import UnsupportedError
+from inlay.core.site import Site
+
+
+def low_rank(site: Site, rank: int, scale: float, dropout: float = 0.0) -> Delta:
+    """The pair that fits the layer's kind."""
+    if site.kind == "conv":
+        return ConvLowRank(site, rank, scale, dropout)
+    return (EmbeddingLowRank if site.kind == "embedding" else LowRank)(site, rank, scale, dropout)
+
+
+class LowRank(Delta):
+    """At a linear layer.
+
+    Args:
+        scale: of the update, alpha / rank where the paper has no other.
+        dropout: on the update's input, in training.
+    """
+
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        self.a = nn.Parameter(site.empty(rank, site.in_features))  # (rank, in)
+        self.b = nn.Parameter(site.empty(site.out_features, rank))  # (out, rank)
+
+    def initialise(self, site: Site) -> None:
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        nn.init.zeros_(self.b)
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        low = F.linear(F.dropout(x, self.dropout, self.training), cast(self.a, x))  # (..., rank)
+        return y.add(F.linear(low, cast(self.b, x)), alpha=self.scale)
+
+    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * (self.b @ self.a), bias
+
+
+class EmbeddingLowRank(LowRank):
+    """At an embedding: A holds a column an entry."""
+
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(site, rank, scale, dropout)
+        layer: Any = site.module
+        if site.original_class.forward is not nn.Embedding.forward:
+            raise UnsupportedError(
+                f"{site.path} ({site.original_class.__name__}) scales or moves what it looks up, so LoRA there has no "
+                "weights of the same effect; name the embedding in modules_to_save"
+            )
+        self.padding = layer.padding_idx
+
+    def initialise(self, site: Site) -> None:
+        nn.init.zeros_(self.a)
+        nn.init.normal_(self.b)
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        low = F.embedding(x, self.a.t(), self.padding)  # (..., rank)
+        return y.add(F.linear(cast(low, y), cast(self.b, y)), alpha=self.scale)
+
+
+class ConvLowRank(Delta):
+    """At a convolution: a narrow convolution of the same geometry, then one of size 1."""
+
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        layer: Any = site.module
+        if layer.groups != 1 or layer.padding_mode != "zeros":
+            raise UnsupportedError(f"{site.path}: LoRA needs a convolution with one group and zero padding")
+        self.scale, self.dropout = scale, dropout
+        self.convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
+        self.geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        self.a = nn.Parameter(site.empty(rank, site.in_features, *layer.kernel_size))  # (rank, in, *kernel)
+        self.b = nn.Parameter(site.empty(site.out_features, rank))  # (out, rank)
+
+    def initialise(self, site: Site) -> None:
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        nn.init.zeros_(self.b)
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        low = self.convolve(F.dropout(x, self.dropout, self.training), cast(self.a, x), **self.geometry)
+        point = cast(self.b, x).reshape(*self.b.shape, *(1,) * (self.a.dim() - 2))
+        return y.add(self.convolve(low, point), alpha=self.scale)
+
+    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        update = (self.b @ self.a.flatten(1)).reshape(weight.shape)
+        return weight + self.scale * update, bias
