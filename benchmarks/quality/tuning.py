@@ -1,0 +1,96 @@
+"""Learning rates on record: each method's best of a few on held-out training rows, runs/quality/rates.json.
+
+    python -m benchmarks.quality.tuning --tasks trec --methods lora dora
+
+A short run a rate (the recipe's, a third, three and ten times it) on a part of the training rows; the rate with the
+lowest loss on other training rows is chosen. Test rows are never read. Resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import provenance, read_json, write_json
+from benchmarks.quality.__main__ import OUT, WORK, _where
+from benchmarks.quality.tasks import TASKS, Task, settings_of
+
+FACTORS = (1 / 3, 1.0, 3.0, 10.0)
+ROWS = {"trec": 2_000, "sst2": 2_000, "e2e": 1_000, "transliteration": 6_400}
+STEPS = {"trec": 120, "sst2": 120, "e2e": 60, "transliteration": 200}
+RATES = OUT / "rates.json"
+
+
+def try_rate(task: Task, method_name: str, rate: float) -> float:
+    """The loss on held-out training rows after a short run; infinite where it diverged."""
+    from inlay.core.errors import UserError
+    from inlay.methods import method_named
+    from inlay.train import RunConfig, run
+
+    method = method_named(method_name)
+    work = WORK / f"rate-{task.name}-{method_name}"
+    source = task.base()
+    config = RunConfig(
+        data=str(_part(task)), out=str(work), base=None if source is None else str(source), task=task.kind,
+        columns=task.columns, eval_share=0.2, method=method_name, precision=task.precision,
+        settings=settings_of(method_name, task, method), where=_where(task, method), steps=STEPS[task.name],
+        batch_size=task.batch_size, learning_rate=rate, eval_every=STEPS[task.name], seed=0,
+    )  # fmt: skip
+    try:
+        result = run(config, overwrite=work.exists())
+    except UserError as error:
+        if "diverged" in str(error):
+            return float("inf")
+        raise
+    return result.metrics["eval_loss"]
+
+
+def _part(task: Task) -> Path:
+    """The first rows of a seeded draw, as a file of their own."""
+    import random
+
+    path = WORK / f"tuning-{task.name}.jsonl"
+    if not path.exists():
+        lines = task.files()[0].read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(random.Random(1).sample(lines, ROWS[task.name])), encoding="utf-8")
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Try what the file does not hold yet, and write it after every method."""
+    from inlay.core.errors import UserError
+    from inlay.methods import method_named, registry
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=list(registry()), default=list(registry()))
+    parser.add_argument("--out", type=Path, default=RATES)
+    given = parser.parse_args(arguments)
+    for name, method in itertools.product(given.tasks, given.methods):
+        if method in read_json(given.out).get("rates", {}).get(name, {}):
+            continue
+        recipe, tried = method_named(method).recipe.learning_rate, {}
+        began = time.process_time()
+        try:
+            for factor in FACTORS:
+                rate = float(f"{recipe * factor:.2g}")
+                tried[f"{rate:g}"] = round(try_rate(TASKS[name], method, rate), 4)
+            entry: dict[str, Any] = {"chosen": float(min(tried, key=lambda r: tried[r])), "loss": tried}
+        except UserError as error:
+            entry = {"refused": str(error)[:300]}
+        entry["cpu_seconds"] = round(time.process_time() - began, 1)
+        content = read_json(given.out)  # another process may have written meanwhile
+        content.setdefault("provenance", provenance(seeds=[0]))
+        content.setdefault("settings", {"factors": FACTORS, "rows": ROWS, "steps": STEPS})
+        content.setdefault("rates", {}).setdefault(name, {})[method] = entry
+        write_json(given.out, content)
+        print(name, method, entry, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
