@@ -18,6 +18,8 @@ _HOMES = {
     "merge": "inlay.core.merge",
     "unmerge": "inlay.core.merge",
     "MergeReport": "inlay.core.merge",
+    "combine": "inlay.arithmetic",
+    "CombineReport": "inlay.arithmetic",
     "Adapter": "inlay.core.adapter",
     "save": "inlay.formats",
     "load": "inlay.formats",
@@ -54,6 +56,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from inlay.arithmetic import CombineReport as CombineReport
+    from inlay.arithmetic import combine as combine
     from inlay.core.adapter import Adapter as Adapter
     from inlay.core.attach import adapters as adapters
     from inlay.core.attach import attach as attach

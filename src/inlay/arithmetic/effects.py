@@ -1,0 +1,77 @@
+"""What an adapter does to each weight of its base.
+
+A delta's change is `weight(W, b) - (W, b)` in double precision. Where it is a product of two narrow matrices the
+factors are taken instead, so nothing dense is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.arithmetic.low_rank import Factors
+from inlay.core.adapter import Adapter
+from inlay.core.delta import Delta
+from inlay.core.errors import UnsupportedError, problems
+from inlay.core.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
+from inlay.methods._low_rank import ConvLowRank, LowRank
+from inlay.methods._offset import Offset
+
+
+def check_has_weights(adapters: Sequence[Adapter]) -> None:
+    """Raise one `UnsupportedError` that names every adapter whose effect is no change of weights."""
+    wrong = []
+    for adapter in adapters:
+        prompts = any(isinstance(p, PromptPiece) for p in adapter.pieces)
+        acting = {type(p.delta).__name__ for p in adapter.pieces if isinstance(p, DeltaPiece) and not p.delta.merges}
+        if prompts:
+            wrong.append(f"{adapter.name!r} ({adapter.method.name}) is a prompt, which no sum of weights equals")
+        elif acting:
+            kinds = ", ".join(sorted(acting))
+            wrong.append(f"{adapter.name!r} ({adapter.method.name}) acts on activations ({kinds})")
+        elif len({p.key for p in adapter.pieces}) < len(adapter.pieces):
+            wrong.append(f"{adapter.name!r} ({adapter.method.name}) has several pieces at one place; combine its parts")
+    if wrong:
+        raise UnsupportedError(problems("only adapters with a weight view can be combined", wrong))
+
+
+def factors_of(delta: Delta) -> Factors | None:
+    """The change as two factors, where it is known to be a product of two."""
+    read = _FACTORS.get(type(delta).weight)
+    return None if read is None else read(delta)
+
+
+def _plain(delta: Any) -> Factors:
+    return Factors(delta.scale * delta.b.detach(), delta.a.detach().flatten(1))
+
+
+def _moved(delta: Any) -> Factors:
+    """B A − B₀ A₀ as one product."""
+    left = torch.cat([delta.scale * delta.b.detach(), -delta.scale * delta.b0], 1)
+    return Factors(left, torch.cat([delta.a.detach(), delta.a0]))
+
+
+# By the weight view itself, because a subclass with another one has other factors, or none.
+_FACTORS: dict[Callable[..., object], Callable[[Any], Factors]] = {
+    LowRank.weight: _plain,
+    ConvLowRank.weight: _plain,
+    Offset.weight: _moved,
+}
+
+
+@torch.no_grad()
+def change(piece: Piece, model: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The change of weight and bias, double precision; of the parameter, where the piece is a difference."""
+    if isinstance(piece, SubsetPiece):
+        value = model.get_submodule(piece.path)._parameters[piece.parameter]
+        assert value is not None
+        old = value.detach().double()
+        return piece.difference.apply_to(old) - old, None
+    assert isinstance(piece, DeltaPiece)
+    weight, bias = piece.site.read_weight()
+    old, old_bias = weight.detach().double(), None if bias is None else bias.detach().double()
+    new, new_bias = piece.delta.weight(old, old_bias)
+    return new - old, None if new_bias is None or old_bias is None else new_bias - old_bias
