@@ -32,6 +32,7 @@ _HOMES = {
     "BitFit": "inlay.methods.bitfit",
     "PromptTuning": "inlay.methods.prompt_tuning",
     "PrefixTuning": "inlay.methods.prefix_tuning",
+    "LLaMAAdapter": "inlay.methods.llama_adapter",
     "TopLayers": "inlay.methods.top_layers",
     "FullFineTuning": "inlay.methods.full",
     "InlayError": "inlay.core.errors",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from inlay.methods.full import FullFineTuning as FullFineTuning
     from inlay.methods.houlsby import Houlsby as Houlsby
     from inlay.methods.ia3 import IA3 as IA3
+    from inlay.methods.llama_adapter import LLaMAAdapter as LLaMAAdapter
     from inlay.methods.lora import LoRA as LoRA
     from inlay.methods.parallel import ParallelAdapter as ParallelAdapter
     from inlay.methods.pfeiffer import Pfeiffer as Pfeiffer

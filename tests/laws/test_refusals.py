@@ -20,6 +20,7 @@ REFUSED: dict[str, set[str]] = {
     "bitfit": UNBIASED,
     "prompt-tuning": {"bloom", "vit"} | WINDOWED | PLAIN,
     "prefix-tuning": CLOSED,
+    "llama-adapter": CLOSED,
     "lora": set(),
     "dora": set(),
     "ia3": set(),

@@ -46,6 +46,7 @@ PUBLIC = {
     *("attach", "detach", "use", "adapters", "merge", "unmerge", "save", "load", "methods"),
     *("LoRA", "DoRA", "IA3", "Houlsby", "Pfeiffer", "ParallelAdapter", "BitFit"),
     *("PromptTuning", "PrefixTuning", "TopLayers", "FullFineTuning"),
+    "LLaMAAdapter",
     *("Adapter", "MergeReport", "InlayError", "UserError", "__version__"),
     *("combine", "CombineReport"),
 }

@@ -71,7 +71,6 @@ def attend(
         return _base(original, module)(module, query, key, value, mask, **kwargs)
     if call.capture is not None:
         call.capture[host.path] = (key[0], value[0])
-        return _base(original, module)(module, query, key, value, mask, **kwargs)
     prefixes = _prefixes(host, call, query)
     if not prefixes:
         out, weights = _base(original, module)(module, query, key, value, mask, **kwargs)
@@ -81,12 +80,13 @@ def attend(
             out, weights = fused(module, query, key, value, mask, prefixes, **kwargs), None
         else:
             out, weights = naive(module, query, key, value, mask, prefixes, **kwargs)
-    return _with_gated(host, call, query, out, **kwargs), weights
+    return _with_gated(host, call, module, query, out, **kwargs), weights
 
 
 def _with_gated(
-    host: Host, call: Call, query: Tensor, out: Tensor, *, scaling: float | None = None, **_: Any
-) -> Tensor:
+    host: Host, call: Call, module: nn.Module, query: Tensor, out: Tensor,
+    *, scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, **_: Any,
+) -> Tensor:  # fmt: skip
     """The text's attention plus each gated prompt's own, times its gate a head: (rows, tokens, heads, size)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     for name in call.route.used:
@@ -96,7 +96,9 @@ def _with_gated(
         index = None if call.route.single else call.route.index(name, query)
         at: Any = slice(None) if index is None else index
         keys, values = (t.to(query.dtype).repeat_interleave(query.shape[1] // t.shape[0], 0) for t in held[:2])
-        own = _scores(query[at], keys, scale).softmax(-1).to(query.dtype) @ values  # (rows, heads, tokens, size)
+        scores = _capped(_scores(query[at], keys, scale), softcap)
+        shares = nn.functional.dropout(scores.softmax(-1).to(query.dtype), dropout, training=module.training)
+        own = shares @ values  # (rows, heads, tokens, size)
         added = (own * held[2].to(query.dtype)[:, None, None]).transpose(1, 2)
         out = out + added if index is None else out.index_add(0, index, added)
     return out
@@ -155,9 +157,7 @@ def naive(
         q, bias = query[at], additive[at] if additive.shape[0] > 1 else additive
         k = _joined(prefix_key, key[at], q)
         v = _joined(prefix_value, value[at], q)
-        scores = q.float() @ k.float().transpose(2, 3) * scale
-        if kwargs.get("softcap") is not None:
-            scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
+        scores = _capped(q.float() @ k.float().transpose(2, 3) * scale, kwargs.get("softcap"))
         length = prefix_key.shape[1]
         scores = scores + nn.functional.pad(bias, (length, 0))
         probabilities = nn.functional.dropout(scores.softmax(-1).to(q.dtype), dropout, training=module.training)
@@ -167,6 +167,10 @@ def naive(
         else:
             out = out.index_copy(0, rows, part)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _capped(scores: Tensor, cap: float | None) -> Tensor:
+    return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 def _joined(prefix: Tensor, text: Tensor, query: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ BUILT_IN = {
     "bitfit": ("bitfit", "BitFit"),
     "prompt-tuning": ("prompt_tuning", "PromptTuning"),
     "prefix-tuning": ("prefix_tuning", "PrefixTuning"),
+    "llama-adapter": ("llama_adapter", "LLaMAAdapter"),
     "top-layers": ("top_layers", "TopLayers"),
     "full": ("full", "FullFineTuning"),
 }
