@@ -76,10 +76,12 @@ def observe_inputs(
     """
     hooks = [m.register_forward_pre_hook(lambda _, args, i=i: see(i, args[0].detach())) for i, m in enumerate(modules)]
     count = 0
+    # An encoder–decoder makes its decoder's input from the labels; elsewhere they would only cost a loss.
+    needs_labels = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     try:
         with bare(model), torch.no_grad():
             for batch in data:
-                model(**{k: v for k, v in batch.items() if k != "labels"})
+                model(**{k: v for k, v in batch.items() if needs_labels or k != "labels"})
                 count += 1
     finally:
         for hook in hooks:

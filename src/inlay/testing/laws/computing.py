@@ -57,7 +57,9 @@ def only_the_adapter_learns(specimen: Specimen, method: Method) -> None:
     base = {n: p.clone() for n, p in model.named_parameters() if id(p) not in owned}
     before = [p.clone() for p in adapter.parameters()]
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    stray = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
+    groups = adapter.parameter_groups(1e-2, weight_decay=0.1)  # as the method asks: LoRA+ refuses a single rate
+    optimizer = torch.optim.AdamW([*groups, {"params": stray, "lr": 1e-2}])
     loss(specimen, model, batch).backward()
     missing = [n for n, p in model.named_parameters() if id(p) in owned and p.grad is None]
     hold(not missing, f"no gradient reached {missing[:4]}")

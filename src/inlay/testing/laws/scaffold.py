@@ -51,6 +51,9 @@ def put(specimen: Specimen, model: nn.Module, method: Method, name: str = "one")
     """Attach at the paper's places; in a plain module, which has none, at every layer the method can adapt."""
     plain = specimen.kind == "plain" and isinstance(method, DeltaMethod)
     data = [specimen.batch(3, seed) for seed in range(2)] if method.needs_data else None
+    if data is not None:
+        dtype = next(model.parameters()).dtype
+        data = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in data]
     return inlay.attach(model, method, name=name, where=_has_bias if plain else None, data=data)
 
 
