@@ -25,6 +25,12 @@ _HOMES = {
     "load": "inlay.formats",
     "LoRA": "inlay.methods.lora",
     "DoRA": "inlay.methods.dora",
+    "LoRAPlus": "inlay.methods.lora_plus",
+    "LoRAFA": "inlay.methods.lora_fa",
+    "PiSSA": "inlay.methods.pissa",
+    "OLoRA": "inlay.methods.olora",
+    "EVA": "inlay.methods.eva",
+    "DyLoRA": "inlay.methods.dylora",
     "IA3": "inlay.methods.ia3",
     "Houlsby": "inlay.methods.houlsby",
     "Pfeiffer": "inlay.methods.pfeiffer",
@@ -74,13 +80,19 @@ if TYPE_CHECKING:
     from inlay.methods import methods as methods
     from inlay.methods.bitfit import BitFit as BitFit
     from inlay.methods.dora import DoRA as DoRA
+    from inlay.methods.dylora import DyLoRA as DyLoRA
+    from inlay.methods.eva import EVA as EVA
     from inlay.methods.full import FullFineTuning as FullFineTuning
     from inlay.methods.houlsby import Houlsby as Houlsby
     from inlay.methods.ia3 import IA3 as IA3
     from inlay.methods.llama_adapter import LLaMAAdapter as LLaMAAdapter
     from inlay.methods.lora import LoRA as LoRA
+    from inlay.methods.lora_fa import LoRAFA as LoRAFA
+    from inlay.methods.lora_plus import LoRAPlus as LoRAPlus
+    from inlay.methods.olora import OLoRA as OLoRA
     from inlay.methods.parallel import ParallelAdapter as ParallelAdapter
     from inlay.methods.pfeiffer import Pfeiffer as Pfeiffer
+    from inlay.methods.pissa import PiSSA as PiSSA
     from inlay.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from inlay.methods.prompt_tuning import PromptTuning as PromptTuning
     from inlay.methods.top_layers import TopLayers as TopLayers

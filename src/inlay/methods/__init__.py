@@ -19,6 +19,12 @@ from inlay.core.method import Method
 BUILT_IN = {
     "lora": ("lora", "LoRA"),
     "dora": ("dora", "DoRA"),
+    "lora-plus": ("lora_plus", "LoRAPlus"),
+    "lora-fa": ("lora_fa", "LoRAFA"),
+    "pissa": ("pissa", "PiSSA"),
+    "olora": ("olora", "OLoRA"),
+    "eva": ("eva", "EVA"),
+    "dylora": ("dylora", "DyLoRA"),
     "ia3": ("ia3", "IA3"),
     "houlsby": ("houlsby", "Houlsby"),
     "pfeiffer": ("pfeiffer", "Pfeiffer"),

@@ -16,6 +16,16 @@ from inlay.core.errors import UnsupportedError
 from inlay.core.site import Site
 
 
+def check_sizes(method: Any, *more: tuple[bool, str]) -> None:
+    """Raise one error unless the method's rank and dropout make sense and every check in `more` holds."""
+    dropout = getattr(method, "dropout", 0.0)
+    method.require(
+        (method.rank >= 1, f"rank is {method.rank}, expected at least 1"),
+        (0 <= dropout < 1, f"dropout is {dropout}, expected at least 0 and below 1"),
+        *more,
+    )
+
+
 def low_rank(site: Site, rank: int, scale: float, dropout: float = 0.0) -> Delta:
     """The pair that fits the layer's kind."""
     if site.kind == "conv":

@@ -1,0 +1,153 @@
+"""DyLoRA: one training for every rank up to a largest one.
+
+Valipour et al. 2023, "DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low Rank
+Adaptation", arXiv:2210.07558, algorithm 1.
+
+    each step     b ~ {lowest, …, rank}, the same at every site
+    forward       h = W x + (alpha / b) B[:, :b] A[:b] x          A (rank, in), B (out, rank)
+    backward      rows and columns up to b learn; with `frozen` the b-th alone, those before it are constants
+
+Truncating at random orders the rows by what they are worth, as nested dropout does. Afterwards the adapter serves at
+any rank: `serve_rank` says at which; the full one where None. The scale goes with the rank in force, as in the
+paper's equation; the official code, which multiplies alpha / rank by √(rank / b) twice, computes the same. The paper
+compares updating all rows up to b with updating the b-th alone (FROZEN), which is faster and slightly worse.
+
+Ranks are drawn from the seed and the number of steps made, both of which are stored with the adapter, so a stopped
+run goes on as if it had not stopped, and checkpointed layers recompute what they computed. All b of the micro-batches
+of one step are equal. Rows beyond b get gradients of zero, not none. Initialisation is LoRA's. Places: query and value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from inlay.core.adapter import Adapter
+from inlay.core.clock import Clock
+from inlay.core.delta import Delta, DeltaMethod, cast
+from inlay.core.method import Recipe
+from inlay.core.pieces import DeltaPiece, Piece
+from inlay.core.select import Places, select
+from inlay.core.shared import Shared
+from inlay.core.site import Site
+from inlay.core.view import ModelView
+from inlay.methods._low_rank import LowRank, check_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyLoRA(DeltaMethod):
+    """Low-rank update that works at every rank.
+
+    Attributes:
+        rank: the largest.
+        lowest: the smallest rank that is trained for.
+        alpha: numerator of the scale alpha / (rank in force).
+        dropout: on the update's input, in training.
+        frozen: only the last row and column in force learn at a step.
+        serve_rank: the rank outside training and when merging; the largest where None.
+        seed: of the drawn ranks.
+    """
+
+    name: ClassVar[str] = "dylora"
+    paper: ClassVar[str] = "arXiv:2210.07558"
+    family: ClassVar[str] = "low rank"
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # LoRA's
+    default_where: ClassVar[tuple[str, ...]] = ("query", "value")
+
+    rank: int = 8
+    lowest: int = 1
+    alpha: float = 16.0
+    dropout: float = 0.0
+    frozen: bool = False
+    serve_rank: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        serve = self.rank if self.serve_rank is None else self.serve_rank
+        check_sizes(
+            self,
+            (1 <= self.lowest <= self.rank, f"lowest is {self.lowest}, expected 1 to {self.rank}"),
+            (1 <= serve <= self.rank, f"serve_rank is {serve}, expected 1 to {self.rank}, or None"),
+        )
+
+    def draw(self, step: int) -> int:
+        """The rank in force at a step, counted from 0."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return int(torch.randint(self.lowest, self.rank + 1, (), generator=generator))
+
+    def build(self, site: Site) -> Delta:
+        return Truncated(site, self, Drawn(self, site))
+
+    def pieces(self, view: ModelView, places: Places) -> list[Piece]:
+        sites = select(view, places, self.default_where, self.kinds)
+        drawn = Drawn(self, sites[0])
+        return [DeltaPiece(site, Truncated(site, self, drawn)) for site in sites]
+
+    def clock(self, adapter: Adapter) -> Clock:
+        return Redraw(adapter)
+
+    @classmethod
+    def examples(cls) -> list[DyLoRA]:
+        return [cls(rank=4), cls(rank=3, lowest=2, frozen=True, serve_rank=2, dropout=0.25)]
+
+
+class Drawn(Shared):
+    """Steps made, and the rank in force at the next one."""
+
+    def __init__(self, method: DyLoRA, site: Site) -> None:
+        super().__init__("drawn")
+        self.method = method
+        self.steps: Tensor
+        self.rank: Tensor
+        for name in ("steps", "rank"):
+            self.register_buffer(name, torch.empty((), dtype=torch.int64, device=site.device))
+
+    def initialise(self, view: ModelView) -> None:
+        self.steps.zero_()
+        self.rank.fill_(self.method.draw(0))
+
+    def advance(self) -> None:
+        self.steps.add_(1)
+        self.rank.fill_(self.method.draw(int(self.steps)))
+
+
+class Truncated(LowRank):
+    """A pair of which the first rows and columns are in force."""
+
+    def __init__(self, site: Site, method: DyLoRA, drawn: Drawn) -> None:
+        super().__init__(site, method.rank, method.alpha / method.rank, method.dropout)
+        self.alpha, self.frozen, self.drawn = method.alpha, method.frozen, drawn
+        self.served = method.serve_rank or method.rank
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        if not self.training:
+            low = F.linear(x, cast(self.a[: self.served], x))
+            return y.add(F.linear(low, cast(self.b[:, : self.served], x)), alpha=self.alpha / self.served)
+        # A mask and not a slice: the shapes of every step are the same, for compiled graphs and for the gradients.
+        rank = self.drawn.rank.to(x.device)
+        place = torch.arange(1, len(self.a) + 1, device=x.device)
+        a: Tensor = self.a
+        b: Tensor = self.b
+        if self.frozen:
+            a, b = torch.where((place == rank)[:, None], a, a.detach()), torch.where(place == rank, b, b.detach())
+        low = F.linear(F.dropout(x, self.dropout), cast(a, x)) * (place <= rank)  # (..., rank)
+        return y + self.alpha / rank * F.linear(low, cast(b, x))
+
+    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        update = self.b[:, : self.served] @ self.a[: self.served]
+        return weight + self.alpha / self.served * update, bias
+
+
+class Redraw(Clock):
+    """Draws the next step's rank when a step was made."""
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        piece = self.adapter.pieces[0]
+        assert isinstance(piece, DeltaPiece) and isinstance(piece.delta, Truncated)
+        piece.delta.drawn.advance()

@@ -1,0 +1,102 @@
+"""LoRA-FA: LoRA with its first matrix frozen where it was drawn.
+
+Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
+arXiv:2308.03303.
+
+    h = W x + s B A x        A (rank, in) random and frozen, B (out, rank) trained from zero; s = alpha / rank
+
+Only A x, (…, rank), is kept for the backward pass instead of x, (…, in): this is where the memory goes. The second
+version of the paper corrects B's gradient, so that the change of B A is the one closest to full fine-tuning's:
+
+    ∂B ← ∂B (A Aᵀ)⁻¹ / s²
+
+`corrected=False` is the first version, without it. PEFT's optimizer for LoRA-FA does the same as `corrected`; here
+it happens in front of whatever optimizer there is. A is drawn as in LoRA (Kaiming-uniform; the paper says "random").
+At embeddings LoRA's A starts at zero and could never learn, so they are no places for it. Places: every linear layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from inlay.core.adapter import Adapter
+from inlay.core.clock import Clock
+from inlay.core.delta import Delta, DeltaMethod
+from inlay.core.layer import Kind
+from inlay.core.method import Recipe
+from inlay.core.pieces import DeltaPiece
+from inlay.core.site import Site
+from inlay.methods._low_rank import check_sizes, low_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAFA(DeltaMethod):
+    """Low-rank update with a frozen first matrix.
+
+    Attributes:
+        rank: of the update.
+        alpha: numerator of the scale alpha / rank.
+        dropout: on the update's input, in training.
+        corrected: whether B's gradient is the closed form of the paper's second version.
+    """
+
+    name: ClassVar[str] = "lora-fa"
+    paper: ClassVar[str] = "arXiv:2308.03303"
+    family: ClassVar[str] = "low rank"
+    # As LoRA's: Adam's step does not depend on the gradient's size, which is all that the scale s changes.
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
+    default_where: ClassVar[str] = "all-linear"
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "conv")
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    corrected: bool = True
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
+
+    def build(self, site: Site) -> Delta:
+        delta = low_rank(site, self.rank, self.alpha / self.rank, self.dropout)
+        drawn = delta._parameters.pop("a")
+        assert drawn is not None
+        delta.register_buffer("a", drawn.data)  # stored, not trained, not counted
+        return delta
+
+    def clock(self, adapter: Adapter) -> Clock | None:
+        return Correction(adapter) if self.corrected else None
+
+    @classmethod
+    def examples(cls) -> list[LoRAFA]:
+        return [cls(rank=2), cls(rank=4, alpha=1.0, dropout=0.25, corrected=False)]
+
+
+class Correction(Clock):
+    """Puts the closed form in place of each B's gradient."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__(adapter)
+        self.inverses: dict[str, tuple[tuple[int, int], Tensor]] = {}  # A never changes, unless other values are read
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for piece in self.adapter.pieces:
+            assert isinstance(piece, DeltaPiece)
+            b = piece.delta.get_parameter("b")
+            if b.grad is not None and id(b) in held:
+                b.grad.copy_(b.grad @ self.inverse(piece.key, piece.delta))
+
+    def inverse(self, key: str, delta: Delta) -> Tensor:
+        """(A Aᵀ)⁻¹ / s², (rank, rank); the pseudo-inverse, for a rank that A's columns do not reach."""
+        a, scale = delta.get_buffer("a"), getattr(delta, "scale", 1.0)
+        which = (a.data_ptr(), a._version)
+        if key not in self.inverses or self.inverses[key][0] != which:
+            rows = a.flatten(1)
+            self.inverses[key] = (which, torch.linalg.pinv(rows @ rows.t(), hermitian=True) / scale**2)
+        return self.inverses[key][1]
