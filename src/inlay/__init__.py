@@ -25,20 +25,34 @@ _HOMES = {
     "load": "inlay.formats",
     "LoRA": "inlay.methods.lora",
     "DoRA": "inlay.methods.dora",
+    "AdaLoRA": "inlay.methods.adalora",
     "LoRAPlus": "inlay.methods.lora_plus",
     "LoRAFA": "inlay.methods.lora_fa",
     "PiSSA": "inlay.methods.pissa",
     "OLoRA": "inlay.methods.olora",
     "EVA": "inlay.methods.eva",
     "DyLoRA": "inlay.methods.dylora",
+    "VeRA": "inlay.methods.vera",
+    "LoHa": "inlay.methods.loha",
+    "LoKr": "inlay.methods.lokr",
+    "OFT": "inlay.methods.oft",
+    "BOFT": "inlay.methods.boft",
     "IA3": "inlay.methods.ia3",
     "Houlsby": "inlay.methods.houlsby",
     "Pfeiffer": "inlay.methods.pfeiffer",
     "ParallelAdapter": "inlay.methods.parallel",
+    "Compacter": "inlay.methods.compacter",
     "BitFit": "inlay.methods.bitfit",
+    "NormTuning": "inlay.methods.norm_tuning",
+    "TrainableTokens": "inlay.methods.trainable_tokens",
     "PromptTuning": "inlay.methods.prompt_tuning",
     "PrefixTuning": "inlay.methods.prefix_tuning",
     "LLaMAAdapter": "inlay.methods.llama_adapter",
+    "Stack": "inlay.methods.stack",
+    "Parallel": "inlay.methods.in_parallel",
+    "Average": "inlay.methods.average",
+    "MAM": "inlay.methods.mam",
+    "LadderSideTuning": "inlay.methods.ladder",
     "TopLayers": "inlay.methods.top_layers",
     "FullFineTuning": "inlay.methods.full",
     "InlayError": "inlay.core.errors",
@@ -78,21 +92,35 @@ if TYPE_CHECKING:
     from inlay.formats import load as load
     from inlay.formats import save as save
     from inlay.methods import methods as methods
+    from inlay.methods.adalora import AdaLoRA as AdaLoRA
+    from inlay.methods.average import Average as Average
     from inlay.methods.bitfit import BitFit as BitFit
+    from inlay.methods.boft import BOFT as BOFT
+    from inlay.methods.compacter import Compacter as Compacter
     from inlay.methods.dora import DoRA as DoRA
     from inlay.methods.dylora import DyLoRA as DyLoRA
     from inlay.methods.eva import EVA as EVA
     from inlay.methods.full import FullFineTuning as FullFineTuning
     from inlay.methods.houlsby import Houlsby as Houlsby
     from inlay.methods.ia3 import IA3 as IA3
+    from inlay.methods.in_parallel import Parallel as Parallel
+    from inlay.methods.ladder import LadderSideTuning as LadderSideTuning
     from inlay.methods.llama_adapter import LLaMAAdapter as LLaMAAdapter
+    from inlay.methods.loha import LoHa as LoHa
+    from inlay.methods.lokr import LoKr as LoKr
     from inlay.methods.lora import LoRA as LoRA
     from inlay.methods.lora_fa import LoRAFA as LoRAFA
     from inlay.methods.lora_plus import LoRAPlus as LoRAPlus
+    from inlay.methods.mam import MAM as MAM
+    from inlay.methods.norm_tuning import NormTuning as NormTuning
+    from inlay.methods.oft import OFT as OFT
     from inlay.methods.olora import OLoRA as OLoRA
     from inlay.methods.parallel import ParallelAdapter as ParallelAdapter
     from inlay.methods.pfeiffer import Pfeiffer as Pfeiffer
     from inlay.methods.pissa import PiSSA as PiSSA
     from inlay.methods.prefix_tuning import PrefixTuning as PrefixTuning
     from inlay.methods.prompt_tuning import PromptTuning as PromptTuning
+    from inlay.methods.stack import Stack as Stack
     from inlay.methods.top_layers import TopLayers as TopLayers
+    from inlay.methods.trainable_tokens import TrainableTokens as TrainableTokens
+    from inlay.methods.vera import VeRA as VeRA

@@ -13,11 +13,13 @@ UNBIASED = {"llama", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "t5"}
 CLOSED = {"bloom", "deberta-v2", "sequential"}
 # Sliding windows of 8 tokens, which a prompt and 12 tokens outgrow.
 WINDOWED = {"gemma2", "gemma3"}
-# No text to put a prompt in front of.
+# No text to put a prompt in front of; 5 outputs, which no block divides.
 PLAIN = {"sequential"}
 
 REFUSED: dict[str, set[str]] = {
     "bitfit": UNBIASED,
+    "norm-tuning": set(),
+    "trainable-tokens": {"vit"} | PLAIN,
     "prompt-tuning": {"bloom", "vit"} | WINDOWED | PLAIN,
     "prefix-tuning": CLOSED,
     "llama-adapter": CLOSED,
@@ -29,6 +31,12 @@ REFUSED: dict[str, set[str]] = {
     "olora": set(),
     "eva": set(),
     "dylora": set(),
+    "compacter": PLAIN,
+    "vera": set(),
+    "loha": set(),
+    "lokr": set(),
+    "oft": set(),
+    "boft": set(),
     "ia3": set(),
     "houlsby": set(),
     "pfeiffer": set(),
