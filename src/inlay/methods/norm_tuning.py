@@ -1,0 +1,106 @@
+"""Norm tuning: only the norms' gains and offsets are trained.
+
+Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning",
+arXiv:2312.11420, section 3.
+
+    y = n(x) ∘ (w + Δw) + b + Δb          Δw, Δb (features) start at zero; at every norm of the model
+
+A norm is affine in (w, b), so the trained part is the norm itself with Δw and Δb as its parameters, less what it
+gives without any: nothing for LayerNorm and RMSNorm, n(x) for a norm that multiplies by 1 + w (Gemma). It is
+computed in full precision by the layer's own class and added to the base's output, which stays bit for bit what it
+was while the differences are zero. Norms that keep running statistics tie a batch's rows together: refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core.delta import Delta, DeltaMethod
+from inlay.core.errors import SelectionError, problems
+from inlay.core.layer import Kind
+from inlay.core.method import Recipe
+from inlay.core.site import Site
+from inlay.methods._twin import twin
+from inlay.methods.bitfit import CHANNELS_FIRST
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormTuning(DeltaMethod):
+    """Trained differences to the weight and bias of every norm. No hyper-parameters."""
+
+    name: ClassVar[str] = "norm-tuning"
+    paper: ClassVar[str] = "arXiv:2312.11420"
+    family: ClassVar[str] = "selective"
+    # As for biases: some 1e5 numbers near one, which take steps ten times those of a low-rank update.
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)
+    default_where: ClassVar[str] = "norms"
+    kinds: ClassVar[tuple[Kind, ...]] = ("norm",)
+
+    def build(self, site: Site) -> Delta:
+        if site.module._buffers.get("running_mean") is not None:
+            raise SelectionError(
+                problems(
+                    "where",
+                    [f"{site.path} keeps running statistics of whole batches; leave it out, or train it with 'full'"],
+                )
+            )
+        return NormDelta(site)
+
+    @classmethod
+    def examples(cls) -> list[NormTuning]:
+        return [cls()]
+
+
+class NormDelta(Delta):
+    """Differences to a norm's weight and bias."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(site.empty(site.out_features))  # (features)
+        self.offset = nn.Parameter(site.empty(site.out_features)) if site.bias else None  # (features)
+        names = {"weight": "gain"} | ({"bias": "offset"} if site.bias else {})
+        self.norm = twin(site, self, names, self.gain.dtype)
+        self.blank = _blank(site)
+
+    def initialise(self, site: Site) -> None:
+        for value in (self.gain, self.offset):
+            if value is not None:
+                nn.init.zeros_(value)
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        wide = x.to(self.gain.dtype)
+        change = self.norm(wide)
+        if self.blank is not None:
+            change = change - self.blank(wide)
+        out: Tensor = y + change.to(y.dtype)
+        return out
+
+    def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.gain, None if bias is None or self.offset is None else bias + self.offset
+
+
+class _Blank(nn.Module):
+    """The norm with zeros for its weight and bias; they follow the model to its device and are never stored."""
+
+    def __init__(self, site: Site, device: torch.device) -> None:
+        super().__init__()
+        dtype = site.empty(0).dtype
+        self.register_buffer("zero", torch.zeros(site.out_features, device=device, dtype=dtype), persistent=False)
+        self.norm = twin(site, self, {"weight": "zero"} | ({"bias": "zero"} if site.bias else {}), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x)
+        return y
+
+
+def _blank(site: Site) -> _Blank | None:
+    """The norm without weight and bias, where it gives something even then."""
+    trial = _Blank(site, torch.device("cpu"))
+    probe = torch.linspace(-1, 1, site.in_features, device="cpu", dtype=site.empty(0).dtype)[None]  # (1, features)
+    if isinstance(site.module, CHANNELS_FIRST):
+        probe = torch.stack([probe, 2 * probe], -1)  # (1, features, 2)
+    return _Blank(site, site.device) if bool(trial(probe).any()) else None
