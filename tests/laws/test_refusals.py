@@ -41,6 +41,10 @@ REFUSED: dict[str, set[str]] = {
     "houlsby": set(),
     "pfeiffer": set(),
     "parallel": set(),
+    "stack": PLAIN,
+    "in-parallel": CLOSED,
+    "average": PLAIN,
+    "mam": CLOSED,
     "top-layers": set(),
     "full": set(),
 }

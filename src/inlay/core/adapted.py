@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.errors import UnsupportedError
-from inlay.core.host import Host, Storage
+from inlay.core.host import Host, Storage, thread
 
 
 def adopt(host: Host, features: frozenset[str]) -> None:
@@ -164,22 +165,33 @@ def _checkpointed(host: Host, inner: Callable[..., Any], function: Callable[...,
 
     The prompts' tensors enter as arguments: a reentrant checkpoint runs its own backward for each layer, and
     would otherwise walk the graph that made them once a layer. An empty tensor that requires gradients stands
-    in for the inputs that do not, so the base's embeddings never have to.
+    in for the inputs that do not, so the base's embeddings never have to. What other layers left for a delta in
+    this one enters the same way; what a recomputation leaves for deltas elsewhere is dropped.
     """
     roster = host.roster
     route, call = roster.current(), roster.call.get()
-    tensors = call.tensors(host.path) if call is not None else []
+    layer = _layer(function) or host.module
+    inside = [h for m in layer.modules() if (h := m.__dict__.get("_inlay_host")) is not None]
+    waiting = [(h, path, x) for h in inside for path, x in h.captured.get(thread(), {}).items()]
+    prompts = call.tensors(host.path) if call is not None else []
+    tensors = [*prompts, *(x for _, _, x in waiting)]
     flows = any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *tensors))
     prefilling = call is not None and call.capture is not None  # its keys and values outlive the layer's call
-    layer = _layer(function) or host.module
     if prefilling or (not flows and not _trains(layer, route.used)):
         return function(*args)
     anchor = torch.empty(0, requires_grad=True)
+    runs = itertools.count()
 
     def run(_: Tensor, *given: Any) -> Any:
-        inside = call.with_tensors(host.path, list(given[: len(tensors)])) if call is not None else None
-        with roster.bind(route, inside):
-            return function(*given[len(tensors) :])
+        again = next(runs) > 0
+        for (owner, path, _x), x in zip(waiting, given[len(prompts) : len(tensors)], strict=True):
+            owner.captured.setdefault(thread(), {})[path] = x
+        try:
+            with roster.bind(route, call and call.with_tensors(host.path, list(given[: len(prompts)]))):
+                return function(*given[len(tensors) :])
+        finally:
+            for elsewhere in [h for feeder in inside for h in feeder.feeds] if again else ():
+                elsewhere.captured.pop(thread(), None)
 
     return inner(run, anchor, *tensors, *args)
 

@@ -16,7 +16,7 @@ from inlay.core.adapter import Adapter
 from inlay.core.build import build, initialise
 from inlay.core.errors import UnsupportedError
 from inlay.core.install import install, uninstall
-from inlay.core.measure import Batches, Measured, check_data
+from inlay.core.measure import Batches, check_data
 from inlay.core.method import Method
 from inlay.core.roster import find_roster, roster_of
 from inlay.core.select import Places, Where
@@ -51,7 +51,8 @@ def attach(
     places = Places.of(where, layers)
     check_data(method, data)
     if data is None:
-        measured = Measured(method)
+        measured = method.inherit(model)
+        places = measured.places or places
     else:
         build(model, method, name=name, places=places, modules_to_save=modules_to_save)  # refuse before measuring
         measured = method.measure(model, places, data)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from inlay.core.adapter import Adapter
+from inlay.core.chain import arranged, check_fork
 from inlay.core.delta import Delta
 from inlay.core.errors import AdapterNameError, SelectionError, UnsupportedError, problems
 from inlay.core.method import Method
@@ -40,6 +41,7 @@ def build(
     pieces = _outside(pieces, saved, explicit=places.where is not None and not isinstance(places.where, str))
     _check_parts(pieces, method)
     _check_reached(view, pieces)
+    _check_forks(pieces)
     copies = {}
     for path in saved:
         for parameter_name, value in view.modules[path].named_parameters(prefix=path):
@@ -118,6 +120,16 @@ def _check_reached(view: ModelView, pieces: list[Piece]) -> None:
             f"{', '.join(unreached[:4])} lies in a layer of torch.nn that bypasses its children, so an adapter there "
             "would never act; choose places outside it, or train its parameters with 'full' or 'top-layers'"
         )
+
+
+def _check_forks(pieces: list[Piece]) -> None:
+    """Deltas beside one another must not see each other's work."""
+    by_path: dict[str, list[DeltaPiece]] = {}
+    for piece in pieces:
+        if isinstance(piece, DeltaPiece) and piece.branches:
+            by_path.setdefault(piece.site.path, []).append(piece)
+    for path, beside in by_path.items():
+        check_fork(path, arranged(beside))
 
 
 def _storable(places: Places, pieces: list[Piece]) -> Places:

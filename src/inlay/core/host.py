@@ -7,7 +7,7 @@ The module keeps its place, its parameters and their names; only its class is ex
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta
+from inlay.core.chain import Chain, changes_input, enter, leave
 from inlay.core.errors import RouteError, UnsupportedError
 from inlay.core.route import Route
-from inlay.core.site import Site
 from inlay.core.subset import Difference
 
 if TYPE_CHECKING:
@@ -37,10 +36,11 @@ class Host:
     """What adapters do at one module.
 
     Attributes:
-        deltas: adapter → its deltas here, in the order they act.
+        deltas: adapter → its deltas here, and how they act on one another.
         differences: adapter → parameter name → what is added to it.
         copies: adapter → parameter name → the adapter's own values.
         feeds: hosts whose deltas read this module's input as their ``x``.
+        captured: thread → path of a module that feeds this one → what entered it.
         features: what the module's subclass does (`core/adapted.py`).
         encoder: whether the module's positions are those of an encoder's sequence.
         by_row: whether what enters is a batch of rows: not so for experts and tables of relative positions.
@@ -49,13 +49,13 @@ class Host:
 
     def __init__(self, roster: Roster, path: str, module: nn.Module) -> None:
         self.roster, self.path, self.module = roster, path, module
-        self.deltas: dict[str, list[tuple[Site, Delta]]] = {}
+        self.deltas: dict[str, Chain] = {}
         self.differences: dict[str, dict[str, Difference]] = {}
         self.copies: dict[str, dict[str, nn.Parameter]] = {}
         self.feeds: list[Host] = []
         self.original_class = type(module)
         self.original_forward: Forward | None = module.__dict__.get("forward")
-        self.captured: dict[int, Tensor] = {}
+        self.captured: dict[int, dict[str, Tensor]] = {}
         self.features: frozenset[str] = frozenset()
         self.encoder = False
         self.by_row, self.pooled = True, True
@@ -94,43 +94,24 @@ class Host:
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's forward under the current route."""
-        if self.feeds:
-            for host in self.feeds:
-                host.captured[_thread()] = _first(args, kwargs)
         route = self.roster.current()
         if self.roster.merged is not None:
             self.roster.check_merged(route)
             return forward(*args, **kwargs)
+        for host in self.feeds:
+            if any(name in host.deltas for name in route.used):  # or no one would take it out again
+                host.captured.setdefault(thread(), {})[self.path] = _first(args, kwargs)
         if not route.single:
             return self._mixed(route, forward, args, kwargs)
         name = route.names[0]
         deltas = self.deltas.get(name, ()) if name is not None else ()
         if not deltas:
             return forward(*args, **kwargs)
-        x = _first(args, kwargs)
-        for site, delta in deltas:
-            if site.part is None and site.source is None:
-                x = delta.pre(x)
+        x, seen = enter(deltas, _first(args, kwargs))
         new_args, new_kwargs = _with_first(args, kwargs, x)
         y = forward(*new_args, **new_kwargs)
-        source = self._source(deltas)
-        return _on_tensor(y, lambda t: self._post(deltas, x, source, t))
-
-    def _source(self, deltas: Sequence[tuple[Site, Delta]]) -> Tensor | None:
-        """What entered the module that feeds this one, where a delta reads that."""
-        if all(site.source is None for site, _ in deltas):
-            return None
-        return self.captured.pop(_thread())
-
-    def _post(self, deltas: Sequence[tuple[Site, Delta]], x: Tensor, source: Tensor | None, y: Tensor) -> Tensor:
-        for site, delta in deltas:
-            entering = x if site.source is None or source is None else source
-            if site.part is None:
-                y = delta.post(entering, y, site).to(y.dtype)
-            else:
-                part = site.part.take(y)
-                y = site.part.put(y, delta.post(entering, part, site).to(y.dtype))
-        return y
+        captured = self.captured.pop(thread(), {})
+        return _on_tensor(y, lambda t: leave(deltas, seen, captured, t))
 
     def _mixed(self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One base call; before and after it, each adapter's rows on their own."""
@@ -140,27 +121,28 @@ class Host:
             return forward(*args, **kwargs)
         x = _first(args, kwargs)
         rows = {n: self._rows(route, n, x) for n in dict.fromkeys(route.names)}
-        seen = x
+        entering = x
+        seen: dict[str, list[Tensor]] = {}
         for name in names:
-            for site, delta in self.deltas[name]:
-                if site.part is None and site.source is None and type(delta).pre is not Delta.pre:
-                    seen = _put_rows(seen, rows[name], delta.pre(seen[rows[name]]))
+            own, seen[name] = enter(self.deltas[name], x[rows[name]])
+            if changes_input(self.deltas[name]):
+                entering = _put_rows(entering, rows[name], own)
         if copied:
-            y = self._split(route, forward, args, kwargs, seen, rows)
+            y = self._split(route, forward, args, kwargs, entering, rows)
         else:
-            new_args, new_kwargs = _with_first(args, kwargs, seen)
+            new_args, new_kwargs = _with_first(args, kwargs, entering)
             y = forward(*new_args, **new_kwargs)
         if not names:
             return y
-        source = self._source([d for n in names for d in self.deltas[n]])
+        captured = self.captured.pop(thread(), {})
 
         def post(t: Tensor) -> Tensor:
             out = t.clone()
             for name in names:
-                at = rows[name] if t.shape[0] == seen.shape[0] else self._rows(route, name, t)
-                fed = None if source is None else source[self._rows(route, name, source)]
+                at = rows[name] if t.shape[0] == x.shape[0] else self._rows(route, name, t)
+                fed = {p: t[self._rows(route, name, t)] for p, t in captured.items()}
                 with self._alone(name, rows[name]):
-                    out[at] = self._post(self.deltas[name], seen[rows[name]], fed, t[at])
+                    out[at] = leave(self.deltas[name], seen[name], fed, t[at])
             return out
 
         return _on_tensor(y, post)
@@ -207,7 +189,8 @@ class Host:
         return torch.cat(parts)[order]
 
 
-def _thread() -> int:
+def thread() -> int:
+    """Under which key this thread's captured inputs are kept."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 

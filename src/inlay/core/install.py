@@ -8,11 +8,13 @@ from inlay.core import roles
 from inlay.core.adapted import adopt, release
 from inlay.core.adapter import Adapter
 from inlay.core.attention import implementation
+from inlay.core.chain import Chain, arranged, leaves
 from inlay.core.errors import UnsupportedError
 from inlay.core.host import Host, Storage
 from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
 from inlay.core.prompt import TokenPrompt
 from inlay.core.roster import Roster, find_roster
+from inlay.core.subset import SummedDifference
 from inlay.core.view import ModelView
 
 
@@ -96,13 +98,21 @@ def _thaw(roster: Roster) -> None:
 
 
 def _place(roster: Roster, adapter: Adapter) -> None:
+    deltas: dict[str, list[DeltaPiece]] = {}
+    differences: dict[str, list[SubsetPiece]] = {}
+    for piece in adapter.pieces:
+        if isinstance(piece, DeltaPiece):
+            deltas.setdefault(piece.site.path, []).append(piece)
+        elif isinstance(piece, SubsetPiece):
+            differences.setdefault(piece.name, []).append(piece)
     for piece in adapter.pieces:
         match piece:
             case DeltaPiece():
-                _place_delta(roster, adapter.name, piece)
+                _place_delta(roster, adapter.name, piece, arranged(deltas[piece.site.path]))
             case SubsetPiece():
                 owner = roster.model.get_submodule(piece.path)
-                _place_parameter(roster, adapter.name, owner._parameters[piece.parameter], piece)
+                value = owner._parameters[piece.parameter]
+                _place_parameter(roster, adapter.name, value, piece, differences[piece.name])
             case PromptPiece():
                 _place_prompt(roster, adapter.name, piece)
     for full, copy in adapter.copies.items():
@@ -115,23 +125,27 @@ def _place(roster: Roster, adapter: Adapter) -> None:
     roster.adapters[adapter.name] = adapter
 
 
-def _place_delta(roster: Roster, name: str, piece: DeltaPiece) -> None:
+def _place_delta(roster: Roster, name: str, piece: DeltaPiece, chain: Chain) -> None:
     site = piece.site
     host = _grant(roster, site.path, "forward")
-    host.deltas.setdefault(name, []).append((site, piece.delta))
-    _store(host, name, site.part.name if site.part else "delta", piece.delta)
-    if site.source is not None:
-        feeder = _grant(roster, site.source, "forward")
+    host.deltas[name] = chain
+    _store(host, name, piece.label + (site.part.name if site.part else "delta"), piece.delta)
+    for source in site.fed_by:
+        feeder = _grant(roster, source, "forward")
         if host not in feeder.feeds:
             feeder.feeds.append(host)
 
 
-def _place_parameter(roster: Roster, name: str, value: nn.Parameter | None, piece: SubsetPiece) -> None:
+def _place_parameter(
+    roster: Roster, name: str, value: nn.Parameter | None, piece: SubsetPiece, same: list[SubsetPiece]
+) -> None:
     assert value is not None
+    alone = len(same) == 1 and piece.weight == 1
+    change = piece.difference if alone else SummedDifference([(p.weight, p.difference) for p in same])
     for host, parameter in _holders(roster, value):
-        host.differences.setdefault(name, {})[parameter] = piece.difference
+        host.differences.setdefault(name, {})[parameter] = change
         if host.path == piece.path:
-            _store(host, name, f"difference_{parameter}", piece.difference)
+            _store(host, name, f"{piece.label}difference_{parameter}", piece.difference)
         _grant(roster, host.path)
 
 
@@ -257,7 +271,7 @@ def _store(host: Host, name: str, key: str, trained: nn.Module) -> None:
         storage[name] = Storage()
     slot = storage[name]
     assert isinstance(slot, Storage)
-    slot[key.replace(".", "_")] = trained
+    slot[key.replace(".", "_").replace("/", "_")] = trained
     trained.train(host.module.training)
 
 
@@ -273,7 +287,9 @@ def _remove(roster: Roster, adapter: Adapter) -> None:
             if len(storage) == 0:
                 del host.module._modules["inlay"]
     for host in roster.hosts.values():
-        host.feeds = [h for h in host.feeds if any(s.source == host.path for d in h.deltas.values() for s, _ in d)]
+        host.feeds = [
+            h for h in host.feeds if any(host.path in s.fed_by for d in h.deltas.values() for s, _ in leaves(d))
+        ]
     for host in list(roster.hosts.values()):
         idle = not (host.deltas or host.copies or host.feeds) and host.path != ""
         adopt(host, host.features - {"forward"} if idle else host.features)

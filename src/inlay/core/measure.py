@@ -18,6 +18,7 @@ from inlay.core.errors import ConfigError
 from inlay.core.method import Method
 from inlay.core.roster import find_roster
 from inlay.core.route import Route
+from inlay.core.select import Places
 
 Batches = Iterable[Mapping[str, Any]]
 
@@ -29,10 +30,12 @@ class Measured:
     Attributes:
         method: to be built and stored; sizes that depend on the data are filled in.
         values: piece key (``Site.key``, parameter name) → name in the piece's state → initial value.
+        places: where it goes, where that follows from what was found and not from the user.
     """
 
     method: Method
     values: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    places: Places | None = None
 
 
 def check_data(method: Method, data: Batches | None) -> None:

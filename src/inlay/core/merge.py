@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.adapter import Adapter
-from inlay.core.delta import Delta
+from inlay.core.chain import weights
 from inlay.core.errors import UnsupportedError, problems
 from inlay.core.layer import Undo, read_weight, write_weight
 from inlay.core.pieces import DeltaPiece, PromptPiece
 from inlay.core.roster import Merged, Roster, roster_of
-from inlay.core.site import Site
 
 
 @dataclass(frozen=True)
@@ -98,21 +97,9 @@ def _merge_deltas(roster: Roster, adapter: Adapter, undo: list[Undo], errors: di
         dtype = weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         exact, exact_bias = weight.to(wide), None if bias is None else bias.to(wide)
-        for site, delta in placed:
-            exact, exact_bias = _weight_of(site, delta, exact, exact_bias)
+        exact, exact_bias = weights(placed, exact, exact_bias)
         errors[host.path] = _loss(exact, dtype)
         undo.append(write_weight(host.module, exact, exact_bias))
-
-
-def _weight_of(site: Site, delta: Delta, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A delta's weight view, on its part of a fused layer where the site is one."""
-    if site.part is None:
-        return delta.weight(weight, bias)
-    part_bias = None if bias is None else site.part.take(bias, 0)
-    new, new_bias = delta.weight(site.part.take(weight, 0), part_bias)
-    if bias is not None and new_bias is not None:
-        bias = site.part.put(bias, new_bias, 0)
-    return site.part.put(weight, new, 0), bias
 
 
 def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> None:

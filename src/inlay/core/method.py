@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from inlay.core.errors import ConfigError, nearest, problems
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from inlay.core.adapter import Adapter
     from inlay.core.clock import Clock
@@ -83,6 +83,12 @@ class Method(ABC):
 
         return Measured(self)
 
+    def inherit(self, model: nn.Module) -> Measured:
+        """Take over what the method is made of from adapters that `model` has already (AdapterFusion)."""
+        from inlay.core.measure import Measured
+
+        return Measured(self)
+
     def clock(self, adapter: Adapter) -> Clock | None:
         """What happens around the optimizer's steps of this adapter (`core/clock.py`), or None."""
         return None
@@ -90,6 +96,13 @@ class Method(ABC):
     def rate_of(self, name: str) -> float:
         """By how much the learning rate of the tensor stored as `name` is multiplied."""
         return 1.0
+
+    def stored(self, adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
+        """What a file holds of the adapter: a schedule that is over may leave out what only training needed.
+
+        The returned method must build exactly the returned tensors.
+        """
+        return self, adapter.tensors()
 
     def for_steps(self, total: int) -> Self:
         """This method in a run of `total` optimizer steps: fills `total_steps` in where it is left open."""
@@ -115,7 +128,12 @@ class Method(ABC):
         wrong = [f"unknown hyper-parameter {k!r}{nearest(k, known)}" for k in given if k not in known]
         if wrong:
             raise ConfigError(problems(f"method {cls.name!r}", wrong))
-        return cls(**{k: _plain(v) for k, v in given.items()})
+        return cls._of({k: _plain(v) for k, v in given.items()})
+
+    @classmethod
+    def _of(cls, fields: Mapping[str, Any]) -> Self:
+        """The method with these fields; where the constructor takes other arguments, it says how."""
+        return cls(**fields)
 
     def require(self, *checks: tuple[bool, str]) -> None:
         """Raise one `ConfigError` that lists every check that is false."""

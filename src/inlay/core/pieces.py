@@ -14,15 +14,31 @@ from inlay.core.subset import Difference
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A piece's place in a composition: of which fork it is which branch, and with what weight (`core/chain.py`)."""
+
+    fork: str
+    number: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class DeltaPiece:
-    """A delta and its site."""
+    """A delta and its site.
+
+    Attributes:
+        label: in front of the key; tells the members of a composition apart.
+        branches: where it stands in a composition, outermost fork first.
+    """
 
     site: Site
     delta: Delta
+    label: str = ""
+    branches: tuple[Branch, ...] = ()
 
     @property
     def key(self) -> str:
-        return self.site.key
+        return self.label + self.site.key
 
 
 @dataclass(frozen=True)
@@ -35,15 +51,22 @@ class PromptPiece:
 
 @dataclass(frozen=True)
 class SubsetPiece:
-    """A difference to one parameter of the base."""
+    """A difference to one parameter of the base; `weight` is its share in a composition."""
 
     path: str
     parameter: str
     difference: Difference
+    label: str = ""
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Of the parameter, in full."""
+        return f"{self.path}.{self.parameter}" if self.path else self.parameter
 
     @property
     def key(self) -> str:
-        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+        return self.label + self.name
 
 
 Piece = DeltaPiece | PromptPiece | SubsetPiece

@@ -42,6 +42,7 @@ def prepare(roster: Roster, route: Route) -> Call:
     for name in route.used:
         pairs: list[KeyValues] = []
         gated: list[KeyValues] = []
+        tokens: list[Tensor] = []
         for piece in roster.require(name).pieces:
             if not isinstance(piece, PromptPiece):
                 continue
@@ -51,20 +52,23 @@ def prepare(roster: Roster, route: Route) -> Call:
                 call.sequences[name] = torch.cat([*before, prompt.embeddings()])
                 continue
             if isinstance(prompt, TokenPrompt):
-                pairs.append(_prefill(roster, name, prompt))
-                prefilled.add(name)
-            elif prompt.gated:
-                gated.append(prompt.keys_values())
+                tokens.append(prompt.embeddings())
                 continue
-            else:
-                pairs.append(prompt.keys_values())
-            call.shifts[name] = call.shifts.get(name, 0) + prompt.length
-        if pairs:
-            call.prefixes[name] = _joined(pairs)
-        if gated:
-            call.gated[name] = gated[0]
+            (gated if prompt.gated else pairs).append(prompt.keys_values())
+            if not prompt.gated:
+                call.shifts[name] = call.shifts.get(name, 0) + prompt.length
         if len(gated) > 1:
             raise UnsupportedError(f"adapter {name!r} has several gated prompts; attach them as adapters of their own")
+        if gated:
+            call.gated[name] = gated[0]
+        if pairs:
+            call.prefixes[name] = _joined(pairs)
+        if tokens:  # they see the key/value pairs, as they do where they join an encoder's sequence
+            embeddings = torch.cat(tokens)
+            pairs.append(_prefill(roster, name, embeddings, call))
+            call.prefixes[name] = _joined(pairs)
+            call.shifts[name] = call.shifts.get(name, 0) + embeddings.shape[0]
+            prefilled.add(name)
     return replace(call, prefilled=frozenset(prefilled))
 
 
@@ -82,11 +86,10 @@ def _joined(pairs: list[KeyValues]) -> KeyValues:
     }
 
 
-def _prefill(roster: Roster, name: str, prompt: TokenPrompt) -> KeyValues:
-    """Run the virtual tokens through the model under their own adapter and keep what attention saw."""
+def _prefill(roster: Roster, name: str, embeddings: Tensor, prompts: Call) -> KeyValues:
+    """Run virtual tokens (length, hidden) through the model under their own adapter and keep what attention saw."""
     model: Any = roster.model
     base = getattr(model, "base_model", model)
-    embeddings = prompt.embeddings()
     if embeddings.requires_grad and _sharded(model):
         raise UnsupportedError(
             "a token prompt on a sharded decoder cannot be trained: FSDP frees the layers that its keys and values "
@@ -95,7 +98,7 @@ def _prefill(roster: Roster, name: str, prompt: TokenPrompt) -> KeyValues:
     weight = next(iter(model.get_input_embeddings()._parameters.values()))
     captured: KeyValues = {}
     route = Route((name,))
-    with roster.bind(route, Call(route, capture=captured)):
+    with roster.bind(route, replace(prompts, route=route, capture=captured)):
         base(inputs_embeds=embeddings.to(weight.dtype)[None], use_cache=False)
     if not captured:
         raise UnsupportedError(f"no attention module of {type(model).__name__} passed through the attention interface")
@@ -236,7 +239,7 @@ def shift(host: Host, positions: Tensor, *, relative: bool = False) -> Tensor:
     call = host.roster.call.get()
     if relative and call is not None and call.padding is not None and not host.encoder:
         positions = (positions - call.padding[:, None]).clamp(min=0)
-    if call is None or call.capture is not None:
+    if call is None:
         return positions
     if host.encoder and not call.sequences:
         return positions

@@ -34,6 +34,7 @@ SUBLAYER_DROPOUT = re.compile(
 )
 
 LEARNED_POSITIONS = re.compile(r"(?:^|.*\.)(wpe|embed_positions|position_embeddings)")
+FINAL_NORM = re.compile(r"(norm|ln_f|norm_f|layer_?norm|final_layer_?norm|final_norm)")  # beside the numbered layers
 EXPERT = re.compile(r".*\bexperts?\..*")
 CROSS_ATTENTION = re.compile(r".*(encoder_attn|crossattention|cross_attn|EncDecAttention)")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inlay.core.errors import UnsupportedError
 from inlay.core.layer import Kind, read_weight
 from inlay.core.part import Part
 
@@ -24,6 +27,8 @@ class Site:
         part: the part of a fused layer's outputs, or None for the whole.
         source: path of the module whose *input* is this site's ``x``, where that is another one: a delta
             beside a feed-forward reads what enters its first matrix and adds to what leaves its last.
+        sources: paths of several modules whose inputs, as a tuple, are this site's ``x``: a side network reads
+            what enters every block.
     """
 
     path: str
@@ -37,6 +42,7 @@ class Site:
     role: str | None = None
     part: Part | None = None
     source: str | None = None
+    sources: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -47,6 +53,28 @@ class Site:
     def original_class(self) -> type[nn.Module]:
         """The layer's own class, also where another adapter has exchanged it."""
         return next(c for c in type(self.module).__mro__ if not getattr(c, "inlay_adapted", False))
+
+    @property
+    def fed_by(self) -> tuple[str, ...]:
+        """Paths of the modules whose inputs a delta here reads in place of its own layer's."""
+        return self.sources if self.source is None else (self.source,)
+
+    def entering(self, x: Tensor, captured: Mapping[str, Tensor]) -> Any:
+        """What a delta here is given as ``x``.
+
+        Args:
+            x: what enters the layer.
+            captured: what entered the modules of `fed_by`.
+        """
+        missing = [path for path in self.fed_by if path not in captured]
+        if missing:
+            raise UnsupportedError(
+                f"an adapter at {self.path} reads what enters {missing[0]}, which has not run yet in this model; "
+                "choose another method for this model"
+            )
+        if self.source is not None:
+            return captured[self.source]
+        return tuple(captured[path] for path in self.sources) if self.sources else x
 
     def read_weight(self) -> tuple[Tensor, Tensor | None]:
         """The base's weight and bias in canonical layout; of the part, where the site is one."""

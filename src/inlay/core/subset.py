@@ -10,6 +10,7 @@ what was learnt; a sparse method (FISH mask, LT-SFT) keeps d at its chosen entri
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,21 @@ class DenseDifference(Difference):
 
     def apply_to(self, value: Tensor) -> Tensor:
         return (value + self.difference).to(value.dtype)
+
+
+class SummedDifference(Difference):
+    """Several differences to one parameter, each with its weight; they are stored where their pieces are."""
+
+    def __init__(self, parts: Sequence[tuple[float, Difference]]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)  # a tuple: the modules belong to their pieces
+
+    def apply_to(self, value: Tensor) -> Tensor:
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        total = wide
+        for weight, part in self.parts:
+            total = total + weight * (part.apply_to(wide) - wide)
+        return total.to(value.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

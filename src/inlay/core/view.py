@@ -41,6 +41,19 @@ class AttentionPlace:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class Stack:
+    """The numbered layers that hidden states pass through.
+
+    Attributes:
+        blocks: their paths, in order.
+        end: the norm behind the last one, or the last one's output where there is none.
+    """
+
+    blocks: tuple[str, ...]
+    end: Site
+
+
 class ModelView:
     """Sites, attention places and parameters of a model, found by structure.
 
@@ -104,6 +117,47 @@ class ModelView:
             found.sort(key=lambda s: list(self.modules).index(s.path))
         return found
 
+    def stack(self) -> Stack:
+        """The layers between the input and the output head; an encoder-decoder's are its decoder's.
+
+        Raises:
+            UnsupportedError: the model has no numbered layers, several stacks of them, or uses one several times.
+        """
+        within = ""
+        if getattr(self.config, "is_encoder_decoder", False):
+            decoder: Any = self.model.get_decoder()  # type: ignore[operator]
+            within = next(p for p, m in self.modules.items() if m is decoder)
+        roots = {s.path for s in self.layers.values() if s.role in (*roles.ATTENTION, *roles.MLP)}
+        found = {at[0]: None for p in roots if p.startswith(within) and (at := roles.layer_of(p)) and at[0]}
+        if len(found) != 1:
+            raise UnsupportedError(
+                f"{type(self.model).__name__} has {len(found)} stacks of numbered layers ({', '.join(found)}), expected "
+                "one that leads from the input to the output; choose another method for this model"
+            )
+        path = next(iter(found))
+        blocks = tuple(p for p in self.modules if roles.layer_of(p) is not None and p.rpartition(".")[0] == path)
+        said = _first(self.text_config, ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer"))
+        if said is not None and said != len(blocks):
+            raise UnsupportedError(
+                f"{type(self.model).__name__} passes {said} layers but has {len(blocks)} at {path}: they are used more "
+                "than once, so what enters a layer is not one tensor; choose another method for this model"
+            )
+        beside = path.rpartition(".")[0]
+        norms = [
+            s for p, s in self.layers.items()
+            if s.kind == "norm" and p.rpartition(".")[0] == beside and roles.FINAL_NORM.fullmatch(p.rpartition(".")[2])
+        ]  # fmt: skip
+        return Stack(blocks, norms[0] if len(norms) == 1 else self._output(blocks[-1]))
+
+    def _output(self, path: str) -> Site:
+        """A site at what leaves a module of hidden states."""
+        held = next(self.modules[path].parameters())
+        return _site(
+            path,
+            self.modules[path],
+            LayerShape("output", self.hidden_size, self.hidden_size, False, held.dtype, held.device),
+        )
+
     def _in_role(self, role: str) -> Iterator[Site]:
         for site in self.layers.values():
             if site.role == role and site.kind == "linear":
@@ -122,11 +176,7 @@ class ModelView:
                 continue
             inside = [s for p, s in self.layers.items() if p.startswith(path + ".") and s.role == "down"]
             if not inside and next(module.parameters(), None) is not None:
-                parameter = next(module.parameters())
-                shape = LayerShape(
-                    "output", self.hidden_size, self.hidden_size, False, parameter.dtype, parameter.device
-                )
-                found.append(_site(path, module, shape))
+                found.append(self._output(path))
         return found
 
     def _sublayer(self, site: Site) -> Site:

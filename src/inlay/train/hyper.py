@@ -9,10 +9,12 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from inlay.core.errors import ConfigError, nearest, problems
 from inlay.core.method import Method
+
+_CLASSES = ConfigDict(arbitrary_types_allowed=True)  # fields may hold methods
 
 
 def parse_settings(method: str, words: Sequence[str]) -> dict[str, Any]:
@@ -61,7 +63,15 @@ def build_method(name: str, settings: Mapping[str, Any]) -> Method:
     from inlay.methods import method_named
 
     cls = method_named(name)
-    return cls.from_dict(check_fields(cls, settings, heading=f"method {name!r}", noun="hyper-parameter"))
+    nested = {key: _methods_in(value) for key, value in settings.items()}
+    return cls.from_dict(check_fields(cls, nested, heading=f"method {name!r}", noun="hyper-parameter"))
+
+
+def _methods_in(value: Any) -> Any:
+    """A value in which every mapping that names a method is that method (`Stack`, `Parallel`, `Average`)."""
+    if isinstance(value, Mapping) and "method" in value:
+        return build_method(str(value["method"]), {k: v for k, v in value.items() if k != "method"})
+    return [_methods_in(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_fields(cls: type, values: Mapping[str, Any], *, heading: str, noun: str) -> dict[str, Any]:
@@ -74,7 +84,7 @@ def check_fields(cls: type, values: Mapping[str, Any], *, heading: str, noun: st
             found.append(f"unknown {noun} {key!r}{nearest(key, hints)}")
             continue
         try:
-            checked[key] = TypeAdapter(hints[key]).validate_python(value)
+            checked[key] = TypeAdapter(hints[key], config=_CLASSES).validate_python(value)
         except ValidationError:
             found.append(f"{key}={value!r} is not {_called(hints[key])}")
     if found:

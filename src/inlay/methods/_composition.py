@@ -1,0 +1,204 @@
+"""What the compositions share: methods inside a method, and their pieces told apart.
+
+The members' pieces stay pieces of their own, each labelled with its member's number, so that files, counts,
+initialisation from data and learning rates work as they do for the member alone. How deltas at one module act
+on one another is in `core/chain.py`; prompts stand behind one another; differences to a parameter add.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from inlay.core.adapter import Adapter
+from inlay.core.clock import Clock
+from inlay.core.errors import SelectionError, UnsupportedError
+from inlay.core.measure import Batches, Measured
+from inlay.core.method import Method, Recipe
+from inlay.core.pieces import Branch, DeltaPiece, Piece, PromptPiece, SubsetPiece
+from inlay.core.prompt import PromptMethod
+from inlay.core.select import Places
+from inlay.core.shared import Shared, shared_in
+
+if TYPE_CHECKING:
+    from inlay.core.view import ModelView
+
+
+@dataclass(frozen=True, init=False)
+class Composition(Method, ABC):
+    """Methods that make one adapter. Abstract.
+
+    The recipe is that of the member with the smallest learning rate: one rate serves all of them.
+
+    Attributes:
+        methods: its members; each keeps its own default places, and the user's `where` holds for all that take it.
+    """
+
+    family: ClassVar[str] = "composition"
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # an instance has its member's
+    default_where: ClassVar[tuple[str, ...]] = ()
+
+    methods: tuple[Method, ...]
+
+    def _hold(self, methods: Sequence[Method]) -> None:
+        wrong = [m for m in methods if not isinstance(m, Method)]
+        self.require((not wrong, f"{wrong} are not methods; give instances like LoRA(rank=4)"))
+        self.require((len(methods) >= 1, "there are no methods in it"))
+        failures: dict[str, str] = {}
+        for method in methods:
+            failures = {**method.expected_failures, **failures}
+        facts = {
+            "methods": tuple(methods),
+            "recipe": min((m.recipe for m in methods), key=lambda r: r.learning_rate),
+            "needs_data": any(m.needs_data for m in methods),
+            "expected_failures": failures,
+        }
+        for name, value in facts.items():  # facts of the instance, where a plain method has them on its class
+            object.__setattr__(self, name, value)
+
+    def with_members(self, methods: Sequence[Method]) -> Self:
+        """The same composition of other members."""
+        return type(self)(*methods)
+
+    def branch(self, number: int) -> Branch | None:
+        """Where a member's deltas stand; None where each wraps what the former left."""
+        return None
+
+    @classmethod
+    def _of(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(*restored(fields.get("methods", ())))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "methods": [m.to_dict() for m in self.methods]}
+
+    def for_steps(self, total: int) -> Self:
+        return self.with_members([m.for_steps(total) for m in self.methods])
+
+    def rate_of(self, name: str) -> float:
+        kind, _, rest = name.partition("/")
+        number, _, own = rest.partition("/")
+        return 1.0 if kind == "copy" else self.methods[int(number)].rate_of(f"{kind}/{own}")
+
+    def pieces(self, view: ModelView, places: Places) -> list[Piece]:
+        found: list[Piece] = []
+        for number, (method, own) in enumerate(self._placed(places)):
+            inside = method.pieces(view, own)
+            for shared in _shared(inside):
+                shared.key = f"{number}/{shared.key}"
+            found += [_labelled(piece, number, self.branch(number)) for piece in inside]
+        return found
+
+    def _placed(self, places: Places) -> Iterator[tuple[Method, Places]]:
+        """Each member with the places that hold for it."""
+        if callable(places.where):
+            raise SelectionError(
+                f"method {self.name!r}: a predicate cannot be stored for several methods; give names or a pattern"
+            )
+        if places.where is not None and not takes_where(self):
+            raise SelectionError(f"method {self.name!r}: none of its methods takes `where`; leave it out")
+        for method in self.methods:
+            yield method, places if takes_where(method) else replace(places, where=None)
+
+    def measure(self, model: nn.Module, places: Places, data: Batches) -> Measured:
+        batches = list(data)
+        found = [m.measure(model, p, batches) if m.needs_data else Measured(m) for m, p in self._placed(places)]
+        values = {f"{i}/{key}": state for i, measured in enumerate(found) for key, state in measured.values.items()}
+        return Measured(self.with_members([measured.method for measured in found]), values)
+
+    def inherit(self, model: nn.Module) -> Measured:
+        found = [m.inherit(model) for m in self.methods]
+        if any(measured.places is not None for measured in found):
+            raise UnsupportedError(
+                f"method {self.name!r}: a method that is made of attached adapters has their places, so it cannot be "
+                "a member of a composition; attach it by itself"
+            )
+        values = {f"{i}/{key}": state for i, measured in enumerate(found) for key, state in measured.values.items()}
+        return Measured(self.with_members([measured.method for measured in found]), values)
+
+    def stored(self, adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
+        found = [m.stored(Member(adapter, number)) for number, m in enumerate(self.methods)]
+        tensors = {f"copy/{name}": value.detach() for name, value in adapter.copies.items()}
+        for number, (_, own) in enumerate(found):
+            tensors |= {f"{kind}/{number}/{rest}": t for n, t in own.items() for kind, _, rest in [n.partition("/")]}
+        return self.with_members([method for method, _ in found]), tensors
+
+    def clock(self, adapter: Adapter) -> Clock | None:
+        clocks = [m.clock(Member(adapter, number)) for number, m in enumerate(self.methods)]
+        return Clocks(adapter, [c for c in clocks if c is not None]) if any(clocks) else None
+
+
+def takes_where(method: Method) -> bool:
+    """Whether the user's `where` means anything to a method: to a prompt it does not."""
+    if isinstance(method, Composition):
+        return any(takes_where(m) for m in method.methods)
+    return not isinstance(method, PromptMethod)
+
+
+def restored(values: Sequence[Any]) -> list[Method]:
+    """Methods from the plain data of a file."""
+    from inlay.methods import method_named
+
+    return [v if isinstance(v, Method) else method_named(str(v["method"])).from_dict(v) for v in values]
+
+
+class Member(Adapter):
+    """One member's part of an adapter, as its clock knows it: its own method and its own pieces."""
+
+    def __init__(self, whole: Adapter, number: int) -> None:
+        label = f"{number}/"
+        pieces = [_bare(p, label) for p in whole.pieces if p.key.startswith(label)]
+        self._whole, self._number = whole, number
+        super().__init__(whole.name, whole.method, whole.places, pieces)
+
+    def _named(self, *, keep_vars: bool) -> dict[str, Tensor]:
+        found = super()._named(keep_vars=keep_vars)
+        return {n.replace(f"shared/{self._number}/", "shared/", 1): t for n, t in found.items()}
+
+    @property
+    def method(self) -> Method:
+        """As the whole adapter has it now: a run may fill in the number of its steps later."""
+        whole = self._whole.method
+        assert isinstance(whole, Composition)
+        return whole.methods[self._number]
+
+    @method.setter
+    def method(self, value: Method) -> None:
+        pass  # the dataclass sets its field
+
+
+class Clocks(Clock):
+    """Keeps the members' clocks; each is told of the steps by itself."""
+
+    def __init__(self, adapter: Adapter, clocks: Sequence[Clock]) -> None:
+        super().__init__(adapter)
+        self.clocks = tuple(clocks)
+
+
+def _shared(pieces: Sequence[Piece]) -> list[Shared]:
+    modules = (p.delta if isinstance(p, DeltaPiece) else p.prompt for p in pieces if not isinstance(p, SubsetPiece))
+    return list({id(s): s for m in modules for s in shared_in(m).values()}.values())
+
+
+def _labelled(piece: Piece, number: int, branch: Branch | None) -> Piece:
+    """A member's piece as one of the composition's."""
+    label = f"{number}/"
+    match piece:
+        case DeltaPiece():
+            inner = tuple(replace(b, fork=label + b.fork) for b in piece.branches)
+            outer = () if branch is None else (branch,)
+            return replace(piece, label=label + piece.label, branches=outer + inner)
+        case SubsetPiece():
+            weight = piece.weight * (1.0 if branch is None else branch.weight)
+            return replace(piece, label=label + piece.label, weight=weight)
+        case PromptPiece():
+            return replace(piece, key=label + piece.key)
+
+
+def _bare(piece: Piece, label: str) -> Piece:
+    if isinstance(piece, PromptPiece):
+        return replace(piece, key=piece.key.removeprefix(label))
+    return replace(piece, label=piece.label.removeprefix(label))

@@ -1,0 +1,56 @@
+"""Parallel: methods beside one another, as one adapter.
+
+He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning", arXiv:2110.04366, section 3.3:
+designs are combined by adding what each contributes.
+
+    y + Σᵢ (postᵢ(x, y) − y)          all read the base's own x and y          W + Σᵢ (Wᵢ − W)
+    x + Σᵢ (preᵢ(x) − x)              for those that change what enters a linear layer
+
+A method that changes what enters a layer cannot stand beside one that reads what leaves it: the second would
+see the first's work, and the two views would differ. That is refused; `Stack` is the order for it. Prompts stand
+behind one another in front of the text; differences to the same parameter add. It merges where all its methods do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from inlay.core.method import Method
+from inlay.core.pieces import Branch
+from inlay.methods._composition import Composition
+
+
+@dataclass(frozen=True, init=False)
+class Parallel(Composition):
+    """``Parallel(LoRA(rank=4), Houlsby())``: methods beside one another.
+
+    Attributes:
+        methods: in any order.
+    """
+
+    name: ClassVar[str] = "in-parallel"
+    paper: ClassVar[str] = "arXiv:2110.04366"
+
+    methods: tuple[Method, ...]
+
+    def __init__(self, *methods: Method) -> None:
+        from inlay.methods.lora import LoRA
+        from inlay.methods.parallel import ParallelAdapter
+
+        self._hold(methods or (LoRA(), ParallelAdapter()))
+
+    def branch(self, number: int) -> Branch:
+        return Branch("", number)
+
+    @classmethod
+    def examples(cls) -> list[Parallel]:
+        from inlay.methods.houlsby import Houlsby
+        from inlay.methods.lora import LoRA
+        from inlay.methods.parallel import ParallelAdapter
+        from inlay.methods.prefix_tuning import PrefixTuning
+
+        return [
+            cls(LoRA(rank=2), Houlsby(bottleneck=4)),
+            cls(PrefixTuning(length=3, projection=None), ParallelAdapter(bottleneck=4)),
+        ]

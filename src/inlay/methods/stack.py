@@ -1,0 +1,48 @@
+"""Stack: methods one after another, as one adapter.
+
+The composition block of Poth et al. 2023, "Adapters: A Unified Library for Parameter-Efficient and Modular Transfer
+Learning", arXiv:2311.11077, section 4, here for any methods and not only for bottlenecks.
+
+    layer₀ = the base's;  layerᵢ = methodᵢ around layerᵢ₋₁          at every place that several methods share
+
+So each method's `post` sees what the former left, and the last one's `pre` comes first; in weights
+W ← weight_n(… weight₁(W)). Prompts stand behind one another, virtual tokens seeing the key/value pairs;
+differences to the same parameter add. It merges where all its methods do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from inlay.core.method import Method
+from inlay.methods._composition import Composition
+
+
+@dataclass(frozen=True, init=False)
+class Stack(Composition):
+    """``Stack(IA3(), LoRA(rank=4))``: methods one after another.
+
+    Attributes:
+        methods: first is nearest to the base.
+    """
+
+    name: ClassVar[str] = "stack"
+    paper: ClassVar[str] = "arXiv:2311.11077"
+
+    methods: tuple[Method, ...]
+
+    def __init__(self, *methods: Method) -> None:
+        from inlay.methods.ia3 import IA3
+        from inlay.methods.lora import LoRA
+
+        self._hold(methods or (IA3(), LoRA()))
+
+    @classmethod
+    def examples(cls) -> list[Stack]:
+        from inlay.methods.houlsby import Houlsby
+        from inlay.methods.ia3 import IA3
+        from inlay.methods.lora import LoRA
+        from inlay.methods.pfeiffer import Pfeiffer
+
+        return [cls(IA3(), LoRA(rank=2)), cls(Houlsby(bottleneck=4), Pfeiffer(reduction=2))]
