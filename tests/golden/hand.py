@@ -31,10 +31,12 @@ def numbers(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def gradients(adapter: Adapter) -> dict[str, Tensor]:
-    """Stored name → gradient; every parameter must have got one."""
+    """Stored name → gradient; every parameter must have got one. What is stored but not trained has none."""
     by_address = {p.data_ptr(): p for p in adapter.parameters()}
     found = {}
     for name, tensor in adapter.tensors().items():
+        if tensor.data_ptr() not in by_address:
+            continue
         gradient = by_address[tensor.data_ptr()].grad
         assert gradient is not None, f"{name} got no gradient"
         found[name] = gradient
