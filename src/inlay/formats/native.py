@@ -38,11 +38,12 @@ KEYS = {"format", "name", "method", "places", "modules_to_save", "base", "base_n
 
 def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
     """Write the adapter beside its final name, then rename: the folder never holds half a file."""
-    tensors = {n: t.detach().cpu().contiguous() for n, t in adapter.tensors().items()}
+    method, stored = adapter.method.stored(adapter)
+    tensors = {n: t.detach().cpu().contiguous() for n, t in stored.items()}
     header = {
         "format": FORMAT,
         "name": adapter.name,
-        "method": adapter.method.to_dict(),
+        "method": method.to_dict(),
         "places": adapter.places.to_dict(),
         "modules_to_save": list(adapter.modules_to_save),
         "base": fingerprint(model, without=adapter.copies).to_dict(),
