@@ -24,6 +24,7 @@ REFUSED: dict[str, set[str]] = {
     "prefix-tuning": CLOSED,
     "llama-adapter": CLOSED,
     "lora": set(),
+    "adalora": set(),
     "dora": set(),
     "lora-plus": set(),
     "lora-fa": set(),

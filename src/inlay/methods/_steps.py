@@ -1,0 +1,60 @@
+"""What methods with a schedule share: the number of steps made, stored with the adapter, and the run's length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from inlay.core.errors import ConfigError
+from inlay.core.shared import Shared
+
+SCHEDULE = "schedule"  # the key under which the counter is stored
+
+
+class Steps(Shared):
+    """Optimizer steps made so far. A buffer, so that a run that is taken up again goes on counting."""
+
+    done: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(SCHEDULE)
+        self.register_buffer("done", torch.zeros((), dtype=torch.int64, device=device))
+
+    def advance(self) -> int:
+        """Count one more step; returns its number, from 1."""
+        self.done.add_(1)
+        return int(self.done)
+
+
+def count_together(modules: Iterable[nn.Module]) -> None:
+    """Give the modules of one adapter a counter in common, as their child `steps`."""
+    found = list(modules)
+    if found:
+        steps = Steps(next(found[0].parameters()).device)
+        for module in found:
+            module.steps = steps
+
+
+def length_of_run(name: str, total_steps: int | None, least: int) -> int:
+    """`total_steps`, or an error that says how to give them.
+
+    Args:
+        least: how many steps the schedule needs.
+    """
+    if total_steps is None:
+        raise ConfigError(
+            f"method {name!r} follows a schedule over the whole run and does not know how long it is; give total_steps="
+            "<number of optimizer steps> (`inlay train` fills it in)"
+        )
+    if total_steps < least:
+        raise ConfigError(f"method {name!r}: total_steps is {total_steps}, but its schedule needs at least {least}")
+    return total_steps
+
+
+def forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Drop what the optimizer remembers of these parameters: they start a new run."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
