@@ -14,7 +14,7 @@ from torch import nn
 
 from inlay.core.adapter import Adapter
 from inlay.core.build import build, initialise
-from inlay.core.errors import UnsupportedError
+from inlay.core.errors import SelectionError, UnsupportedError
 from inlay.core.install import install, uninstall
 from inlay.core.measure import Batches, check_data
 from inlay.core.method import Method
@@ -52,6 +52,10 @@ def attach(
     check_data(method, data)
     if data is None:
         measured = method.inherit(model)
+        if measured.places is not None and (where, layers) != (None, None):
+            raise SelectionError(
+                f"method {method.name!r} has the places of what it is made of; leave `where` and `layers` out"
+            )
         places = measured.places or places
     else:
         build(model, method, name=name, places=places, modules_to_save=modules_to_save)  # refuse before measuring
