@@ -23,6 +23,7 @@ REFUSED: dict[str, set[str]] = {
     "prompt-tuning": {"bloom", "vit"} | WINDOWED | PLAIN,
     "prefix-tuning": CLOSED,
     "llama-adapter": CLOSED,
+    "ladder": PLAIN,
     "lora": set(),
     "adalora": set(),
     "dora": set(),

@@ -50,7 +50,8 @@ class Delta(nn.Module):
         """What leaves the layer.
 
         Args:
-            x: what entered it, after `pre`: (..., in), ids (...) for an embedding.
+            x: what entered it, after `pre`: (..., in), ids (...) for an embedding; at a site that reads other
+                modules (`Site.sources`), what entered those, a tuple.
             y: what the base computed from it: (..., out), the part only where the site is a part.
             site: for `site.read_weight()`.
         """

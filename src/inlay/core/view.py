@@ -131,8 +131,8 @@ class ModelView:
         found = {at[0]: None for p in roots if p.startswith(within) and (at := roles.layer_of(p)) and at[0]}
         if len(found) != 1:
             raise UnsupportedError(
-                f"{type(self.model).__name__} has {len(found)} stacks of numbered layers ({', '.join(found)}), expected "
-                "one that leads from the input to the output; choose another method for this model"
+                f"{type(self.model).__name__} has {len(found)} stacks of numbered layers ({', '.join(found)}), "
+                "expected one that leads from the input to the output; choose another method for this model"
             )
         path = next(iter(found))
         blocks = tuple(p for p in self.modules if roles.layer_of(p) is not None and p.rpartition(".")[0] == path)

@@ -1,0 +1,206 @@
+"""Ladder side tuning against a side network written out by hand on the bare model's hooks, and what it saves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import inlay
+from inlay import LadderSideTuning
+from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
+from inlay.testing.models import ZOO
+from tests.golden.hand import agree, inputs, numbers, shake
+
+# Blocks of the stack, and the norm behind it or None.
+STACKS: dict[str, tuple[str, str | None]] = {
+    "llama": ("model.layers", "model.norm"),
+    "mixtral": ("model.layers", "model.norm"),
+    "gpt2": ("transformer.h", "transformer.ln_f"),
+    "gpt-neox": ("gpt_neox.layers", "gpt_neox.final_layer_norm"),
+    "opt": ("model.decoder.layers", "model.decoder.final_layer_norm"),
+    "bloom": ("transformer.h", "transformer.ln_f"),
+    "t5": ("decoder.block", "decoder.final_layer_norm"),
+    "vit": ("vit.layers", "vit.layernorm"),
+    "bart": ("model.decoder.layers", None),
+    "bert": ("bert.encoder.layer", None),
+    "distilbert": ("distilbert.transformer.layer", None),
+    "deberta-v2": ("deberta.encoder.layer", None),
+}
+
+
+def attached(name: str, method: LadderSideTuning, layers: list[int] | None = None) -> tuple[Any, inlay.Adapter]:
+    torch.manual_seed(0)
+    model = ZOO[name].build()
+    return model, shake(inlay.attach(model, method, layers=layers))
+
+
+def of_block(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def side_network(states: list[Tensor], base: Tensor, n: dict[str, Tensor], method: LadderSideTuning) -> Tensor:
+    """Section 3.2: `states` are the first block's input and the outputs of the blocks with a rung."""
+    activation = {"relu": torch.relu, "gelu": nn.functional.gelu}[method.nonlinearity]
+
+    def norm(s: Tensor, weight: Tensor) -> Tensor:
+        return s / (s.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    mu = 1 / (1 + (-n["gates"] / method.temperature).exp())
+    s = states[0] @ n["down"][0].T + n["down_bias"][0]
+    for i, h in enumerate(states[1:]):
+        s = mu[i] * s + (1 - mu[i]) * (h @ n["down"][i + 1].T + n["down_bias"][i + 1])
+        s = s + activation(norm(s, n["norms"][i]) @ n["inner"][i].T) @ n["outer"][i].T
+    out = norm(s, n["norms"][len(states) - 1]) @ n["up"].T + n["up_bias"]
+    return out if method.output == "side" else mu[-1] * out + (1 - mu[-1]) * base
+
+
+def by_hand(name: str, leaves: dict[str, Tensor], method: LadderSideTuning, layers: list[int]) -> Any:
+    """The bare model, its last hidden state exchanged for the side network's."""
+    bare: Any = ZOO[name].build()
+    bare.requires_grad_(False)
+    stack, norm = STACKS[name]
+    blocks = bare.get_submodule(stack)
+    own = {key.rpartition("/")[2]: value for key, value in leaves.items()}
+    seen: dict[int, Tensor] = {}
+
+    def entering(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[-1] = args[0] if args else kwargs["hidden_states"]
+
+    def last(module: nn.Module, _: Any, output: Any) -> Any:
+        if module is blocks[-1]:
+            seen[len(blocks) - 1] = of_block(output)
+        states = [seen[i] for i in (-1, *layers)]
+        new = side_network(states, of_block(output), own, method)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    blocks[0].register_forward_pre_hook(entering, with_kwargs=True)
+    for i, block in enumerate(blocks if norm else blocks[:-1]):
+        block.register_forward_hook(lambda _m, _a, output, i=i: seen.update({i: of_block(output)}))
+    (bare.get_submodule(norm) if norm else blocks[-1]).register_forward_hook(last)
+    return bare
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [0], [1]])
+@pytest.mark.parametrize("output", ["side", "both"])
+@pytest.mark.parametrize("name", STACKS)
+def test_forward_and_gradients(name: str, output: Any, layers: list[int]) -> None:
+    method = LadderSideTuning(reduction=4, expansion=3, nonlinearity="gelu", temperature=0.5, output=output)
+    batch = inputs(name, ragged=name != "vit")
+    model, adapter = attached(name, method, None if layers == [0, 1] else layers)
+    leaves = numbers(adapter)
+    agree(adapter, model(**batch).logits, by_hand(name, leaves, method, layers)(**batch).logits, leaves)
+
+
+def test_the_start() -> None:
+    torch.manual_seed(0)
+    adapter = inlay.attach(ZOO["llama"].build(), LadderSideTuning(reduction=4, output="both"))
+    n = {key.rpartition("/")[2]: value for key, value in adapter.tensors().items()}
+    assert torch.equal(n["gates"], torch.zeros(3)) and torch.equal(n["norms"], torch.ones(3, 8))
+    for down, fan in (("down", 32), ("down_bias", 32), ("up", 8), ("up_bias", 8)):
+        assert 0.7 < float(n[down].abs().max()) * fan**0.5 <= 1
+    assert abs(float(n["inner"].std()) * 8**0.5 - 1) < 0.15 and abs(float(n["outer"].std()) * 32**0.5 - 1) < 0.15
+
+
+def test_count() -> None:
+    d, s, rungs = 32, 8, 2
+    adapter = inlay.attach(ZOO["llama"].build(), LadderSideTuning(reduction=4))
+    assert adapter.count == (rungs + 2) * d * s + (rungs + 1) * s + d + rungs * (1 + 8 * s * s) + (rungs + 1) * s
+
+
+# -- no gradient through the base -----------------------------------------------------------------------
+
+
+def test_nothing_is_recorded_while_the_base_runs() -> None:
+    model, adapter = attached("llama", LadderSideTuning(reduction=4))
+    model.train()
+    inside: list[bool] = []
+    recorded: list[bool] = []
+    saved: list[bool] = []
+
+    def enter(*_: Any) -> None:
+        inside.append(True)
+
+    def leave(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        inside.pop()
+        recorded.append(output.requires_grad)
+
+    for block in model.model.layers:
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(bool(inside)), t)[1], lambda t: t):
+        loss = model(**ZOO["llama"].batch(2, 0)).loss
+    assert recorded == [False, False]
+    assert saved and not any(saved)
+    loss.backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("output", ["side", "both"])
+def test_no_gradient_reaches_the_input(output: Any) -> None:
+    model, _ = attached("llama", LadderSideTuning(reduction=4, output=output))
+    embeds = torch.randn(2, 5, 32, requires_grad=True)
+    model(inputs_embeds=embeds).logits.sum().backward()
+    assert embeds.grad is None
+
+
+def saved_bytes(method: Any, **where: Any) -> int:
+    """What one forward keeps for its backward, weights of the model and the head's part aside."""
+    config = transformers.LlamaConfig(
+        vocab_size=17, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(config).train()
+    inlay.attach(model, method, **where)
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = model.model(input_ids=torch.zeros((2, 64), dtype=torch.long)).last_hidden_state
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+def test_it_keeps_a_fraction_of_what_lora_keeps() -> None:
+    """The paper saves 2.7 times more memory than other methods: LoRA's activations span the whole base."""
+    assert saved_bytes(LadderSideTuning()) < 0.2 * saved_bytes(inlay.LoRA(rank=2))
+
+
+# -- refusals -------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_chosen() -> None:
+    for wrong in ({"reduction": 0}, {"temperature": 0.0}, {"output": "base"}, {"nonlinearity": "step"}, {"dropout": 1}):
+        with pytest.raises(ConfigError):
+            LadderSideTuning(**wrong)  # type: ignore[arg-type]
+    for where in ({"where": ["q_proj"]}, {"layers": [2]}, {"layers": []}):
+        with pytest.raises(SelectionError):
+            inlay.attach(ZOO["llama"].build(), LadderSideTuning(), **where)  # type: ignore[arg-type]
+
+
+def test_layers_that_are_used_again_are_refused() -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=17, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=16
+    )
+    with pytest.raises(UnsupportedError, match="more than once"):
+        inlay.attach(transformers.AlbertModel(config), LadderSideTuning())
+
+
+def test_several_stacks_are_refused() -> None:
+    config = transformers.CLIPConfig(
+        text_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    with torch.device("meta"):
+        model = transformers.CLIPModel(config)
+    with pytest.raises(UnsupportedError, match="2 stacks"):
+        inlay.attach(model, LadderSideTuning())
