@@ -46,7 +46,7 @@ PUBLIC = {
     *("attach", "detach", "use", "adapters", "merge", "unmerge", "save", "load", "methods"),
     *("LoRA", "DoRA", "IA3", "Houlsby", "Pfeiffer", "ParallelAdapter", "BitFit"),
     *("PromptTuning", "PrefixTuning", "TopLayers", "FullFineTuning"),
-    "LLaMAAdapter",
+    *("LLaMAAdapter", "LadderSideTuning"),
     *("Adapter", "MergeReport", "InlayError", "UserError", "__version__"),
     *("combine", "CombineReport"),
 }
