@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 def evaluate(
     data: Annotated[str, typer.Option(help="CSV, TSV, JSONL, Parquet or text file, or a datasets id.")],
-    adapter: Annotated[str | None, typer.Option(help="Folder of an adapter. Default: the base itself.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder of an adapter or baseline. Default: the base itself.")
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(help="Transformers folder or hub name. Default: the adapter's, else the embedded base."),
@@ -55,6 +57,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Score a base, with or without an adapter, on a data file."""
+    from inlay.baselines import is_fitted
+    from inlay.baselines.scoring import evaluate_folder
     from inlay.cli.models import load_adapted, template_of
     from inlay.data import read_table
     from inlay.evaluate.run import DEFAULTS, Settings, check_metrics
@@ -70,6 +74,24 @@ def evaluate(
     check_metrics(names, layout)
     if predictions is not None:
         _check_predicts(predictions, names)
+    if adapter is not None and is_fitted(adapter):
+        with stages(as_json) as report:
+            began = time.monotonic()
+            scored = evaluate_folder(
+                adapter,
+                dataset,
+                layout,
+                base=base,
+                metrics=names,
+                batch_size=batch_size,
+                max_length=max_length,
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                progress=report,
+            )
+        told = {"data": data, "base": scored.base, "adapter": adapter, "seconds": time.monotonic() - began}
+        _report(scored.evaluation, told, predictions, more=scored.facts, as_json=as_json)
+        return
     loaded = load_adapted(base, [adapter] if adapter else [], task=task)
     _check_trained(loaded)
     settings = Settings(
@@ -93,14 +115,29 @@ def evaluate(
             settings=settings,
             progress=report,
         )
+    told = {"data": data, "base": loaded.base, "adapter": adapter, "seconds": time.monotonic() - began}
+    _report(found, told, predictions, more={}, as_json=as_json)
+
+
+def _report(
+    found: Evaluation, told: dict[str, Any], predictions: Path | None, *, more: dict[str, Any], as_json: bool
+) -> None:
+    """Print the scores.
+
+    Args:
+        told: ``data, base, adapter, seconds``.
+        more: named groups of numbers about how the answers came about.
+    """
     if predictions is not None:
         _write_predictions(predictions, found)
     if as_json:
-        facts = {key: value for key, value in found.items() if key != "predictions"}
-        seconds = round(time.monotonic() - began, 3)
-        write_json({"data": data, "base": loaded.base, "adapter": adapter, **facts, "seconds": seconds})
-    else:
-        _show(found, adapter, data)
+        facts = {key: value for key, value in found.items() if key != "predictions"} | more
+        seconds = round(told.pop("seconds"), 3)
+        write_json({**told, **facts, "seconds": seconds})
+        return
+    _show(found, told["adapter"], told["data"])
+    for name, fact in more.items():
+        typer.echo(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in fact.items()))
 
 
 def _purpose(

@@ -51,7 +51,28 @@ def describe(model: Any) -> list[dict[str, Any]]:
     from inlay.methods import registry
 
     total = sum(parameter.numel() for parameter in model.parameters())
-    return [_describe_one(model, total, cls) for cls in registry().values()]
+    return [_describe_one(model, total, cls) for cls in registry().values()] + _baselines()
+
+
+def _baselines() -> list[dict[str, Any]]:
+    """The same rows for what trains nothing of the base."""
+    from inlay.baselines import baselines
+
+    return [
+        {
+            "method": cls.name,
+            "family": cls.family,
+            "paper": cls.paper,
+            "hyper_parameters": {k: v for k, v in cls().to_dict().items() if k != "method"},
+            "where": None,
+            "recipe": None,
+            "trained": 0,
+            "share": 0.0,
+            "merges": False,
+            "mixed_batches": False,
+        }
+        for cls in baselines().values()
+    ]
 
 
 def _describe_one(model: Any, total: int, cls: type[Method]) -> dict[str, Any]:
@@ -96,4 +117,4 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    return "none" if value in (None, "", ()) else str(value)
+    return "none" if value in (None, "", ()) else str(value).replace("\n", "\\n")

@@ -15,7 +15,7 @@ def train(
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder to write the run to.")] = None,
     base: Annotated[str | None, typer.Option(help="Transformers folder or hub id. Default: the embedded base.")] = None,
-    method: Annotated[str | None, typer.Option(help="Method (see `inlay methods`). Default: lora.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method or baseline (see `inlay methods`). Default: lora.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Hyper-parameter of the method, e.g. rank=16. Repeatable."),
@@ -111,9 +111,10 @@ def train(
         raise ConfigError("--data is missing: give a file of rows, e.g. --data rows.jsonl")
     if not resume:
         checked = RunConfig.of(asked, origin="options" if config is None else f"options and {config}")
-    from inlay.train.running import resumed_config, run
+    from inlay.train.running import resumed_config
 
-    result = run(resumed_config(asked["out"], asked) if resume else checked, resume=resume, overwrite=overwrite)
+    wanted = resumed_config(asked["out"], asked) if resume else checked
+    result = _runner(wanted.method)(wanted, resume=resume, overwrite=overwrite)
     if as_json:
         from inlay.cli.output import write_json
 
@@ -152,13 +153,34 @@ def _values(flags: dict[str, Any], config: Path | None) -> dict[str, Any]:
         values.pop("settings", None)  # another method's hyper-parameters
     values |= flags
     if words:
-        from inlay.train.hyper import parse_settings
-
         earlier = values.get("settings") or {}
         if not isinstance(earlier, dict):
             raise ConfigError(f"settings is {earlier!r}, expected `name: value` lines")
-        values["settings"] = {**earlier, **parse_settings(str(values.get("method", "lora")), words)}
+        values["settings"] = {**earlier, **_settings(str(values.get("method", "lora")), words)}
     return values
+
+
+def _settings(method: str, words: list[str]) -> dict[str, Any]:
+    """Hyper-parameters in the types of the method's fields, or of the baseline's."""
+    from inlay import baselines
+    from inlay.train.hyper import parse_settings
+
+    if baselines.is_baseline(method):
+        return baselines.parse_settings(method, words)
+    return parse_settings(method, words)
+
+
+def _runner(method: str) -> Any:
+    """The function that runs such a configuration: training, or fitting a baseline."""
+    from inlay.baselines import is_baseline
+
+    if is_baseline(method):
+        from inlay.baselines.running import run as fit
+
+        return fit
+    from inlay.train.running import run
+
+    return run
 
 
 def _listed(text: str) -> list[str]:

@@ -121,7 +121,7 @@ def evaluate(
     compared = [name for name in names if name in METRICS]
     if compared:
         predictions = run.predictions()
-        answers, references = _sides(predictions, layout)
+        answers, references = sides(predictions, layout)
         found |= score(compared, answers, references)
     return Evaluation(
         kind=layout.kind,
@@ -285,7 +285,8 @@ class _Run:
         return advance
 
 
-def _sides(predictions: Sequence[Prediction], layout: Layout) -> tuple[list[Any], list[Any]]:
+def sides(predictions: Sequence[Prediction], layout: Layout) -> tuple[list[Any], list[Any]]:
+    """Answers and references as `metrics.score` takes them for such data."""
     answers = [p["prediction"] for p in predictions]
     if layout.kind in ("classification", "regression"):
         return answers, [p["references"][0] for p in predictions]

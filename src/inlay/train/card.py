@@ -50,7 +50,7 @@ def card(
             f"An adapter made by [inlay](https://pypi.org/project/inlay/): {type(method).__name__} ({method.paper}), "
             f"{facts['trainable']:,} trained parameters ({share:.2f} % of the base's {facts['base_parameters']:,}).",
             "",
-            _table(
+            table(
                 ("", ""),
                 [
                     ("Base", f"`{base}`"),
@@ -61,7 +61,7 @@ def card(
             "",
             "## Results",
             "",
-            _table(
+            table(
                 ("score", "value"),
                 [(name.replace("_", " "), f"{value:.4f}") for name, value in metrics.items()],
             ),
@@ -70,7 +70,7 @@ def card(
             "",
             "## Method",
             "",
-            _table(
+            table(
                 ("hyper-parameter", "value"),
                 [(k, f"`{v}`") for k, v in method.to_dict().items() if k != "method"],
             ),
@@ -79,7 +79,7 @@ def card(
             "",
             "## Training",
             "",
-            _table(("option", "value"), [(name, f"`{value}`") for name, value in hyper.items()]),
+            table(("option", "value"), [(name, f"`{value}`") for name, value in hyper.items()]),
             "",
             "Versions: " + ", ".join(f"{name} {version}" for name, version in record.versions.items()) + ".",
             "",
@@ -128,5 +128,6 @@ def _use(config: RunConfig, record: TrainingRecord, base: str) -> list[str]:
     ]
 
 
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+def table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    """A Markdown table of two columns."""
     return "\n".join([f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])

@@ -66,13 +66,13 @@ def prepare(config: RunConfig) -> Prepared:
 
     method = build_method(config.method, config.settings)
     _check_reporters(config)
-    source = _absolute(base_source(config.base))
+    source = absolute(base_source(config.base))
     rows, held, layout = read_rows(config)
     task = config.task or guess_task(layout, source)
     labels = _labels(rows, layout, task)
-    rows, held = _split(rows, held, config)
+    rows, held = split_rows(rows, held, config)
     set_seed(config.seed)  # a fresh head and the adapter are drawn from it
-    base = load_base(source if config.base else None, task=task, label_names=labels, dtype=_dtype(config))
+    base = load_base(source if config.base else None, task=task, label_names=labels, dtype=dtype_of(config))
     if layout.kind == "chat" and not base.tokenizer.chat_template:
         raise ConfigError(
             f"{config.data} holds chats, but the tokenizer of the base {source} has no chat template. Give a base "
@@ -160,7 +160,7 @@ def read_rows(config: RunConfig) -> tuple[Dataset, Dataset | None, Layout]:
     source = config.eval_data or config.data  # a split of the same data set may be held out
     held = read_table(source, split=config.eval_split, reading=reading)
     try:
-        other = resolve_columns(held, _roles(layout), task=config.task)
+        other = resolve_columns(held, roles_of(layout), task=config.task)
     except DataError as error:
         raise DataError(f"{source} must have the columns of {config.data}: {error}") from error
     if other.kind != layout.kind and {other.kind, layout.kind} != {"classification", "regression"}:
@@ -182,7 +182,7 @@ def _labels(rows: Dataset, layout: Layout, task: Task) -> list[str] | None:
     return labels_of(rows, layout) if task == "classification" else None
 
 
-def _split(rows: Dataset, held: Dataset | None, config: RunConfig) -> tuple[Dataset, Dataset | None]:
+def split_rows(rows: Dataset, held: Dataset | None, config: RunConfig) -> tuple[Dataset, Dataset | None]:
     """Hold rows out for evaluation, drawn by the seed, where no file for it is given."""
     if held is not None or config.eval_share == 0:
         return rows, held
@@ -275,13 +275,15 @@ def _where(config: RunConfig) -> Any:
     return config.where
 
 
-def _dtype(config: RunConfig) -> Any:
+def dtype_of(config: RunConfig) -> Any:
+    """The torch type that a configuration asks for, None for the base's own."""
     import torch
 
     return {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
 
 
-def _roles(layout: Layout) -> dict[str, str]:
+def roles_of(layout: Layout) -> dict[str, str]:
+    """Role → column, as a configuration states it."""
     from inlay.data.columns import ROLES
 
     return {role: column for role in ROLES if (column := getattr(layout, role)) is not None}
@@ -293,7 +295,7 @@ def _resolved(config: RunConfig, task: Task, method: Method, layout: Layout, per
     every = config.eval_every or (per_epoch if total >= 2 * per_epoch else max(1, total // 4))
     return config.changed(
         task=task,
-        columns=_roles(layout),
+        columns=roles_of(layout),
         settings={key: value for key, value in method.to_dict().items() if key != "method"},
         learning_rate=config.learning_rate or recipe.learning_rate,
         schedule=config.schedule or recipe.schedule,
@@ -301,14 +303,14 @@ def _resolved(config: RunConfig, task: Task, method: Method, layout: Layout, per
         weight_decay=recipe.weight_decay if config.weight_decay is None else config.weight_decay,
         eval_every=every,
         save_every=config.save_every or every,
-        data=_absolute(config.data),
-        eval_data=None if config.eval_data is None else _absolute(config.eval_data),
-        base=None if config.base is None else _absolute(config.base),
+        data=absolute(config.data),
+        eval_data=None if config.eval_data is None else absolute(config.eval_data),
+        base=None if config.base is None else absolute(config.base),
         out=str(Path(config.out).expanduser().resolve()),
     )
 
 
-def _absolute(source: str) -> str:
+def absolute(source: str) -> str:
     """A local path in full; a hub id as it is."""
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source

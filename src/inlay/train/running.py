@@ -275,7 +275,7 @@ def _finish(prepared: Prepared, folder: RunFolder, state: Any, metrics: Any) -> 
         stopped_early=state.global_step < prepared.total_steps,
         seconds=round(metrics.seconds, 3),
         trainable=sum(p.numel() for p in prepared.adapter.parameters()),
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=peak_memory_bytes(),
         tokens_per_second=round(metrics.tokens_per_second, 1),
     )
     write_beside(folder.adapter, lambda part: _write_adapter(prepared, result, part))
@@ -302,7 +302,8 @@ def _write_adapter(prepared: Prepared, result: RunResult, part: Path) -> None:
     (part / "README.md").write_text(text, encoding="utf-8")
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int:
+    """Of the device, or of this process on a CPU."""
     import resource
 
     import torch

@@ -1,0 +1,119 @@
+"""A fitted baseline on a data set: the metrics and the record that an adapter gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from inlay.baselines import artefact
+from inlay.baselines.baseline import Baseline, Fitted, Rows
+from inlay.core.errors import AdapterFileError
+from inlay.data import Layout, Template
+from inlay.evaluate.metrics import METRICS, score
+from inlay.evaluate.run import DEFAULTS, LIKELIHOOD, Evaluation, Prediction, check_metrics, sides
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Progress = Callable[[str, int, int], None]
+
+
+class Scored(NamedTuple):
+    """An evaluation, the base it was made on, and facts about how the answers came about."""
+
+    evaluation: Evaluation
+    base: str | None
+    facts: dict[str, Any]
+
+
+def evaluate(
+    baseline: Baseline, fitted: Fitted, rows: Rows, metrics: Sequence[str] | None = None
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Score a fitted baseline on every row.
+
+    Raises:
+        ConfigError: metrics that do not suit the data or the baseline.
+    """
+    names = tuple(metrics) if metrics is not None else DEFAULTS[rows.layout.kind]
+    check_metrics(names, rows.layout)
+    found: dict[str, float] = {}
+    predictions: list[Prediction] = []
+    facts: dict[str, Any] = {}
+    if any(name in LIKELIHOOD for name in names):
+        scored, facts = baseline.likelihood(fitted, rows)
+        found |= {name: getattr(scored, name) for name in names if name in LIKELIHOOD}
+    if compared := [name for name in names if name in METRICS]:
+        predictions, facts = baseline.predict(fitted, rows)
+        found |= score(compared, *sides(predictions, rows.layout))
+    evaluation = Evaluation(
+        kind=rows.layout.kind,
+        task=rows.task,
+        rows=len(rows.dataset),
+        metrics={name: found[name] for name in names},
+        predictions=predictions,
+    )
+    return evaluation, facts
+
+
+def evaluate_folder(
+    folder: str | Path,
+    dataset: Dataset,
+    layout: Layout,
+    *,
+    base: str | None = None,
+    metrics: Sequence[str] | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int = 1,
+    progress: Progress | None = None,
+) -> Scored:
+    """Score a stored baseline on the base it belongs to.
+
+    Raises:
+        AdapterFileError: the folder is not whole.
+        BaseMismatchError: `base` is not the one it was fitted on.
+    """
+    from inlay.train import load_base, read_record
+
+    stored, record = artefact.read(folder), read_record(folder)
+    if record is None:
+        raise AdapterFileError(f"{folder} has no training.json, which says how its rows were read; copy it again")
+    source = base or record.base
+    task: Any = record.task
+    loaded = load_base(source, task=load_task(task, source), label_names=_names(task, record.labels, source))
+    stored.check(loaded.model)
+    rows = Rows(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        dataset=dataset,
+        layout=layout,
+        task=task,
+        labels=record.labels,
+        template=Template(prompt=record.prompt_template, separator=record.separator),
+        max_length=max_length or record.max_length,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        progress=progress,
+    )
+    evaluation, facts = evaluate(stored.baseline, stored.fitted, rows, metrics)
+    return Scored(evaluation, source, facts)
+
+
+def load_task(task: str, base: str | None) -> str:
+    """The task to load a base for: features need no head, so any that the base has will do."""
+    import transformers
+
+    from inlay.train.loading import AUTO, base_source, read_config
+
+    if task != "classification":
+        return task
+    config = read_config(base_source(base))
+    able = [name for name in AUTO if type(config) in getattr(transformers, AUTO[name])._model_mapping]
+    return next((name for name in ("classification", "causal", "seq2seq") if name in able), task)
+
+
+def _names(task: str, labels: Sequence[str] | None, base: str | None) -> Sequence[str] | None:
+    return labels if load_task(task, base) == "classification" else None
