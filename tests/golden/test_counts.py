@@ -81,6 +81,12 @@ COUNTS: list[tuple[str, Any, dict[str, Any], int]] = [
     ("Llama-3.2-3B", PrefixTuning(length=50, projection=None), {}, 2_867_200),
     ("Llama-3.2-3B", PrefixTuning(length=200, projection=None), {}, 11_468_800),
     ("Llama-3.2-3B", PromptTuning(length=200, init="random"), {}, 614_400),
+    ("RoBERTa-base", inlay.VeRA(rank=1024), {}, 43_008),
+    ("RoBERTa-large", inlay.VeRA(rank=256), {}, 61_440),
+    ("Llama-3.2-3B", inlay.VeRA(rank=256), {}, 129_024),
+    ("Llama-3.2-3B", inlay.LoHa(rank=32), {}, 18_350_080),
+    ("Llama-3.2-3B", inlay.LoKr(rank=32, factor=4), {}, 2_294_656),
+    ("Llama-3.2-3B", inlay.OFT(blocks=32), {}, 8_171_520),
     ("Llama-3.2-3B", FullFineTuning(), {}, 3_212_749_824),
 ]
 
