@@ -45,6 +45,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 PUBLIC = {
     *("attach", "detach", "use", "adapters", "merge", "unmerge", "save", "load", "methods"),
     *("LoRA", "DoRA", "IA3", "Houlsby", "Pfeiffer", "ParallelAdapter", "BitFit"),
+    *("LoRAPlus", "LoRAFA", "PiSSA", "OLoRA", "EVA", "DyLoRA"),
     *("PromptTuning", "PrefixTuning", "TopLayers", "FullFineTuning"),
     *("LLaMAAdapter", "LadderSideTuning"),
     *("Adapter", "MergeReport", "InlayError", "UserError", "__version__"),
