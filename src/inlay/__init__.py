@@ -47,11 +47,14 @@ _HOMES = {
     "TrainableTokens": "inlay.methods.trainable_tokens",
     "PromptTuning": "inlay.methods.prompt_tuning",
     "PrefixTuning": "inlay.methods.prefix_tuning",
+    "LoReFT": "inlay.methods.loreft",
     "LLaMAAdapter": "inlay.methods.llama_adapter",
     "Stack": "inlay.methods.stack",
     "Parallel": "inlay.methods.in_parallel",
     "Average": "inlay.methods.average",
     "MAM": "inlay.methods.mam",
+    "UniPELT": "inlay.methods.unipelt",
+    "AdapterFusion": "inlay.methods.fusion",
     "LadderSideTuning": "inlay.methods.ladder",
     "TopLayers": "inlay.methods.top_layers",
     "FullFineTuning": "inlay.methods.full",
@@ -101,6 +104,7 @@ if TYPE_CHECKING:
     from inlay.methods.dylora import DyLoRA as DyLoRA
     from inlay.methods.eva import EVA as EVA
     from inlay.methods.full import FullFineTuning as FullFineTuning
+    from inlay.methods.fusion import AdapterFusion as AdapterFusion
     from inlay.methods.houlsby import Houlsby as Houlsby
     from inlay.methods.ia3 import IA3 as IA3
     from inlay.methods.in_parallel import Parallel as Parallel
@@ -111,6 +115,7 @@ if TYPE_CHECKING:
     from inlay.methods.lora import LoRA as LoRA
     from inlay.methods.lora_fa import LoRAFA as LoRAFA
     from inlay.methods.lora_plus import LoRAPlus as LoRAPlus
+    from inlay.methods.loreft import LoReFT as LoReFT
     from inlay.methods.mam import MAM as MAM
     from inlay.methods.norm_tuning import NormTuning as NormTuning
     from inlay.methods.oft import OFT as OFT
@@ -123,4 +128,5 @@ if TYPE_CHECKING:
     from inlay.methods.stack import Stack as Stack
     from inlay.methods.top_layers import TopLayers as TopLayers
     from inlay.methods.trainable_tokens import TrainableTokens as TrainableTokens
+    from inlay.methods.unipelt import UniPELT as UniPELT
     from inlay.methods.vera import VeRA as VeRA

@@ -20,6 +20,7 @@ REFUSED: dict[str, set[str]] = {
     "bitfit": UNBIASED,
     "norm-tuning": set(),
     "trainable-tokens": {"vit"} | PLAIN,
+    "loreft": PLAIN,
     "prompt-tuning": {"bloom", "vit"} | WINDOWED | PLAIN,
     "prefix-tuning": CLOSED,
     "llama-adapter": CLOSED,
@@ -47,6 +48,8 @@ REFUSED: dict[str, set[str]] = {
     "in-parallel": CLOSED,
     "average": PLAIN,
     "mam": CLOSED,
+    "unipelt": CLOSED,
+    "fusion": PLAIN,
     "top-layers": set(),
     "full": set(),
 }

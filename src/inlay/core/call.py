@@ -24,6 +24,7 @@ class Call:
         rows, tokens: of the batch, once the model is called.
         padding: for each row, the masked tokens in front of its text, where the caller gave no positions.
         order: of an encoder's sequence, (rows, block + tokens), where it is not the block and then the text.
+        prompt: tokens that generation started from, while it is under way.
         span: first token of each row's prompt in this forward, and the one behind its last, (rows, 2); only
             where some delta reads it.
         capture: where attention modules leave their own keys and values while a prompt is prefilled.
@@ -39,6 +40,7 @@ class Call:
     tokens: int | None = None
     padding: Tensor | None = None
     order: Tensor | None = None
+    prompt: int | None = None
     span: Tensor | None = None
     capture: KeyValues | None = None
 

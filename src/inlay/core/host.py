@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.chain import Chain, changes_input, enter, leave
+from inlay.core.chain import Chain, changes_input, enter, leave, leaves
 from inlay.core.errors import RouteError, UnsupportedError
 from inlay.core.route import Route
 from inlay.core.subset import Difference
@@ -150,7 +150,7 @@ class Host:
     def _alone(self, name: str, rows: Tensor) -> AbstractContextManager[object]:
         """While an adapter's rows are at work by themselves, the call knows the spans of those only."""
         call = self.roster.call.get()
-        if call is None or call.span is None:
+        if call is None or call.span is None or not any(d.reads_span for _, d in leaves(self.deltas[name])):
             return nullcontext()
         return self.roster.bind(call.route, replace(call, span=call.span[rows]))
 

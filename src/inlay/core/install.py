@@ -130,6 +130,9 @@ def _place_delta(roster: Roster, name: str, piece: DeltaPiece, chain: Chain) -> 
     host = _grant(roster, site.path, "forward")
     host.deltas[name] = chain
     _store(host, name, piece.label + (site.part.name if site.part else "delta"), piece.delta)
+    encoder = getattr(getattr(roster.model, "config", None), "is_encoder_decoder", False)
+    if piece.delta.reads_span and encoder:
+        _grant(roster, _encoder_path(ModelView(roster.model)) or "", "source")
     for source in site.fed_by:
         feeder = _grant(roster, source, "forward")
         if host not in feeder.feeds:

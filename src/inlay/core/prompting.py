@@ -98,7 +98,8 @@ def _prefill(roster: Roster, name: str, embeddings: Tensor, prompts: Call) -> Ke
     weight = next(iter(model.get_input_embeddings()._parameters.values()))
     captured: KeyValues = {}
     route = Route((name,))
-    with roster.bind(route, replace(prompts, route=route, capture=captured)):
+    nowhere = torch.zeros(1, 2, dtype=torch.long, device=embeddings.device)  # virtual tokens are no prompt's text
+    with roster.bind(route, replace(prompts, route=route, capture=captured, span=nowhere)):
         base(inputs_embeds=embeddings.to(weight.dtype)[None], use_cache=False)
     if not captured:
         raise UnsupportedError(f"no attention module of {type(model).__name__} passed through the attention interface")
@@ -128,13 +129,13 @@ def root(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
         return inner(*args, **kwargs)  # a prompt's own run, or a forward around the model's own
     if call is None:
         prompted = any(roster.has_prompt(n) for n in route.used)
-        if route.single and not prompted and not any(roster.reads_span(n) for n in route.used):
+        if route.single and not prompted and not _reads_span(roster, route):
             return inner(*args, **kwargs)
         call = prepare(roster, route) if prompted else Call(route)
     given = {**dict(zip(_names(host), args, strict=False)), **kwargs}
     call = replace(call, rows=rows, tokens=tokens, padding=_padding(call, given))
-    if rows is not None and tokens is not None and any(roster.reads_span(n) for n in route.used):
-        call = replace(call, span=span_of(given, rows, tokens))
+    if rows is not None and tokens is not None and not _encoder_decoder(roster) and _reads_span(roster, route):
+        call = replace(call, span=span_of(given, rows, tokens, call.prompt))
     if not (call.block and _encoder_decoder(roster)):
         with roster.bind(route, call):
             return inner(*args, **kwargs)
@@ -188,6 +189,8 @@ def stack(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     if embeds is None:
         embeds = module.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
     rows, length = embeds.shape[:2]
+    if call.span is not None:
+        raise UnsupportedError("virtual tokens in an encoder move the positions at which another delta acts")
     call = replace(call, rows=rows)
     mask = given.get("attention_mask")
     if mask is None:
@@ -212,6 +215,18 @@ def stack(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     return out.to_tuple() if as_tuple else out
 
 
+def source(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+    """The encoder of an encoder–decoder, which generation calls by itself: what it reads is the prompt."""
+    roster = host.roster
+    call = roster.call.get() or Call(roster.current())
+    rows, tokens = _shape(args, kwargs)
+    if rows is None or tokens is None or roster.merged is not None or not _reads_span(roster, call.route):
+        return inner(*args, **kwargs)
+    given = {**dict(zip(_names(host), args, strict=False)), **kwargs}
+    with roster.bind(call.route, replace(call, span=span_of(given, rows, tokens))):
+        return inner(*args, **kwargs)
+
+
 def pooler(host: Host, inner: Forward, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The pooler reads the first token: the text's, not the prompt's."""
     call = host.roster.call.get()
@@ -226,7 +241,9 @@ def rotary(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
 
 
 # Innermost first: a module may be root and stack at once.
-WRAPPERS: dict[str, Callable[..., Any]] = {"rotary": rotary, "pooler": pooler, "stack": stack, "root": root}
+WRAPPERS: dict[str, Callable[..., Any]] = {
+    "rotary": rotary, "pooler": pooler, "stack": stack, "source": source, "root": root,
+}  # fmt: skip
 
 
 def shift(host: Host, positions: Tensor, *, relative: bool = False) -> Tensor:
@@ -264,14 +281,14 @@ def generation(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ite
     roster = host.roster
     route = roster.current()
     prompted = roster.merged is None and any(roster.has_prompt(n) for n in route.used)
-    if not route.per_row and not prompted:
+    if not route.per_row and not prompted and not _reads_span(roster, route):
         yield
         return
-    rows, _ = _shape(args, kwargs)
+    rows, tokens = _shape(args, kwargs)
     if rows is not None:
         replace(route, expand=1).check_rows(rows)
     route = replace(route, expand=_copies(host.module, kwargs))
-    with torch.no_grad(), roster.bind(route, prepare(roster, route)):
+    with torch.no_grad(), roster.bind(route, replace(prepare(roster, route), prompt=tokens)):
         yield
 
 
@@ -280,6 +297,10 @@ def _copies(model: Any, kwargs: dict[str, Any]) -> int:
     config = kwargs.get("generation_config") or model.generation_config
     values = [kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
     return max(values)
+
+
+def _reads_span(roster: Roster, route: Route) -> bool:
+    return any(roster.reads_span(n) for n in route.used)
 
 
 # -- small parts ------------------------------------------------------------------------------------

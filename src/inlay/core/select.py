@@ -29,6 +29,7 @@ Where = str | Sequence[str] | re.Pattern[str] | Predicate
 
 ROLE_WORDS = (
     *roles.ATTENTION[:3], "attention_output", *roles.MLP, "attention_sublayer", "mlp_sublayer", "mlp_block",
+    "block_output",
 )  # fmt: skip
 KEYWORDS = ("all-linear", "attention", "mlp", "norms", "biases")
 

@@ -1,7 +1,9 @@
 """Where each row's prompt lies in a forward, for deltas that act at some of its positions only (LoReFT).
 
-In training the prompt ends where the labels of a causal model begin; without labels, and for encoders, it is
-the row without its padding. A forward that continues a cache (a step of generation) holds none of it.
+In training the prompt ends where the labels of a causal model begin; where they begin at the first token, without
+labels, and for encoders, it is the row without its padding. Of an encoder–decoder it is what the encoder reads. A
+forward that continues a cache (a step of generation) holds none of it; generation without a cache knows how long it
+was. A model that reads no tokens (pixels) has its whole rows for prompts: ends beyond a row are cut by who reads them.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ if TYPE_CHECKING:
     from inlay.core.host import Host
 
 IGNORED = -100
+FAR = 2**31
 
 
-def span_of(given: dict[str, Any], rows: int, tokens: int) -> Tensor:
+def span_of(given: dict[str, Any], rows: int, tokens: int, prompt: int | None = None) -> Tensor:
     """First token of each row's prompt and the one behind its last, (rows, 2).
 
     Args:
         given: the model's keyword arguments.
         rows, tokens: of the batch.
+        prompt: tokens that generation started from.
 
     Raises:
         UnsupportedError: the mask is not one a row and token.
@@ -37,6 +41,8 @@ def span_of(given: dict[str, Any], rows: int, tokens: int) -> Tensor:
         return torch.zeros(rows, 2, dtype=torch.long, device=device)
     first = torch.zeros(rows, dtype=torch.long, device=device)
     behind = torch.full((rows,), tokens, dtype=torch.long, device=device)
+    if all(given.get(n) is None for n in ("input_ids", "inputs_embeds")):
+        return torch.stack([first, torch.full_like(first, FAR)], 1)
     if mask is not None:
         if mask.dim() != 2 or mask.shape[1] != tokens:
             raise UnsupportedError("positions of a prompt need an attention mask of shape (rows, tokens)")
@@ -44,8 +50,10 @@ def span_of(given: dict[str, Any], rows: int, tokens: int) -> Tensor:
         first = (real.cumsum(1) == 0).sum(1)
         behind = tokens - (real.flip(1).cumsum(1) == 0).sum(1)
     if labels is not None and labels.shape == (rows, tokens):
-        answer = (labels != IGNORED).cumsum(1) == 0
-        behind = torch.minimum(behind, answer.sum(1))
+        until = ((labels != IGNORED).cumsum(1) == 0).sum(1)
+        behind = torch.where(until > first, torch.minimum(behind, until), behind)
+    if prompt is not None:
+        behind = behind.clamp(max=prompt)
     return torch.stack([first, behind.clamp(min=0)], 1)
 
 

@@ -106,11 +106,14 @@ class ModelView:
     def by_role(self, role: str) -> list[Site]:
         """The sites of a role. ``query``, ``key`` and ``value`` resolve to parts of a fused matrix;
         ``attention_sublayer`` and ``mlp_sublayer`` to the sublayer's output before the residual is added;
-        ``mlp_block`` to the whole feed-forward, from its input to its output."""
+        ``mlp_block`` to the whole feed-forward, from its input to its output; ``block_output`` to the residual
+        stream behind each numbered layer."""
         if role in ("attention_sublayer", "mlp_sublayer"):
             return [self._sublayer(s) for s in self._feeds(role)]
         if role == "mlp_block":
             return self._blocks()
+        if role == "block_output":
+            return self._block_outputs()
         found = list(self._in_role(role))
         if role in ("query", "key", "value"):
             found += [self._part(s, role) for s in self._in_role("qkv")]
@@ -157,6 +160,11 @@ class ModelView:
             self.modules[path],
             LayerShape("output", self.hidden_size, self.hidden_size, False, held.dtype, held.device),
         )
+
+    def _block_outputs(self) -> list[Site]:
+        inside = (s.path for s in self.layers.values() if s.role in (*roles.ATTENTION, *roles.MLP))
+        paths = dict.fromkeys(f"{at[0]}.{at[1]}" for path in inside if (at := roles.layer_of(path)) and at[0])
+        return [self._output(path) for path in paths]
 
     def _in_role(self, role: str) -> Iterator[Site]:
         for site in self.layers.values():
