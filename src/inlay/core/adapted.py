@@ -8,6 +8,7 @@ so `isinstance`, `state_dict`, parameter names, tied weights and name-based look
     attention     keeps its class: the attention function finds the host by itself
     root          the model itself: rows are checked, prompts computed and hidden, generation prepared
     checkpoint    a checkpointed layer recomputes under the route of its forward, and only where gradients flow
+    weighing      attention whose prompts are weighed by what enters it
     positions     a table of learned positions, or a rotary one, that moves on behind a prompt
     stack         an encoder that virtual tokens join;  pooler: its pooler, which must not see them
     source        the encoder of an encoder–decoder, whose input is the prompt
@@ -79,7 +80,7 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
         "__doc__": cls.__doc__,
     }
     bases: tuple[type, ...] = (cls,)
-    if features & {"forward", "root", "stack", "source", "pooler", "rotary"}:
+    if features & {"forward", *prompting.WRAPPERS}:
         body["forward"] = _forward(cls, features)
     if "root" in features:
         body["__setattr__"] = _set_attribute(cls)

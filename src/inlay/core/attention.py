@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from inlay.core.call import Call
 from inlay.core.errors import UnsupportedError
-from inlay.core.host import Host
+from inlay.core.host import Host, thread
 
 PREFIX = "inlay_"
 Attended: TypeAlias = tuple[Tensor, Tensor | None]
@@ -104,8 +104,8 @@ def _with_gated(
     return out
 
 
-Prefix: TypeAlias = tuple[Tensor | None, Tensor, Tensor]
-"""Row indices (None for all), keys and values (key heads, length, head size)."""
+Prefix: TypeAlias = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
+"""Row indices (None for all), keys and values (key heads, length, head size), weights (rows, tokens, length)."""
 
 
 def _prefixes(host: Host, call: Call, query: Tensor) -> list[Prefix]:
@@ -114,8 +114,17 @@ def _prefixes(host: Host, call: Call, query: Tensor) -> list[Prefix]:
         pair = call.prefixes.get(name, {}).get(host.path)
         if pair is not None:
             rows = None if call.route.single else call.route.index(name, query)
-            found.append((rows, pair[0].to(query.dtype), pair[1].to(query.dtype)))
+            found.append((rows, pair[0].to(query.dtype), pair[1].to(query.dtype), _weights(host, rows, pair[2:])))
     return found
+
+
+def _weights(host: Host, rows: Tensor | None, held: tuple[Tensor, ...]) -> Tensor | None:
+    """How much of each pair every token sees, (rows, tokens, length), where the prompt is weighed."""
+    if not held:
+        return None
+    entered = host.entered[thread()]
+    hidden = entered if rows is None else entered[rows]
+    return nn.functional.linear(hidden, held[0].to(hidden.dtype), held[1].to(hidden.dtype)).sigmoid()
 
 
 def _refuse(host: Host, call: Call, key: Tensor, kwargs: dict[str, Any]) -> None:
@@ -147,21 +156,25 @@ def naive(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, weights = query, None
     groups = list(prefixes)
-    if all(rows is not None for rows, _, _ in prefixes):
+    if all(rows is not None for rows, *_ in prefixes):
         # All rows without a prefix first, and then those that have one again: which rows are left over would be
         # a question about values, and no compiled graph could hold the answer.
         none = key.new_zeros((key.shape[1], 0, key.shape[-1]))
-        groups.insert(0, (None, none, none[..., : value.shape[-1]]))
-    for rows, prefix_key, prefix_value in groups:
+        groups.insert(0, (None, none, none[..., : value.shape[-1]], None))
+    for rows, prefix_key, prefix_value, shares in groups:
         at: Any = slice(None) if rows is None else rows
         q, bias = query[at], additive[at] if additive.shape[0] > 1 else additive
         k = _joined(prefix_key, key[at], q)
         v = _joined(prefix_value, value[at], q)
-        scores = _capped(q.float() @ k.float().transpose(2, 3) * scale, kwargs.get("softcap"))
         length = prefix_key.shape[1]
+        scores = q.float() @ k.float().transpose(2, 3) * scale
+        if shares is not None:
+            shares = nn.functional.pad(shares, (0, k.shape[2] - length), value=1.0)[:, None]
+            scores = scores * shares.float()
+        scores = _capped(scores, kwargs.get("softcap"))
         scores = scores + nn.functional.pad(bias, (length, 0))
         probabilities = nn.functional.dropout(scores.softmax(-1).to(q.dtype), dropout, training=module.training)
-        part = probabilities @ v
+        part = (probabilities if shares is None else probabilities * shares) @ v
         if rows is None:
             out, weights = part, probabilities[..., length:] if len(groups) == 1 else None
         else:
@@ -211,6 +224,7 @@ def fusible(query: Tensor, value: Tensor, prefixes: list[Prefix], kwargs: dict[s
         and not torch.compiler.is_compiling()
         and query.dtype in (torch.float32, torch.bfloat16)
         and query.shape[-1] == value.shape[-1]
+        and all(shares is None for *_, shares in prefixes)
         and not kwargs.get("dropout")
         and kwargs.get("softcap") is None
         and not kwargs.get("output_attentions")
@@ -230,8 +244,8 @@ def fused(
         added = _additive(module, query, key, mask, kwargs).to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    rows = [r for r, _, _ in prefixes]
-    pairs = [t.repeat_interleave(repeat, 0) for _, k, v in prefixes for t in (k, v)]
+    rows = [r for r, *_ in prefixes]
+    pairs = [t.repeat_interleave(repeat, 0) for _, k, v, _ in prefixes for t in (k, v)]
     out: Tensor = MergedAttention.apply(query, key, value, added, causal, scale, rows, *pairs)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)
 

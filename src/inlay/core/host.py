@@ -41,6 +41,7 @@ class Host:
         copies: adapter → parameter name → the adapter's own values.
         feeds: hosts whose deltas read this module's input as their ``x``.
         captured: thread → path of a module that feeds this one → what entered it.
+        entered: thread → what entered this attention module, while prompts are weighed by it.
         features: what the module's subclass does (`core/adapted.py`).
         encoder: whether the module's positions are those of an encoder's sequence.
         by_row: whether what enters is a batch of rows: not so for experts and tables of relative positions.
@@ -56,6 +57,7 @@ class Host:
         self.original_class = type(module)
         self.original_forward: Forward | None = module.__dict__.get("forward")
         self.captured: dict[int, dict[str, Tensor]] = {}
+        self.entered: dict[int, Tensor] = {}
         self.features: frozenset[str] = frozenset()
         self.encoder = False
         self.by_row, self.pooled = True, True
@@ -66,7 +68,7 @@ class Host:
         new = object.__new__(Host)
         memo[id(self)] = new
         for name, value in self.__dict__.items():
-            new.__dict__[name] = {} if name == "captured" else copy.deepcopy(value, memo)
+            new.__dict__[name] = {} if name in ("captured", "entered") else copy.deepcopy(value, memo)
         return new
 
     # -- parameters ---------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from inlay.core.chain import Chain, arranged, leaves
 from inlay.core.errors import UnsupportedError
 from inlay.core.host import Host, Storage
 from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
-from inlay.core.prompt import TokenPrompt
+from inlay.core.prompt import KeyValuePrompt, TokenPrompt
 from inlay.core.roster import Roster, find_roster
 from inlay.core.subset import SummedDifference
 from inlay.core.view import ModelView
@@ -181,8 +181,9 @@ def _place_prompt(roster: Roster, name: str, piece: PromptPiece) -> None:
         ):
             _grant(roster, f"{encoder_path}.pooler" if encoder_path else "pooler", "pooler")
     else:
+        weighed = isinstance(piece.prompt, KeyValuePrompt) and piece.prompt.weighed
         for place in view.attention_places():
-            _grant(roster, place.path, "attention")
+            _grant(roster, place.path, "attention", *(["weighing"] if weighed else []))
             config = getattr(place.module, "config", view.config)
             original = config._attn_implementation or "eager"
             if implementation(original) != original:

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from inlay.core.view import ModelView
 
 KeyValues = dict[str, tuple[Tensor, ...]]
-"""Attention path → keys and values (key heads, length, head size); behind them a gate a head, where gated."""
+"""Attention path → keys and values (key heads, length, head size).
+
+Behind them a gate a head, where gated; or, where the text weighs the pairs, w (length, hidden) and b (length):
+for a token with h entering the attention module, pair j is multiplied by σ(w_j · h + b_j), keys and values alike.
+"""
 
 
 class TokenPrompt(nn.Module, ABC):
@@ -50,14 +54,16 @@ class KeyValuePrompt(nn.Module, ABC):
         gated: the pairs have a softmax of their own, whose output is added times a gate; the text's attention
             and its positions stay as they are (LLaMA-Adapter). Otherwise they share the text's softmax, and
             its positions move on by `length`.
+        weighed: each token of the text weighs the pairs that it sees (UniPELT).
     """
 
     gated: ClassVar[bool] = False
+    weighed: ClassVar[bool] = False
     length: int
 
     @abstractmethod
     def keys_values(self) -> KeyValues:
-        """Attention module path → (keys, values), each (key heads, length, head size); gated: and gates (heads,)."""
+        """The pairs of each attention module, as `KeyValues` says; of every module with the same number of tensors."""
 
     def initialise(self, view: ModelView) -> None:
         """As `TokenPrompt.initialise`."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from inlay.core.call import Call
 from inlay.core.errors import UnsupportedError
-from inlay.core.host import Host
+from inlay.core.host import Host, thread
 from inlay.core.pieces import PromptPiece
 from inlay.core.prompt import KeyValues, TokenPrompt
 from inlay.core.roster import Roster
@@ -76,14 +76,20 @@ def _joined(pairs: list[KeyValues]) -> KeyValues:
     """Several prompts of one adapter behind one another."""
     if len(pairs) == 1:
         return pairs[0]
-    paths = dict.fromkeys(p for kv in pairs for p in kv)
-    return {
-        p: (
-            torch.cat([kv[p][0] for kv in pairs if p in kv], dim=1),
-            torch.cat([kv[p][1] for kv in pairs if p in kv], dim=1),
-        )
-        for p in paths
-    }
+    found: KeyValues = {}
+    for path in dict.fromkeys(p for kv in pairs for p in kv):
+        held = [kv[path] for kv in pairs if path in kv]
+        found[path] = tuple(torch.cat([h[i] for h in held], dim=1) for i in (0, 1))
+        weights = next((h[2] for h in held if len(h) == 4), None)
+        if weights is not None:  # pairs that are not weighed count whole, σ(∞) = 1
+            size = weights.shape[1]
+            each = [h if len(h) == 4 else _whole(h[0].shape[1], size, weights) for h in held]
+            found[path] += tuple(torch.cat([h[i] for h in each]) for i in (-2, -1))
+    return found
+
+
+def _whole(length: int, hidden: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_zeros(length, hidden), like.new_full((length,), float("inf"))
 
 
 def _prefill(roster: Roster, name: str, embeddings: Tensor, prompts: Call) -> KeyValues:
@@ -233,6 +239,18 @@ def pooler(host: Host, inner: Forward, hidden: Tensor, *args: Any, **kwargs: Any
     return inner(hidden if call is None or not call.block else _text(call, hidden), *args, **kwargs)
 
 
+def weighing(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Attention whose pairs are weighed by what enters it, which the attention function does not see."""
+    call = host.roster.call.get()
+    if call is None or not any(len(call.prefixes.get(n, {}).get(host.path, ())) == 4 for n in call.route.used):
+        return inner(*args, **kwargs)
+    host.entered[thread()] = args[0] if args else kwargs["hidden_states"]
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        host.entered.pop(thread(), None)
+
+
 def rotary(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     """Rotary positions count a prompt's positions too."""
     if "position_ids" in kwargs:
@@ -242,7 +260,7 @@ def rotary(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
 
 # Innermost first: a module may be root and stack at once.
 WRAPPERS: dict[str, Callable[..., Any]] = {
-    "rotary": rotary, "pooler": pooler, "stack": stack, "source": source, "root": root,
+    "rotary": rotary, "weighing": weighing, "pooler": pooler, "stack": stack, "source": source, "root": root,
 }  # fmt: skip
 
 
