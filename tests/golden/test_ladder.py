@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ import transformers
 from torch import Tensor, nn
 
 import inlay
-from inlay import LadderSideTuning
+from inlay import LadderSideTuning, Stack
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
+from inlay.core.roster import roster_of
+from inlay.testing.check import check_law
+from inlay.testing.laws import LAWS
 from inlay.testing.models import ZOO
-from tests.golden.hand import agree, inputs, numbers, shake
+from tests.golden.hand import agree, close, inputs, numbers, shake
 
 # Blocks of the stack, and the norm behind it or None.
 STACKS: dict[str, tuple[str, str | None]] = {
@@ -139,12 +143,53 @@ def test_nothing_is_recorded_while_the_base_runs() -> None:
     assert all(p.grad is not None for p in adapter.parameters())
 
 
+def test_nothing_is_kept_from_one_forward_to_the_next() -> None:
+    """What entered the blocks is let go, also where another adapter or the base answers."""
+    model, _ = attached("llama", LadderSideTuning(reduction=4))
+    inlay.attach(model, inlay.LoRA(rank=2), name="other")
+    for choice in ("default", "other", None, ["default", "other"], ["other", None]):
+        with inlay.use(model, choice):
+            model(**inputs("llama", rows=2))
+        assert not any(h.captured.get(t) for h in roster_of(model).hosts.values() for t in h.captured)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_recomputed_layers_leave_nothing_behind(name: str, reentrant: bool) -> None:
+    """Beside LoRA in the base the blocks are checkpointed; their inputs are captured twice and used once."""
+    check_law(
+        ZOO[name], Stack(inlay.LoRA(rank=2), LadderSideTuning(reduction=4)), "checkpointing", LAWS["checkpointing"]
+    )
+    model: Any = ZOO[name].build().train()
+    inlay.attach(model, Stack(inlay.LoRA(rank=2), LadderSideTuning(reduction=4)))
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model(**ZOO[name].batch(2, 0)).loss.backward()
+    assert not any(any(h.captured.values()) for h in roster_of(model).hosts.values())
+
+
 @pytest.mark.parametrize("output", ["side", "both"])
-def test_no_gradient_reaches_the_input(output: Any) -> None:
-    model, _ = attached("llama", LadderSideTuning(reduction=4, output=output))
-    embeds = torch.randn(2, 5, 32, requires_grad=True)
-    model(inputs_embeds=embeds).logits.sum().backward()
-    assert embeds.grad is None
+def test_what_is_trained_before_it_gets_its_gradient(output: Any) -> None:
+    method = LadderSideTuning(reduction=4, output=output)
+    model, adapter = attached("llama", method)
+    rows = [torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    for embeds, network in zip(rows, (model, by_hand("llama", numbers(adapter), method, [0, 1])), strict=True):
+        (network(inputs_embeds=embeds).logits ** 2).sum().backward()
+    assert rows[0].grad is not None and rows[1].grad is not None
+    close(rows[0].grad, rows[1].grad)
+
+
+def test_threads_do_not_share_what_they_read() -> None:
+    model, _ = attached("llama", LadderSideTuning(reduction=4))
+    batches = [inputs("llama", rows=n) for n in (1, 2, 3, 4)]
+    with torch.no_grad():
+        alone = [model(**batch).logits for batch in batches]
+
+    def work(index: int) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(model(**batches[index]).logits, alone[index]) for _ in range(8))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 def saved_bytes(method: Any, **where: Any) -> int:

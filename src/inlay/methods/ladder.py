@@ -15,7 +15,8 @@ information. Ours are their feed-forward half, s + W_out f(W_in norm(s)), drawn 
 at a time, so caches, padding and mixed batches stay exact, and what mixes tokens is the base. So an encoder-decoder's
 stands beside the decoder alone; beside the encoder it could act only through the base's cross-attention.
 
-Places: one at the end of the stack, at the norm behind the last block or, where there is none, at its output.
+Place: the norm behind the last block or, where there is none, its output. All of it runs when the base is done, and
+the base, where nothing else is trained, records nothing for a backward pass.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, DeltaMethod, cast
+from inlay.core.delta import Delta, cast
 from inlay.core.errors import SelectionError
-from inlay.core.method import Recipe
+from inlay.core.method import Method, Recipe
 from inlay.core.site import Site
 from inlay.methods._bottleneck import FUNCTIONS
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LadderSideTuning(DeltaMethod):
+class LadderSideTuning(Method):
     """A side network; `layers` chooses the blocks that have a rung (the paper drops some).
 
     Attributes:
@@ -94,9 +95,6 @@ class LadderSideTuning(DeltaMethod):
         site = replace(stack.end, sources=tuple(read))
         return [DeltaPiece(site, SideNetwork(site, len(numbers), self))]
 
-    def build(self, site: Site) -> Delta:
-        raise NotImplementedError("a side network is built for a whole stack, by `pieces`")
-
     @classmethod
     def examples(cls) -> list[LadderSideTuning]:
         return [cls(reduction=4), cls(reduction=2, expansion=2, nonlinearity="gelu", dropout=0.25, output="both")]
@@ -131,7 +129,7 @@ class SideNetwork(Delta):
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 
     def post(self, x: Any, y: Tensor, site: Site) -> Tensor:
-        states = [h.detach() for h in (*x, *([y] if len(x) < self.down.shape[0] else []))]  # no gradient to the base
+        states = [*x, y] if len(x) < self.down.shape[0] else list(x)
         shares = [cast(g, y) for g in torch.sigmoid(self.gates / self.method.temperature)]
         side = self._read(0, states[0])
         for rung, state in enumerate(states[1:]):
@@ -140,11 +138,11 @@ class SideNetwork(Delta):
             side = side + F.linear(inner, cast(self.outer[rung], inner))
         last = F.dropout(self._normed(-1, side), self.method.dropout, self.training)
         out = F.linear(last, cast(self.up, last), cast(self.up_bias, last))
-        return out if self.method.output == "side" else shares[-1] * out + (1 - shares[-1]) * y.detach()
+        return out if self.method.output == "side" else shares[-1] * out + (1 - shares[-1]) * y
 
     def _read(self, index: int, state: Tensor) -> Tensor:
-        dropped = F.dropout(state, self.method.dropout, self.training)
-        return F.linear(dropped, cast(self.down[index], state), cast(self.down_bias[index], state))
+        state = F.dropout(state, self.method.dropout, self.training)
+        return F.linear(state, cast(self.down[index], state), cast(self.down_bias[index], state))
 
     def _normed(self, index: int, side: Tensor) -> Tensor:
         return F.rms_norm(side, side.shape[-1:], cast(self.norms[index], side), eps=1e-6)
