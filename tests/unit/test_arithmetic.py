@@ -10,7 +10,7 @@ from torch import Tensor
 
 import inlay
 from inlay.arithmetic import combine
-from inlay.core.errors import AdapterNameError, ConfigError, UnsupportedError
+from inlay.core.errors import AdapterNameError, ConfigError, SelectionError, UnsupportedError
 from inlay.testing.models import ZOO
 
 
@@ -61,6 +61,9 @@ WEIGHTS = {"a": 0.7, "b": -0.3}
     ("specimen", "method", "options"),
     [
         ("llama", inlay.LoRA(rank=2), {}),
+        ("llama", inlay.AdaLoRA(rank=2), {}),
+        ("llama", inlay.DyLoRA(rank=3), {}),
+        ("llama", inlay.VeRA(rank=8), {}),
         ("gpt2", inlay.LoRA(rank=2), {}),  # parts of a fused matrix
         ("bert", inlay.LoRA(rank=2), {"where": ["word_embeddings", "query"]}),
         ("llama", inlay.IA3(), {}),
@@ -73,7 +76,23 @@ WEIGHTS = {"a": 0.7, "b": -0.3}
 def test_sums_are_exact(specimen: str, method: Any, options: dict[str, Any]) -> None:
     report = check_sum(two(specimen, method, method, **options), WEIGHTS)
     assert report.worst < 1e-3
-    assert report.method == type(method).name
+    own = {"ia3", "bitfit", "top-layers", "full"}
+    assert report.method == (type(method).name if type(method).name in own else "lora")
+
+
+@pytest.mark.parametrize("key", [k for k, cls in inlay.methods().items() if not cls.needs_data])
+def test_every_method_is_summed_exactly_or_refused(key: str) -> None:
+    for method in inlay.methods()[key].examples():
+        for specimen in ("llama", "bert"):
+            try:
+                model = two(specimen, method, method)
+            except (UnsupportedError, SelectionError):
+                continue  # not for this model
+            try:
+                check_sum(model, WEIGHTS)
+            except UnsupportedError as error:
+                assert f"({key})" in str(error)
+                assert set(inlay.adapters(model)) == {"a", "b"}
 
 
 def test_outputs_of_different_low_rank_methods_add_up() -> None:

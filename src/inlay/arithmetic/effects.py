@@ -19,6 +19,9 @@ from inlay.core.errors import UnsupportedError, problems
 from inlay.core.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
 from inlay.methods._low_rank import ConvLowRank, LowRank
 from inlay.methods._offset import Offset
+from inlay.methods._triplets import Triplets
+from inlay.methods.dylora import Truncated
+from inlay.methods.vera import VeRADelta
 
 
 def check_has_weights(adapters: Sequence[Adapter]) -> None:
@@ -32,8 +35,8 @@ def check_has_weights(adapters: Sequence[Adapter]) -> None:
         elif acting:
             kinds = ", ".join(sorted(acting))
             wrong.append(f"{adapter.name!r} ({adapter.method.name}) acts on activations ({kinds})")
-        elif len({p.key for p in adapter.pieces}) < len(adapter.pieces):
-            wrong.append(f"{adapter.name!r} ({adapter.method.name}) has several pieces at one place; combine its parts")
+        elif any(p.label for p in adapter.pieces if not isinstance(p, PromptPiece)):
+            wrong.append(f"{adapter.name!r} ({adapter.method.name}) is a composition; combine its parts")
     if wrong:
         raise UnsupportedError(problems("only adapters with a weight view can be combined", wrong))
 
@@ -54,11 +57,31 @@ def _moved(delta: Any) -> Factors:
     return Factors(left, torch.cat([delta.a.detach(), delta.a0]))
 
 
+def _triplets(delta: Any) -> Factors:
+    """P Λ Q without the triplets that the budget took."""
+    kept = delta.e.detach() != 0
+    kept[0] |= ~kept.any()  # a LoRA has at least rank 1
+    return Factors(delta.scale * (delta.b * delta.e).detach()[:, kept], delta.a.detach()[kept])
+
+
+def _truncated(delta: Any) -> Factors:
+    rank = delta.served
+    return Factors(delta.alpha / rank * delta.b.detach()[:, :rank], delta.a.detach()[:rank])
+
+
+def _projected(delta: Any) -> Factors:
+    a, b = delta.pair(delta.d)
+    return Factors((delta.b[:, None] * b).detach(), (delta.d[:, None] * a).detach())
+
+
 # By the weight view itself, because a subclass with another one has other factors, or none.
 _FACTORS: dict[Callable[..., object], Callable[[Any], Factors]] = {
     LowRank.weight: _plain,
     ConvLowRank.weight: _plain,
     Offset.weight: _moved,
+    Triplets.weight: _triplets,
+    Truncated.weight: _truncated,
+    VeRADelta.weight: _projected,
 }
 
 
