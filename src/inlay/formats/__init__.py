@@ -7,36 +7,74 @@ from pathlib import Path
 from torch import nn
 
 from inlay.core.adapter import Adapter
-from inlay.core.errors import ConfigError, UnsupportedError
+from inlay.core.errors import AdapterFileError, ConfigError, UnsupportedError
 from inlay.core.roster import roster_of
-from inlay.formats import native
+
+FORMATS = ("native", "peft")
 
 
 def save(model: nn.Module, name: str, folder: str | Path, *, format: str = "native") -> Path:
     """Write adapter `name` to `folder`; the folder may hold other files, which are left alone.
 
+    Args:
+        format: ``native``, or ``peft`` for Hugging Face PEFT's files.
+
     Raises:
         AdapterNameError: there is no such adapter.
+        UnsupportedError: the adapter has no counterpart in the format; it says what has none.
         OutputError: the folder cannot be written; what was there before is still there.
     """
-    if format != "native":
-        raise ConfigError(f"unknown format {format!r}; known: native")
+    from inlay.formats import native, peft
+
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     roster = roster_of(model)
     if roster.merged is not None:
         raise UnsupportedError(
             f"adapter {roster.merged.name!r} is merged into the base; unmerge() before saving adapters"
         )
-    return native.write(model, roster.require(name), Path(folder))
+    adapter = roster.require(name)
+    if format == "native":
+        return native.write(model, adapter, Path(folder))
+    return peft.write(model, adapter, Path(folder))
 
 
-def load(model: nn.Module, folder: str | Path, *, name: str | None = None, trainable: bool = False) -> Adapter:
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    trainable: bool = False,
+    allow_pickle: bool = False,
+    alpha: float | None = None,
+) -> Adapter:
     """Attach the adapter stored in `folder`; it is active, and frozen unless `trainable`.
 
+    The format is recognised by the files: inlay's own, Hugging Face PEFT's, AdapterHub's; a single file
+    (``.safetensors``, ``.pt``, ``.bin``) is loralib's or t-few's.
+
     Args:
-        name: the name to attach it under; the one it was saved under where None.
+        name: the name to attach it under; the one it was saved under where None (``default`` where it had none).
+        allow_pickle: also read tensors from a foreign pickle (with `weights_only`, so that no code of it runs).
+        alpha: of a LoRA in a single file, which does not say it.
 
     Raises:
         AdapterFileError: the file is missing, cut short, changed, or holds tensors that do not fit.
         BaseMismatchError: it was trained on another base. In every case the model is as it was.
     """
-    return native.read(model, Path(folder), name=name, trainable=trainable)
+    from inlay.formats import adapterhub, loralib, native, peft
+
+    path = Path(folder)
+    if path.is_file() and path.name not in (native.FILE, adapterhub.WEIGHTS[0]):
+        return loralib.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle, alpha=alpha)
+    if alpha is not None:
+        raise ConfigError("alpha is only given for a single file that does not say it; this adapter says its own")
+    if native.recognises(path):
+        return native.read(model, path, name=name, trainable=trainable)
+    if peft.recognises(path):
+        return peft.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle)
+    if adapterhub.recognises(path):
+        return adapterhub.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle)
+    if not path.exists():
+        raise AdapterFileError(f"{path}: there is no such folder")
+    return native.read(model, path, name=name, trainable=trainable)

@@ -29,10 +29,10 @@ from inlay.core.fingerprint import Fingerprint, fingerprint
 from inlay.core.install import install
 from inlay.core.method import Method
 from inlay.core.select import Places
+from inlay.formats.archive import header_of
 
 FILE = "adapter.safetensors"
 FORMAT = 1
-HEADER_LIMIT = 64 * 2**20  # bytes; a real header holds some hundred bytes a tensor
 KEYS = {"format", "name", "method", "places", "modules_to_save", "base", "base_name", "digest", "inlay"}
 
 
@@ -65,6 +65,15 @@ def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
     return path
 
 
+def recognises(folder: Path) -> bool:
+    """Whether `folder` holds an adapter of ours; AdapterHub gives its file the same name."""
+    path = folder / FILE if folder.is_dir() else folder
+    try:
+        return path.name == FILE and "inlay" in header_of(path).get("__metadata__", {})
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def read_header(folder: Path) -> dict[str, Any]:
     """What a stored adapter says of itself, with ``tensors``: name → {"dtype", "shape"}; no tensor is read.
 
@@ -73,7 +82,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     """
     path = folder / FILE if folder.is_dir() or not folder.suffix else folder
     try:
-        raw = _raw_header(path)
+        raw = header_of(path)
         header = json.loads(raw.pop("__metadata__", {}).get("inlay", "null"))
     except FileNotFoundError as error:
         raise AdapterFileError(f"{folder}: no {FILE} there; expected a folder that inlay.save wrote") from error
@@ -90,22 +99,6 @@ def read_header(folder: Path) -> dict[str, Any]:
         "path": str(path),
         "tensors": {n: {"dtype": t["dtype"], "shape": t["shape"]} for n, t in raw.items()},
     }
-
-
-def _raw_header(path: Path) -> dict[str, Any]:
-    """The safetensors header, once its sizes agree with the file's."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise ValueError(f"its header claims {length} bytes of a file of {size}")
-        raw = json.loads(file.read(length))
-    if not isinstance(raw, dict):
-        raise ValueError("its header is not a table of tensors")
-    end = max((t["data_offsets"][1] for n, t in raw.items() if n != "__metadata__"), default=0)
-    if 8 + length + end != size:
-        raise ValueError(f"its tensors end at byte {8 + length + end} of a file of {size}")
-    return raw
 
 
 def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool) -> Adapter:

@@ -15,8 +15,9 @@ Dropout acts on what enters base and update alike, as in the authors' code: m mu
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,14 @@ from torch import Tensor, nn
 
 from inlay.core.delta import Delta, DeltaMethod, cast
 from inlay.core.method import Recipe
+from inlay.core.pattern import Pattern
 from inlay.core.site import Site
+from inlay.methods._patterns import check_used, rank_and_alpha, settle
+
+if TYPE_CHECKING:
+    from inlay.core.pieces import Piece
+    from inlay.core.select import Places
+    from inlay.core.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,8 @@ class DoRA(DeltaMethod):
         rank: of the direction's update; the paper starts at half of what LoRA would get.
         alpha: numerator of the scale alpha / rank.
         dropout: on the layer's input, base path included, in training.
+        rank_pattern: ranks of single sites, by the end of their names.
+        alpha_pattern: alphas of single sites, likewise.
     """
 
     name: ClassVar[str] = "dora"
@@ -46,15 +56,23 @@ class DoRA(DeltaMethod):
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    rank_pattern: Mapping[str, int] | Pattern[int] = ()
+    alpha_pattern: Mapping[str, float] | Pattern[float] = ()
 
     def __post_init__(self) -> None:
-        self.require(
-            (self.rank >= 1, f"rank is {self.rank}, expected at least 1"),
-            (0 <= self.dropout < 1, f"dropout is {self.dropout}, expected at least 0 and below 1"),
-        )
+        settle(self)
+        self.require((0 <= self.dropout < 1, f"dropout is {self.dropout}, expected at least 0 and below 1"))
 
     def build(self, site: Site) -> Delta:
-        return DroppedDelta(site, self) if self.dropout else DoRADelta(site, self)
+        rank, alpha = rank_and_alpha(self, site)
+        if self.dropout:
+            return DroppedDelta(site, rank, alpha / rank, self.dropout)
+        return DoRADelta(site, rank, alpha / rank)
+
+    def pieces(self, view: ModelView, places: Places) -> list[Piece]:
+        found = super().pieces(view, places)
+        check_used(self, found)
+        return found
 
     @classmethod
     def examples(cls) -> list[DoRA]:
@@ -64,11 +82,11 @@ class DoRA(DeltaMethod):
 class DoRADelta(Delta):
     """At a linear layer."""
 
-    def __init__(self, site: Site, method: DoRA) -> None:
+    def __init__(self, site: Site, rank: int, scale: float) -> None:
         super().__init__()
-        self.scale = method.alpha / method.rank
-        self.a = nn.Parameter(site.empty(method.rank, site.in_features))  # (rank, in)
-        self.b = nn.Parameter(site.empty(site.out_features, method.rank))  # (out, rank)
+        self.scale = scale
+        self.a = nn.Parameter(site.empty(rank, site.in_features))  # (rank, in)
+        self.b = nn.Parameter(site.empty(site.out_features, rank))  # (out, rank)
         self.magnitude = nn.Parameter(site.empty(site.out_features))  # (out)
         self.squares: tuple[tuple[int, int], Tensor] | None = None  # the frozen weight's, and which weight's
 
@@ -111,9 +129,9 @@ class DoRADelta(Delta):
 class DroppedDelta(DoRADelta):
     """With dropout in front of the layer."""
 
-    def __init__(self, site: Site, method: DoRA) -> None:
-        super().__init__(site, method)
-        self.dropout = method.dropout
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(site, rank, scale)
+        self.dropout = dropout
 
     def pre(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

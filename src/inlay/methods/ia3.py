@@ -23,7 +23,12 @@ from inlay.core.site import Site
 
 @dataclass(frozen=True, kw_only=True)
 class IA3(DeltaMethod):
-    """Infused Adapter by Inhibiting and Amplifying Inner Activations. No hyper-parameters."""
+    """Infused Adapter by Inhibiting and Amplifying Inner Activations.
+
+    Attributes:
+        entering: ends of the names of sites whose input is rescaled and not their output; None is the paper's:
+            the second feed-forward matrices.
+    """
 
     name: ClassVar[str] = "ia3"
     paper: ClassVar[str] = "arXiv:2205.05638"
@@ -31,8 +36,13 @@ class IA3(DeltaMethod):
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2)
     default_where: ClassVar[tuple[str, ...]] = ("key", "value", "down")
 
+    entering: tuple[str, ...] | None = None
+
     def build(self, site: Site) -> Delta:
-        return InputDelta(site) if site.role == "down" else OutputDelta(site)
+        if self.entering is None:
+            return InputDelta(site) if site.role == "down" else OutputDelta(site)
+        named = any(site.key == end or site.key.endswith("." + end) for end in self.entering)
+        return InputDelta(site) if named else OutputDelta(site)
 
     @classmethod
     def examples(cls) -> list[IA3]:

@@ -1,0 +1,269 @@
+"""AdapterHub's files: `adapter_config.json` with the architecture under ``config``, and the tensors by module.
+
+    <layer>.attention.output.adapters.<name>.adapter_down.0.weight      BERT and its kin: behind attention,
+    <layer>.output.adapters.<name>.adapter_up.weight                    behind the feed-forward
+    <layer>.attention_adapters.adapters.<name>…, <layer>.output_adapters.adapters.<name>…     other models
+    <linear>.loras.<name>.lora_A (r, in), lora_B (out, r)               LoRA; with ``scale``, lora_B alone: (IA)³
+    …prefix_tunings.<name>.<place>.wte.weight, control_trans.0.…, .2.…  prefix tuning with its projection
+    prompt_tuning.base_model.prompt_tuning.<name>.prompt_embedding.weight
+
+What is read is what inlay computes in the same way. AdapterHub's sequential adapter (`SeqBnConfig`) reads the norm
+of its input plus the residual, its parallel adapter reads the residual stream, and its prefix leaves a decoder's
+positions where they are; where that is not what the method computes here, it is refused by name. A prediction head
+is a file of its own there and is not read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from inlay.core.adapter import Adapter
+from inlay.core.errors import AdapterFileError, problems
+from inlay.core.method import Method
+from inlay.core.pieces import DeltaPiece
+from inlay.core.roles import layer_of
+from inlay.core.select import Places
+from inlay.core.view import ModelView
+from inlay.formats.archive import Archive, open_archive
+from inlay.formats.exchange import Entry, Reading, restore
+from inlay.formats.peft.config import FILE, Config, read_config
+
+WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
+POST_NORM = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")  # whose feed-forward reads the residual itself
+PROMPTED = ("llama", "mistral")  # whose prompt enters behind the embedding, so that its tokens have positions
+TRAINING = ("dropout", "init_weights", "architecture", "stochastic_depth", "dtype", "leave_out", "is_parallel")
+BOTTLENECK = {"down": "adapter_down.0.weight", "down_bias": "adapter_down.0.bias", "up": "adapter_up.weight",
+              "up_bias": "adapter_up.bias"}  # fmt: skip
+NONLINEAR = {"relu": "relu", "gelu": "gelu", "swish": "silu", "silu": "silu"}
+NOT_HERE = "has no counterpart in inlay"
+
+
+def recognises(folder: Path) -> bool:
+    """Whether `folder` holds an adapter in AdapterHub's format."""
+    return (folder / FILE).is_file() and isinstance(read_config(folder).get("config"), dict)
+
+
+def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, allow_pickle: bool) -> Adapter:
+    """Attach an adapter from AdapterHub's files, strictly."""
+    whole = read_config(folder)
+    archive = open_archive(folder, *WEIGHTS, allow_pickle=allow_pickle)
+    config = Config(dict(whole["config"]), folder / FILE)
+    hub = Hub(config, ModelView(model), archive, str(whole.get("name", "")))
+    width = whole.get("hidden_size")
+    if isinstance(width, int) and width != hub.view.hidden_size:
+        config.wrong.append(f"hidden_size is {width}, and this model's is {hub.view.hidden_size}: another base")
+    architecture = config.get("architecture") or "bottleneck"
+    if architecture not in READERS:
+        raise AdapterFileError(
+            f"{folder / FILE}: architecture {architecture!r} {NOT_HERE}; known: {', '.join(READERS)}"
+        )
+    config.ignore(*TRAINING)
+    reading = READERS[str(architecture)](hub)
+    config.finish()
+    if reading is None:
+        raise AdapterFileError(problems(f"{archive.path} does not fit this model", config.wrong))
+    chosen = name or re.sub(r"[^A-Za-z0-9_-]", "-", hub.name) or "default"
+    return restore(model, reading, archive, name=chosen, trainable=trainable, wrong=config.wrong)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """What a reader needs."""
+
+    config: Config
+    view: ModelView
+    archive: Archive
+    name: str
+
+    def found(self, pattern: str) -> dict[str, tuple[str, str]]:
+        """Stored name → (place, part), of the names with this adapter's name in the middle."""
+        regex = re.compile(rf"(.*)\.{pattern}\.{re.escape(self.name)}\.(.*)")
+        hits = ((n, regex.fullmatch(n)) for n in self.archive.shapes)
+        return {n: (hit[1], hit[2]) for n, hit in hits if hit}
+
+    def settled(self, **expected: Any) -> None:
+        """Keys that must be absent or have this value."""
+        for key, value in expected.items():
+            there = self.config.get(key, value)
+            if there != value:
+                self.config.wrong.append(f"{key} is {there!r}, which {NOT_HERE}; expected {value!r}")
+
+
+def _bottleneck(hub: Hub) -> Reading | None:
+    """DoubleSeqBn (Houlsby), SeqBn with the layer's own order, ParBn."""
+    from inlay.methods.houlsby import Houlsby
+    from inlay.methods.parallel import ParallelAdapter
+    from inlay.methods.pfeiffer import Pfeiffer
+
+    config = hub.config
+    hub.settled(
+        cross_adapter=False, inv_adapter=None, ln_after=False, ln_before=False, phm_layer=False, use_gating=False,
+        original_ln_after=True,
+    )  # fmt: skip
+    config.ignore("adapter_residual_before_ln", "residual_before_ln")  # these act only with what is refused here
+    config.ignore(*(k for k in config.values if "phm" in k or k.startswith(("factorized", "hypercomplex", "inv_"))))
+    parallel = bool(config.get("is_parallel", False))
+    nonlinearity = NONLINEAR.get(str(config.get("non_linearity", "relu")).lower())
+    if nonlinearity is None:
+        config.wrong.append(f"non_linearity is {config.get('non_linearity')!r}, which {NOT_HERE}")
+    if config.get("original_ln_before", False):
+        config.wrong.append(
+            "original_ln_before is true: the adapter reads the layer norm of the sublayer's output plus the residual, "
+            "where inlay's reads that output as it is; there is no exact counterpart"
+        )
+    scaling = config.get("scaling", 1.0)
+    if isinstance(scaling, str) or (not parallel and scaling != 1.0):
+        config.wrong.append(f"scaling is {scaling!r}, which {NOT_HERE} for this adapter")
+        scaling = 1.0
+    attention, feed_forward = bool(config.get("mh_adapter", False)), bool(config.get("output_adapter", True))
+    stored = hub.found("adapters")
+    sizes = {hub.archive.shapes[n][0] for n, (_, part) in stored.items() if part == BOTTLENECK["down"]}
+    config.get("reduction_factor")
+    if len(sizes) != 1:
+        config.wrong.append(f"the adapters' inner sizes are {sorted(sizes)}, expected one size in every layer")
+        return None
+    size, known = sizes.pop(), nonlinearity or "relu"
+    method: Method
+    if parallel:
+        kind = str(getattr(hub.view.text_config, "model_type", ""))
+        if attention or kind not in POST_NORM:
+            config.wrong.append(
+                f"a parallel adapter reads the residual stream, which is the feed-forward's input only on {POST_NORM}; "
+                f"on a {kind!r}, or beside attention, it has no exact counterpart"
+            )
+        method = ParallelAdapter(bottleneck=size, scale=float(scaling), nonlinearity=known)
+    elif attention and feed_forward:
+        method = Houlsby(bottleneck=size, nonlinearity=known)
+    else:
+        method = Houlsby(bottleneck=size, nonlinearity=known)
+        if not attention and hub.view.hidden_size // size * size == hub.view.hidden_size:
+            method = Pfeiffer(reduction=hub.view.hidden_size // size, nonlinearity=known)
+    words = [w for w, on in (("attention_sublayer", attention), ("mlp_sublayer", feed_forward)) if on]
+    places = {(layer_of(p), _behind_attention(p)): p for p, _ in stored.values()}
+    layers = sorted({layer[1] for layer, _ in places if layer is not None})
+
+    def entries(adapter: Adapter) -> Iterator[Entry]:
+        for piece in adapter.pieces:
+            assert isinstance(piece, DeltaPiece)
+            behind = not parallel and piece.site.path in attention_paths
+            place = places.get((layer_of(piece.site.path), behind), f"{piece.site.path}.(no adapter)")
+            for name, value in piece.delta.state_dict().items():
+                theirs = f"{place}.adapters.{hub.name}.{BOTTLENECK[name]}"
+                yield Entry(f"delta/{piece.key}/{name}", {theirs: tuple(value.shape)})
+
+    attention_paths = {s.path for s in hub.view.by_role("attention_sublayer")}
+    twice = len(attention_paths) > len({layer_of(p) for p in attention_paths})
+    if attention and twice:
+        config.wrong.append("this model's layers attend twice, and the file adapts the first alone: inlay adapts both")
+    return Reading(method, Places.of(None if parallel else words, layers), entries)
+
+
+def _behind_attention(place: str) -> bool:
+    last = place.split(".")[-2:]
+    return last[-1] == "attention_adapters" or last == ["attention", "output"]
+
+
+def _lora(hub: Hub) -> Reading | None:
+    from inlay.methods.ia3 import IA3
+    from inlay.methods.lora import LoRA
+
+    config = hub.config
+    hub.settled(use_gating=False, vera_d=None, vera_b=None)
+    config.ignore("attn_matrices", "selfattn_lora", "intermediate_lora", "output_lora")
+    rank, alpha = config.whole("r", 8), config.number("alpha", 8)
+    mode = config.get("composition_mode", "add")
+    if mode == "scale" and alpha != 1:
+        config.wrong.append(f"alpha is {alpha} for rescaling vectors, expected 1")
+    stored = hub.found("loras")
+    paths = list(dict.fromkeys(p for p, _ in stored.values()))
+    absent = [p for p in paths if p not in hub.view.layers]
+    config.wrong += [f"{p} is adapted in the file, but this model has no such layer" for p in absent]
+    if not paths or absent or mode not in ("add", "scale"):
+        config.wrong += [] if mode in ("add", "scale") else [f"composition_mode is {mode!r}, which {NOT_HERE}"]
+        return None
+    scaled = mode == "scale"
+
+    def entries(adapter: Adapter) -> Iterator[Entry]:
+        for piece in adapter.pieces:
+            assert isinstance(piece, DeltaPiece)
+            for name, value in piece.delta.state_dict().items():
+                theirs = f"{piece.site.path}.loras.{hub.name}.{'lora_B' if name != 'a' else 'lora_A'}"
+                shape = (*value.shape, 1) if scaled else tuple(value.shape)
+                yield Entry(f"delta/{piece.key}/{name}", {theirs: shape}, lambda t: t.flatten() if scaled else t)
+
+    method: Method = IA3(entering=()) if scaled else LoRA(rank=rank, alpha=alpha)
+    return Reading(method, Places.of(paths, None), entries)
+
+
+def _prefix(hub: Hub) -> Reading | None:
+    from inlay.methods.prefix_tuning import PrefixTuning
+
+    config = hub.config
+    hub.settled(use_gating=False, non_linearity="tanh", encoder_prefix=True)
+    config.ignore("cross_prefix", "shared_gating")
+    length, flat = config.whole("prefix_length", 30), bool(config.get("flat", False))
+    inner = config.whole("bottleneck_size", 512)
+    causal = any(getattr(p.module, "is_causal", True) for p in hub.view.attention_places())
+    if causal or getattr(hub.view.config, "is_encoder_decoder", False):
+        config.wrong.append(
+            "AdapterHub's prefix leaves a decoder's text at its positions, and the published one moves it on by the "
+            "prefix's length: only an encoder's prefix has an exact counterpart"
+        )
+    stored = hub.found("prefix_tunings")
+    heads = {f"{p}.prefix_tunings.{hub.name}.{part.split('.')[0]}" for p, part in stored.values()}
+    if len(heads) != 1:
+        config.wrong.append(f"expected the prefix of one stack, found {len(heads)}")
+        return None
+    head = heads.pop()
+    names = {"table": "wte.weight", "inner.weight": "control_trans.0.weight", "inner.bias": "control_trans.0.bias",
+             "outer.weight": "control_trans.2.weight", "outer.bias": "control_trans.2.bias"}  # fmt: skip
+
+    def entries(adapter: Adapter) -> Iterator[Entry]:
+        for name, value in adapter.tensors().items():
+            own, shape = name.split("/")[-1].split(".", 2)[-1], tuple(value.shape)
+            if flat:
+                yield Entry(name, {f"{head}.control_trans": (value.numel(),)}, lambda t, shape=shape: t.view(shape))
+            else:
+                yield Entry(name, {f"{head}.{names[own]}": shape})
+
+    return Reading(PrefixTuning(length=length, projection=None if flat else inner), Places(), entries)
+
+
+def _prompt(hub: Hub) -> Reading | None:
+    from inlay.methods.prompt_tuning import PromptTuning
+
+    config = hub.config
+    hub.settled(combine="prefix")
+    config.ignore("prompt_init", "prompt_init_text", "random_uniform_scale", "exclude_cls_token")
+    length = config.whole("prompt_length", 10)
+    kind = str(getattr(hub.view.text_config, "model_type", ""))
+    if kind not in PROMPTED:
+        config.wrong.append(
+            f"on a {kind!r} AdapterHub's prompt has no positions or stands where the head looks for the first token; it "
+            f"has an exact counterpart on {', '.join(PROMPTED)} only"
+        )
+    ending = f".{hub.name}.prompt_embedding.weight"
+    stored = [n for n in hub.archive.shapes if n.endswith(ending)]
+    if len(stored) != 1:
+        config.wrong.append(f"expected one prompt_embedding.weight of {hub.name!r}, found {len(stored)}")
+        return None
+
+    def entries(adapter: Adapter) -> Iterator[Entry]:
+        for name, value in adapter.tensors().items():
+            yield Entry(name, {stored[0]: tuple(value.shape)})
+
+    return Reading(PromptTuning(length=length, init="random"), Places(), entries)
+
+
+READERS: Mapping[str, Callable[[Hub], Reading | None]] = {
+    "bottleneck": _bottleneck,
+    "lora": _lora,
+    "prefix_tuning": _prefix,
+    "prompt_tuning": _prompt,
+}

@@ -1,0 +1,117 @@
+"""Tensors in a file: their names and shapes first, checked against the file's own size, their values later.
+
+A safetensors file says everything in its header. A pickle is read with `weights_only=True`, only on request, and
+only in PyTorch's zip form whose members are stored and not compressed, so that it cannot unfold in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from inlay.core.errors import AdapterFileError
+
+HEADER_LIMIT = 64 * 2**20  # bytes; a real header holds some hundred bytes a tensor
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, once its sizes agree with the file's.
+
+    Raises:
+        ValueError: they do not.
+        OSError: the file cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise ValueError(f"its header claims {length} bytes of a file of {size}")
+        raw = json.loads(file.read(length))
+    if not isinstance(raw, dict):
+        raise ValueError("its header is not a table of tensors")
+    end = max((t["data_offsets"][1] for n, t in raw.items() if n != "__metadata__"), default=0)
+    if 8 + length + end != size:
+        raise ValueError(f"its tensors end at byte {8 + length + end} of a file of {size}")
+    return raw
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file of named tensors.
+
+    Attributes:
+        path: of the file.
+        pickled: whether reading its names means reading a pickle.
+    """
+
+    path: Path
+    pickled: bool
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape, of every tensor."""
+        if self.pickled:
+            return {name: tuple(t.shape) for name, t in self.tensors.items()}
+        try:
+            raw = header_of(self.path)
+            return {n: tuple(t["shape"]) for n, t in raw.items() if n != "__metadata__"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise AdapterFileError(f"{self.path}: not a whole safetensors file ({error}); copy it again") from error
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Name → values."""
+        if self.pickled:
+            return _unpickled(self.path)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise AdapterFileError(f"{self.path}: not a whole safetensors file ({error}); copy it again") from error
+
+
+def open_archive(folder: Path, *names: str, allow_pickle: bool) -> Archive:
+    """The first of `names` that is in `folder`; safetensors before pickles.
+
+    Raises:
+        AdapterFileError: there is none, or only a pickle that was not asked for.
+    """
+    there = sorted((n for n in names if (folder / n).is_file()), key=lambda n: n.endswith(PICKLES))
+    if not there:
+        raise AdapterFileError(f"{folder}: none of {', '.join(names)} is there; copy the whole folder")
+    return archive(folder / there[0], allow_pickle=allow_pickle)
+
+
+def archive(path: Path, *, allow_pickle: bool) -> Archive:
+    """One file as an archive, by its ending."""
+    pickled = path.suffix in PICKLES
+    if pickled and not allow_pickle:
+        raise AdapterFileError(
+            f"{path} is a pickle, which is read only on request: give allow_pickle=True (--allow-pickle) if you trust "
+            "where it is from; only tensors are read from it"
+        )
+    return Archive(path, pickled)
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        with zipfile.ZipFile(path) as parts:
+            unfolded = sum(part.file_size for part in parts.infolist())
+        if unfolded > path.stat().st_size:
+            raise ValueError(f"it unfolds to {unfolded} bytes from {path.stat().st_size}")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise AdapterFileError(f"{path}: not a whole PyTorch zip file of tensors ({error}); copy it again") from error
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in found.items()):
+        raise AdapterFileError(f"{path}: holds something else than tensors by name")
+    return {name: t.clone() for name, t in found.items()}

@@ -1,0 +1,87 @@
+"""Hugging Face PEFT's files: `adapter_config.json` and `adapter_model.safetensors`, as PEFT 0.21 writes them.
+
+    FAMILIES   peft_type → how it is read
+    WRITERS    our method → how it is written
+
+PEFT keeps no digest and no fingerprint of the base, so the model is held against names and shapes alone; what
+PEFT passes over in silence (targets that match nothing, missing and unexpected tensors, unknown keys that may
+change the result) is one error here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from inlay.core.adapter import Adapter
+from inlay.core.errors import AdapterFileError, UnsupportedError, nearest
+from inlay.core.view import ModelView
+from inlay.formats.archive import Archive, open_archive
+from inlay.formats.exchange import Reading, Writing, restore, store
+from inlay.formats.peft import adaption, deltas, low_rank, prompts, rescaling, settings, tokens
+from inlay.formats.peft.config import FILE, WEIGHTS, Config, read_config
+
+__all__ = ["FAMILIES", "FILE", "WRITERS", "read", "recognises", "write"]
+
+FAMILIES: Mapping[str, Callable[[Config, ModelView, Archive], Reading]] = {
+    "LORA": low_rank.read,
+    "IA3": rescaling.read,
+    "PROMPT_TUNING": prompts.read_prompt,
+    "PREFIX_TUNING": prompts.read_prefix,
+    "P_TUNING": prompts.read_prompt,
+    "ADAPTION_PROMPT": adaption.read,
+    "TRAINABLE_TOKENS": tokens.read,
+    **dict.fromkeys(settings.METHODS, deltas.read),
+}
+WRITERS: Mapping[str, Callable[[Adapter, ModelView], Writing]] = {
+    "lora": low_rank.write,
+    "dora": low_rank.write,
+    "lora-plus": low_rank.write,
+    "eva": low_rank.write,
+    "lora-fa": low_rank.write,
+    "dylora": low_rank.write,
+    "pissa": low_rank.write,
+    "olora": low_rank.write,
+    "ia3": rescaling.write,
+    "prompt-tuning": prompts.write_prompt,
+    "p-tuning": prompts.write_prompt,
+    "prefix-tuning": prompts.write_prefix,
+    "llama-adapter": adaption.write,
+    "trainable-tokens": tokens.write,
+    **dict.fromkeys(settings.TYPES, deltas.write),
+}
+
+
+def recognises(folder: Path) -> bool:
+    """Whether `folder` holds an adapter in PEFT's format."""
+    return (folder / FILE).is_file() and "peft_type" in read_config(folder)
+
+
+def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, allow_pickle: bool) -> Adapter:
+    """Attach an adapter from PEFT's files, strictly."""
+    values = read_config(folder)
+    kind = values.get("peft_type")
+    if kind not in FAMILIES:
+        raise AdapterFileError(
+            f"{folder / FILE}: peft_type {kind!r} has no counterpart in inlay{nearest(str(kind), FAMILIES)}"
+        )
+    archive = open_archive(folder, *WEIGHTS, allow_pickle=allow_pickle)
+    config = Config(values, folder / FILE)
+    reading = FAMILIES[str(kind)](config, ModelView(model), archive)
+    config.finish()
+    return restore(model, reading, archive, name=name or "default", trainable=trainable, wrong=config.wrong)
+
+
+def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
+    """Write an adapter for PEFT.
+
+    Raises:
+        UnsupportedError: the method, or this use of it, has no counterpart in PEFT's format.
+    """
+    if adapter.method.name not in WRITERS:
+        raise UnsupportedError(
+            f"method {adapter.method.name!r} has no counterpart in PEFT's format; these have: {', '.join(WRITERS)}"
+        )
+    return store(folder, WRITERS[adapter.method.name](adapter, ModelView(model)), WEIGHTS[0], FILE)

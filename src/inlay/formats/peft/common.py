@@ -1,0 +1,29 @@
+"""What every family in PEFT's files shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from inlay.core.select import Places
+from inlay.core.view import ModelView
+from inlay.formats.peft import targets
+
+PREFIX = "base_model.model."  # of every name in the file, where PEFT has replaced layers
+PROMPT_PREFIX = "base_model."  # where it has put a prompt in front of the model
+
+
+def header(view: ModelView, peft_type: str, saved: Sequence[str]) -> dict[str, Any]:
+    """The keys that every configuration has."""
+    return {
+        "peft_type": peft_type,
+        "task_type": targets.task_type(view, saved),
+        "base_model_name_or_path": str(getattr(view.config, "_name_or_path", "") or "") or None,
+        "inference_mode": True,
+        "modules_to_save": list(saved) or None,
+    }
+
+
+def places_of(paths: Sequence[str]) -> Places:
+    """Exactly these modules."""
+    return Places.of(list(paths), None)

@@ -1,0 +1,94 @@
+"""PEFT's `adapter_config.json`, read strictly: every key is used, has no effect, or is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from inlay.core.errors import AdapterFileError
+
+FILE = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+# What the library notes for itself: no value of these changes what an adapter computes.
+WITHOUT_EFFECT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+)
+
+
+class Config:
+    """The keys of one configuration, and what was found wrong with them.
+
+    Attributes:
+        wrong: problems, for one error.
+    """
+
+    def __init__(self, values: dict[str, Any], path: Path) -> None:
+        self.values, self.path = values, path
+        self.wrong: list[str] = []
+        self._known = set(WITHOUT_EFFECT)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key that is used; `default` where it is absent or null."""
+        self._known.add(key)
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.wrong.append(f"{key} is {value!r}, expected a number")
+            return default
+        return value
+
+    def whole(self, key: str, default: int) -> int:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.wrong.append(f"{key} is {value!r}, expected a positive whole number")
+            return default
+        return value
+
+    def ignore(self, *keys: str) -> None:
+        """Keys that say how the adapter was trained or initialised, not what it computes."""
+        self._known.update(keys)
+
+    def refuse(self, reason: str, *keys: str, unless: Iterable[Any] = ()) -> None:
+        """Keys whose effect has no counterpart: anything but absent, empty, or one of `unless` is a problem."""
+        for key in keys:
+            value = self.get(key)
+            if value not in (None, False, [], {}, *unless):
+                self.wrong.append(f"{key} is {value!r}: {reason}")
+
+    def finish(self) -> None:
+        """Note every key that nothing has asked for."""
+        unknown = sorted(set(self.values) - self._known)
+        self.wrong += [
+            f"{key} is {self.values[key]!r}: inlay does not know this key, so it might change what the adapter computes"
+            for key in unknown
+            if self.values[key] not in (None, False, [], {})
+        ]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The keys of the configuration in `folder`.
+
+    Raises:
+        AdapterFileError: there is none, or it is no JSON object.
+    """
+    path = folder / FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{path}: not a readable JSON file ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"{path}: expected a JSON object, found a {type(values).__name__}")
+    return values

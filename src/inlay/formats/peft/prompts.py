@@ -1,0 +1,191 @@
+"""Soft prompts in PEFT's files: what stands in front of the text once training is over.
+
+    prompt_embeddings   (length, hidden)                     prompt tuning, P-tuning (its encoder is left out)
+                        (length, layers · 2 · key width)     prefix tuning (its projection is left out)
+
+PEFT's prompt on a sequence-to-sequence model has twice the rows, of which the second half is never used; its
+prefix there enters the decoder alone, which the paper's does not, so it is refused. On an encoder PEFT puts the
+prompt where the classifier looks for the first token; ours is hidden from it, so that is refused as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.core.adapter import Adapter
+from inlay.core.errors import UnsupportedError
+from inlay.core.method import Method
+from inlay.core.pieces import PromptPiece
+from inlay.core.prompt import KeyValuePrompt, TokenPrompt
+from inlay.core.select import Places
+from inlay.core.view import AttentionPlace, ModelView
+from inlay.formats.archive import Archive
+from inlay.formats.exchange import Entry, Reading, Writing
+from inlay.formats.peft import targets
+from inlay.formats.peft.common import PROMPT_PREFIX, header
+from inlay.formats.peft.config import Config
+from inlay.formats.peft.copies import read_copies, write_copies
+
+NAME = "prompt_embeddings"
+INITIALISATION = (
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "init_weights",
+    "encoder_hidden_size", "prefix_projection", "encoder_reparameterization_type", "encoder_num_layers",
+    "encoder_dropout",
+)  # fmt: skip
+
+
+def read_prompt(config: Config, view: ModelView, archive: Archive) -> Reading:
+    """PROMPT_TUNING and P_TUNING: the vectors themselves, as prompt tuning."""
+    from inlay.methods.prompt_tuning import PromptTuning
+
+    length = config.whole("num_virtual_tokens", 1)
+    copies = _sizes(config, view, archive)
+    modules = config.whole("num_transformer_submodules", 2 if _encoder_decoder(view) else 1)
+    if modules != 1 and not _encoder_decoder(view):
+        config.wrong.append(f"num_transformer_submodules is {modules}, but this model is no encoder–decoder")
+    config.wrong += _misplaced(view)
+
+    def entries(adapter: Adapter) -> Iterator[Entry]:
+        for name, value in adapter.tensors().items():
+            if not name.startswith("copy/"):
+                shape = (length * modules, value.shape[1])
+                yield Entry(name, {NAME: shape}, lambda t: t[:length])
+        yield from copies.entries(adapter)
+
+    method = PromptTuning(length=length, init="random")
+    return Reading(method, Places(), entries, copies.paths, copies.checks)
+
+
+def read_prefix(config: Config, view: ModelView, archive: Archive) -> Reading:
+    """PREFIX_TUNING as a prefix without projection."""
+    from inlay.methods.prefix_tuning import PrefixTuning
+
+    length = config.whole("num_virtual_tokens", 1)
+    copies = _sizes(config, view, archive)
+    config.ignore("num_transformer_submodules")
+    if not decoder_only(view):
+        config.wrong.append(
+            "PEFT's prefix enters only the decoder of this model, and its self- and cross-attention with the same "
+            "keys; prefix tuning as published has no such form"
+        )
+
+    def entries(adapter: Adapter) -> Iterator[Entry]:
+        for name, value in adapter.tensors().items():
+            if not name.startswith("copy/"):
+                yield Entry(name, {NAME: tuple(value.shape)})
+        yield from copies.entries(adapter)
+
+    method = PrefixTuning(length=length, projection=None)
+    return Reading(method, Places(), entries, copies.paths, copies.checks)
+
+
+def _sizes(config: Config, view: ModelView, archive: Archive) -> Any:
+    config.ignore("token_dim", "num_attention_heads", "num_layers", *INITIALISATION)
+    return read_copies(config, view, archive.shapes, PROMPT_PREFIX)
+
+
+def write_prompt(adapter: Adapter, view: ModelView, peft_type: str = "PROMPT_TUNING") -> Writing:
+    """The final vectors of a token prompt."""
+    prompt = the_prompt(adapter)
+    assert isinstance(prompt, TokenPrompt)
+    wrong = _misplaced(view)
+    if wrong:
+        raise UnsupportedError(wrong[0])
+    with torch.no_grad():
+        vectors = prompt.embeddings().detach()
+    extra: dict[str, Any] = {"prompt_tuning_init": "RANDOM"} if peft_type == "PROMPT_TUNING" else {}
+    return prompt_file(adapter, view, peft_type, vectors, token_dim=vectors.shape[1], **extra)
+
+
+def write_prefix(adapter: Adapter, view: ModelView) -> Writing:
+    """The keys and values of a prefix, computed."""
+    prompt = the_prompt(adapter)
+    assert isinstance(prompt, KeyValuePrompt)
+    places = view.attention_places()
+    _check_prefix(adapter, view, places)
+    with torch.no_grad():
+        pairs = prompt.keys_values()
+    # (layers, 2, key heads, length, head size) → (length, layers · 2 · key heads · head size)
+    shaped = torch.stack([torch.stack(pairs[p.path][:2]) for p in places])
+    flat = shaped.permute(3, 0, 1, 2, 4).reshape(prompt.length, -1)
+    first = places[0]
+    return prompt_file(
+        adapter, view, "PREFIX_TUNING", flat,
+        token_dim=first.heads * first.head_dim, num_attention_heads=first.heads, prefix_projection=False,
+    )  # fmt: skip
+
+
+def _check_prefix(adapter: Adapter, view: ModelView, places: list[AttentionPlace]) -> None:
+    if not decoder_only(view):
+        raise UnsupportedError(
+            "PEFT puts a prefix only into a decoder-only model's attention as published; this prefix is also in an "
+            "encoder, so PEFT's format cannot hold it"
+        )
+    if adapter.places.layers is not None:
+        raise UnsupportedError("PEFT's prefix is in every layer, but this one was attached with `layers`")
+    hidden = view.hidden_size
+    if places[0].heads * places[0].head_dim != hidden:
+        raise UnsupportedError(
+            f"PEFT takes the head size for hidden size / heads = {hidden} / {places[0].heads}, but this model's is "
+            f"{places[0].head_dim}, so its prefix cannot hold these keys"
+        )
+
+
+def prompt_file(adapter: Adapter, view: ModelView, peft_type: str, vectors: Tensor, **fields: Any) -> Writing:
+    """The configuration and tensors of a prompt with these vectors."""
+    saved, copied = write_copies(adapter, view, PROMPT_PREFIX)
+    common = header(view, peft_type, saved)
+    if common["task_type"] is None:
+        heads = [p for p in view.modules if p in targets.HEADS["SEQ_CLS"]]
+        raise UnsupportedError(
+            "PEFT needs to know the task of a prompt and then expects the model's head in the file"
+            + (f"; attach with modules_to_save={heads}" if heads else f", but {type(view.model).__name__} has none")
+        )
+    places = view.attention_places()
+    config = common | {
+        "num_virtual_tokens": vectors.shape[0],
+        "num_transformer_submodules": 1,
+        "num_layers": len([p for p in places if p.stack == places[0].stack and not p.cross]),
+        "num_attention_heads": places[0].heads,
+        **fields,
+    }
+    return Writing(config, {NAME: vectors, **copied})
+
+
+def the_prompt(adapter: Adapter) -> TokenPrompt | KeyValuePrompt:
+    (piece,) = adapter.pieces
+    assert isinstance(piece, PromptPiece)
+    return piece.prompt
+
+
+def method_fields(method: Method, *names: str) -> dict[str, Any]:
+    return {n: getattr(method, n) for n in names}
+
+
+def decoder_only(view: ModelView) -> bool:
+    return not _encoder_decoder(view) and not _bidirectional(view)
+
+
+def _encoder_decoder(view: ModelView) -> bool:
+    return bool(getattr(view.config, "is_encoder_decoder", False))
+
+
+def _bidirectional(view: ModelView) -> bool:
+    """Whether the model reads its text in both directions."""
+    try:
+        return not all(getattr(p.module, "is_causal", True) for p in view.attention_places())
+    except UnsupportedError:
+        return True
+
+
+def _misplaced(view: ModelView) -> list[str]:
+    if _encoder_decoder(view) or not _bidirectional(view):
+        return []
+    return [
+        f"on an encoder ({type(view.model).__name__}) PEFT puts a prompt where the head looks for the first token, "
+        "and inlay hides it from the head: the two compute different things"
+    ]

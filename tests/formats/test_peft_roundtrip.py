@@ -1,0 +1,229 @@
+"""PEFT 0.21 reads what inlay writes, and inlay what PEFT writes, with the same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import inlay
+from inlay.core.errors import UnsupportedError
+from inlay.methods import method_named
+from inlay.testing.models import ZOO
+from tests.formats.peft_hand import MODELS, in_inlay, in_peft, logits, ours, same, theirs
+
+peft = pytest.importorskip("peft")
+
+TASK = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": None, "t5": "SEQ_2_SEQ_LM"}
+QUERY = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v"], "gpt2": ["c_attn"]}
+DOWN = {"llama": ["down_proj"], "t5": ["wo"], "gpt2": ["mlp.c_proj"], "bert": r".*\d\.output\.dense"}
+
+
+def of(key: str, **fields: Any) -> Any:
+    return method_named(key)(**fields)
+
+
+# Ours, on every kind of model. `where` for GPT-2: PEFT knows the whole fused layer only.
+OURS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "lora": (lambda: of("lora", rank=3, alpha=5.0), {}),
+    "lora-linear": (lambda: of("lora", rank=3, alpha=2.0, rank_stabilised=True), {"where": "all-linear"}),
+    "dora": (lambda: of("dora", rank=3, alpha=5.0), {}),
+    "lora-plus": (lambda: of("lora-plus", rank=3), {}),
+    "lora-fa": (lambda: of("lora-fa", rank=3), {}),
+    "dylora": (lambda: of("dylora", rank=3), {}),
+    "pissa": (lambda: of("pissa", rank=3), {"where": ["query", "value"]}),
+    "olora": (lambda: of("olora", rank=3, alpha=3.0), {}),
+    "ia3": (lambda: of("ia3"), {}),
+    "vera": (lambda: of("vera", rank=8), {}),
+    "loha": (lambda: of("loha", rank=3, alpha=4.0), {}),
+    "lokr": (lambda: of("lokr", rank=2, alpha=4.0, factor=4), {}),
+    "lokr-both": (lambda: of("lokr", rank=1, alpha=4.0, factor=8, decompose_both=True), {}),
+    "lokr-whole": (lambda: of("lokr", rank=64, alpha=4.0, factor=4), {}),
+    "adalora": (lambda: of("adalora", rank=4, target_rank=2), {"where": ["query", "value"]}),
+    "oft": (lambda: of("oft", block_size=8), {}),
+    "oft-neumann": (lambda: of("oft", blocks=4, neumann_terms=5), {}),
+    "oft-shared": (lambda: of("oft", block_size=8, share_blocks=True), {}),
+    "boft": (lambda: of("boft", block_size=8, factors=1), {}),
+    "boft-scaled": (lambda: of("boft", block_size=4, factors=1, scaled=True), {}),
+    "norm-tuning": (lambda: of("norm-tuning"), {}),
+    "trainable-tokens": (lambda: of("trainable-tokens", tokens=tuple(range(40, 4, -2))), {}),
+    "prompt-tuning": (lambda: of("prompt-tuning", length=3), {}),
+    "prefix-tuning": (lambda: of("prefix-tuning", length=3, projection=4), {}),
+}
+# (case, model) → why PEFT's format cannot hold it.
+NOT_OURS = {
+    ("prompt-tuning", "bert"): "an encoder",
+    ("prefix-tuning", "bert"): "decoder-only",
+    ("prefix-tuning", "t5"): "decoder-only",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("case", OURS)
+def test_what_inlay_writes(case: str, name: str, tmp_path: Path) -> None:
+    make, where = OURS[case]
+    model, _ = ours(name, make(), **where)
+    if (case, name) in NOT_OURS:
+        with pytest.raises(UnsupportedError, match=NOT_OURS[case, name]):
+            inlay.save(model, "default", tmp_path, format="peft")
+        assert list(tmp_path.iterdir()) == []
+        return
+    inlay.save(model, "default", tmp_path, format="peft")
+    expected, base = logits(name, model), logits(name, ZOO[name].build())
+    same(in_peft(name, tmp_path), expected, base)
+    same(in_inlay(name, tmp_path), expected, base)
+
+
+@pytest.mark.parametrize("case", ["lora", "dora", "ia3", "pissa", "prompt-tuning", "prefix-tuning", "norm-tuning"])
+def test_parts_of_fused_layers(case: str, tmp_path: Path) -> None:
+    """GPT-2's query and value as PEFT's one layer."""
+    make, where = OURS[case]
+    model, _ = ours("gpt2", make(), **where)
+    inlay.save(model, "default", tmp_path, format="peft")
+    same(in_peft("gpt2", tmp_path), logits("gpt2", model), logits("gpt2", ZOO["gpt2"].build()))
+    same(in_inlay("gpt2", tmp_path), logits("gpt2", model), logits("gpt2", ZOO["gpt2"].build()))
+
+
+@pytest.mark.parametrize("case", ["vera", "adalora"])
+def test_whole_fused_layers(case: str, tmp_path: Path) -> None:
+    model, _ = ours("gpt2", OURS[case][0](), where=["c_attn"])
+    inlay.save(model, "default", tmp_path, format="peft")
+    same(in_peft("gpt2", tmp_path), logits("gpt2", model), logits("gpt2", ZOO["gpt2"].build()))
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr", "oft", "boft"])
+def test_layers_that_peft_does_not_know(case: str, tmp_path: Path) -> None:
+    for where, why in ((["c_attn"], "Conv1D"), (None, "a part of a fused layer")):
+        model, _ = ours("gpt2", OURS[case][0](), **({} if where is None else {"where": where}))
+        with pytest.raises(UnsupportedError, match=why):
+            inlay.save(model, "default", tmp_path, format="peft")
+
+
+# PEFT's own, by case: configuration of a model's targets and task.
+THEIRS: dict[str, Callable[[str], Any]] = {
+    "lora": lambda n: peft.LoraConfig(r=4, lora_alpha=6, target_modules=QUERY[n], task_type=TASK[n]),
+    "lora-all-linear": lambda n: peft.LoraConfig(r=4, lora_alpha=2, target_modules="all-linear", task_type=TASK[n]),
+    "lora-patterns": lambda n: peft.LoraConfig(
+        r=4, target_modules=QUERY[n], task_type=TASK[n], use_rslora=True,
+        rank_pattern={r".*\.1\..*" + QUERY[n][-1]: 2, QUERY[n][-1]: 3}, alpha_pattern={QUERY[n][0]: 5},
+    ),
+    "lora-layers": lambda n: peft.LoraConfig(target_modules=QUERY[n], task_type=TASK[n], layers_to_transform=[1]),
+    "dora": lambda n: peft.LoraConfig(
+        r=4, target_modules=QUERY[n], task_type=TASK[n], use_dora=True, use_rslora=True, rank_pattern={QUERY[n][0]: 2}
+    ),
+    "pissa": lambda n: peft.LoraConfig(r=4, target_modules=QUERY[n], task_type=TASK[n], init_lora_weights="pissa"),
+    "olora": lambda n: peft.LoraConfig(r=4, target_modules=QUERY[n], task_type=TASK[n], init_lora_weights="olora"),
+    "ia3": lambda n: peft.IA3Config(
+        target_modules=f"({DOWN[n]})|(.*(key|value))" if isinstance(DOWN[n], str) else [*QUERY[n], *DOWN[n]],
+        feedforward_modules=DOWN[n], task_type=TASK[n],
+    ),
+    "vera": lambda n: peft.VeraConfig(r=8, target_modules=QUERY[n], task_type=TASK[n]),
+    "vera-seed": lambda n: peft.VeraConfig(
+        r=8, target_modules=QUERY[n], task_type=TASK[n], save_projection=False, projection_prng_key=7
+    ),
+    "loha": lambda n: peft.LoHaConfig(r=3, alpha=4, target_modules=QUERY[n], task_type=TASK[n]),
+    "lokr": lambda n: peft.LoKrConfig(r=2, alpha=4, target_modules=QUERY[n], task_type=TASK[n], decompose_factor=4),
+    "lokr-whole": lambda n: peft.LoKrConfig(r=64, alpha=90, target_modules=QUERY[n], task_type=TASK[n]),
+    "adalora": lambda n: peft.AdaLoraConfig(
+        init_r=6, target_r=3, total_step=9, target_modules=QUERY[n], task_type=TASK[n]
+    ),
+    "oft": lambda n: peft.OFTConfig(oft_block_size=8, target_modules=QUERY[n], task_type=TASK[n]),
+    "oft-cayley": lambda n: peft.OFTConfig(
+        oft_block_size=0, r=4, target_modules=QUERY[n], task_type=TASK[n], use_cayley_neumann=False, block_share=True
+    ),
+    "boft": lambda n: peft.BOFTConfig(
+        boft_block_size=8, boft_n_butterfly_factor=2, target_modules=QUERY[n], task_type=TASK[n]
+    ),
+    "norm-tuning": lambda n: peft.LNTuningConfig(
+        target_modules=["LayerNorm"] if n == "bert" else r".*(layer_?norm|norm)", task_type=TASK[n]
+    ),
+    "trainable-tokens": lambda n: peft.TrainableTokensConfig(token_indices=list(range(5, 50, 3)), task_type=TASK[n]),
+    "prompt-tuning": lambda n: peft.PromptTuningConfig(num_virtual_tokens=3, task_type=TASK[n]),
+    "p-tuning": lambda n: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type=TASK[n]),
+    "prefix-tuning": lambda n: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type=TASK[n]),
+    "prefix-projection": lambda n: peft.PrefixTuningConfig(
+        num_virtual_tokens=3, task_type=TASK[n], prefix_projection=True, encoder_hidden_size=8
+    ),
+    "adaption-prompt": lambda n: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type=TASK[n]),
+}  # fmt: skip
+# (case, model) → why it is not tried.
+NOT_THEIRS = {
+    **{(c, "bert"): "PEFT has no prompt for a headless task" for c in ("prompt-tuning", "p-tuning")},
+    **{
+        (c, n): "PEFT's prefix there is not the published one"
+        for c in ("prefix-tuning", "prefix-projection")
+        for n in ("bert", "t5")
+    },
+    **{("adaption-prompt", n): "PEFT knows it on Llama, Mistral and GPT-2 only" for n in ("bert", "t5")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("case", THEIRS)
+def test_what_peft_writes(case: str, name: str, tmp_path: Path) -> None:
+    if (case, name) in NOT_THEIRS:
+        pytest.skip(NOT_THEIRS[case, name])
+    expected, base = theirs(name, THEIRS[case](name), tmp_path), logits(name, ZOO[name].build())
+    same(in_inlay(name, tmp_path), expected, base)
+
+
+@pytest.mark.parametrize("case", ["lora", "dora", "pissa", "ia3", "vera", "adalora", "prompt-tuning", "prefix-tuning"])
+def test_what_peft_writes_for_transposed_layers(case: str, tmp_path: Path) -> None:
+    expected, base = theirs("gpt2", THEIRS[case]("gpt2"), tmp_path), logits("gpt2", ZOO["gpt2"].build())
+    same(in_inlay("gpt2", tmp_path), expected, base)
+
+
+def test_adalora_keeps_what_was_pruned(tmp_path: Path) -> None:
+    """Ranks that differ from layer to layer, in a file of PEFT's and in ours of it."""
+    torch.manual_seed(0)
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=3, total_step=9, target_modules=QUERY["llama"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(ZOO["llama"].build(), config)
+    masks = {}
+    for number, (path, module) in enumerate(model.base_model.model.named_modules()):
+        if hasattr(module, "lora_E"):
+            with torch.no_grad():
+                for parameter in (module.lora_A, module.lora_B, module.lora_E):
+                    parameter["default"].normal_()
+            left = torch.rand(6) > 0.5
+            left[number % 6] = True
+            module.lora_E["default"].data[~left] = 0
+            masks[f"{path}.lora_E.default"] = left.tolist()
+    expected, base = logits("llama", model), logits("llama", ZOO["llama"].build())
+    model.peft_config["default"].rank_pattern = masks
+    model.save_pretrained(tmp_path / "theirs")
+    same(in_peft("llama", tmp_path / "theirs"), expected, base)
+    same(in_inlay("llama", tmp_path / "theirs"), expected, base)
+    again = ZOO["llama"].build()
+    loaded = inlay.load(again, tmp_path / "theirs")
+    assert {t.shape[0] for n, t in loaded.tensors().items() if n.endswith("/a")} == {sum(m) for m in masks.values()}
+    inlay.save(again, "default", tmp_path / "ours", format="peft")
+    same(in_peft("llama", tmp_path / "ours"), expected, base)
+
+
+@pytest.mark.parametrize("gate", ["raw", "tanh"])
+def test_adaption_prompts(gate: str, tmp_path: Path) -> None:
+    """PEFT's gate is one number a layer, so ours is written where its heads agree, and refused where not."""
+    model, adapter = ours("llama", of("llama-adapter", length=4, depth=2, gate=gate))
+    with pytest.raises(UnsupportedError, match="head to head"):
+        inlay.save(model, "default", tmp_path, format="peft")
+    with torch.no_grad():
+        for name, value in adapter.tensors().items():
+            if "gates." in name:
+                value.fill_(0.7)
+    inlay.save(model, "default", tmp_path, format="peft")
+    expected, base = logits("llama", model), logits("llama", ZOO["llama"].build())
+    same(in_peft("llama", tmp_path), expected, base)
+    same(in_inlay("llama", tmp_path), expected, base)
+
+
+def test_adaption_prompts_where_peft_is_wrong(tmp_path: Path) -> None:
+    """With a bias behind attention PEFT adds it twice; on GPT-2 it leaves the output projection out."""
+    for name in ("llama-classifier", "gpt2"):
+        model, _ = ours(name, of("llama-adapter", length=4, depth=1))
+        with pytest.raises(UnsupportedError):
+            inlay.save(model, "default", tmp_path, format="peft")
