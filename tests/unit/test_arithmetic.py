@@ -61,7 +61,7 @@ WEIGHTS = {"a": 0.7, "b": -0.3}
     ("specimen", "method", "options"),
     [
         ("llama", inlay.LoRA(rank=2), {}),
-        ("llama", inlay.AdaLoRA(rank=2), {}),
+        ("llama", inlay.AdaLoRA(rank=3, target_rank=2), {}),
         ("llama", inlay.DyLoRA(rank=3), {}),
         ("llama", inlay.VeRA(rank=8), {}),
         ("gpt2", inlay.LoRA(rank=2), {}),  # parts of a fused matrix
