@@ -45,6 +45,9 @@ _HOMES = {
     "BitFit": "inlay.methods.bitfit",
     "NormTuning": "inlay.methods.norm_tuning",
     "TrainableTokens": "inlay.methods.trainable_tokens",
+    "FishMask": "inlay.methods.fish_mask",
+    "LTSFT": "inlay.methods.lt_sft",
+    "DiffPruning": "inlay.methods.diff_pruning",
     "PromptTuning": "inlay.methods.prompt_tuning",
     "PrefixTuning": "inlay.methods.prefix_tuning",
     "LoReFT": "inlay.methods.loreft",
@@ -100,9 +103,11 @@ if TYPE_CHECKING:
     from inlay.methods.bitfit import BitFit as BitFit
     from inlay.methods.boft import BOFT as BOFT
     from inlay.methods.compacter import Compacter as Compacter
+    from inlay.methods.diff_pruning import DiffPruning as DiffPruning
     from inlay.methods.dora import DoRA as DoRA
     from inlay.methods.dylora import DyLoRA as DyLoRA
     from inlay.methods.eva import EVA as EVA
+    from inlay.methods.fish_mask import FishMask as FishMask
     from inlay.methods.full import FullFineTuning as FullFineTuning
     from inlay.methods.fusion import AdapterFusion as AdapterFusion
     from inlay.methods.houlsby import Houlsby as Houlsby
@@ -116,6 +121,7 @@ if TYPE_CHECKING:
     from inlay.methods.lora_fa import LoRAFA as LoRAFA
     from inlay.methods.lora_plus import LoRAPlus as LoRAPlus
     from inlay.methods.loreft import LoReFT as LoReFT
+    from inlay.methods.lt_sft import LTSFT as LTSFT
     from inlay.methods.mam import MAM as MAM
     from inlay.methods.norm_tuning import NormTuning as NormTuning
     from inlay.methods.oft import OFT as OFT

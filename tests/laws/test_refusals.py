@@ -50,6 +50,9 @@ REFUSED: dict[str, set[str]] = {
     "mam": CLOSED,
     "unipelt": CLOSED,
     "fusion": PLAIN,
+    "fish-mask": PLAIN,  # no loss, so no gradients to choose by
+    "lt-sft": set(),
+    "diff-pruning": set(),
     "top-layers": set(),
     "full": set(),
 }

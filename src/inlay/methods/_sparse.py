@@ -1,0 +1,155 @@
+"""What sparse methods share: which parameters they look at, the largest entries of all, a difference at few entries.
+
+θ' = θ + d          d is zero but at k entries: indices (k) into the flattened parameter, values (k)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core import roles
+from inlay.core.errors import SelectionError
+from inlay.core.layer import Kind
+from inlay.core.pattern import Pattern, frozen
+from inlay.core.pieces import Piece, SubsetPiece
+from inlay.core.select import Places, select
+from inlay.core.subset import Difference
+from inlay.methods._steps import count_together, length_of_run
+from inlay.methods.full import parameter_names
+
+if TYPE_CHECKING:
+    from inlay.core.adapter import Adapter
+    from inlay.core.view import ModelView
+
+KINDS: tuple[Kind, ...] = ("linear", "embedding", "conv", "norm")
+BLOCKS = "every parameter of the numbered layers"  # `default_where` of these methods
+
+
+class SparseDifference(Difference):
+    """A difference at some entries. In the forward the whole parameter is formed, as the layer needs it.
+
+    Args:
+        like: the parameter.
+        count: of entries.
+    """
+
+    indices: Tensor
+
+    def __init__(self, like: Tensor, count: int) -> None:
+        super().__init__()
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.register_buffer("indices", torch.zeros(count, dtype=index_type(like), device=like.device))
+        self.values = nn.Parameter(torch.zeros(count, dtype=dtype, device=like.device))
+
+    def apply_to(self, value: Tensor) -> Tensor:
+        flat, at = value.flatten(), self.indices.long()
+        return flat.index_copy(0, at, (flat[at] + self.values).to(value.dtype)).view_as(value)
+
+
+def index_type(like: Tensor) -> torch.dtype:
+    """The narrowest type that counts the tensor's entries."""
+    return torch.int32 if like.numel() < 2**31 else torch.int64
+
+
+def candidates(view: ModelView, places: Places, *, norms: bool = True) -> list[str]:
+    """Names of the parameters that a sparse method chooses entries of.
+
+    All of the numbered layers by default; where the user says so, those of the layers named, or parameters by
+    their full names.
+
+    Args:
+        norms: whether those of norms are among them.
+
+    Raises:
+        SelectionError: there are none.
+    """
+    names = parameter_names(view)
+    if isinstance(places.where, tuple) and set(map(str, places.where)) <= set(names):
+        return [n for n in names if n in places.where]
+    if places.where is None:
+        layers = {n: roles.layer_of(n) for n in names}
+        found = [n for n, at in layers.items() if at and (places.layers is None or at[1] in places.layers)]
+    else:
+        sites = select(view, places, (), KINDS)
+        parts = [s.key for s in sites if s.part is not None]
+        if parts:
+            raise SelectionError(
+                f"where: {', '.join(parts[:4])} is a part of a fused matrix, and entries are chosen from whole "
+                "parameters; name the layer instead"
+            )
+        paths = {s.path for s in sites}
+        found = [n for n in names if n.rpartition(".")[0] in paths]
+    left = [n for n in found if norms or not _of_norm(view, n)]
+    if not left:
+        raise SelectionError(
+            "no parameters to choose entries of: this model has no numbered layers, or they hold none, or those named "
+            "are tied to others; name layers in `where` (inlay's `layers` counts from 0)"
+        )
+    return left
+
+
+def _of_norm(view: ModelView, name: str) -> bool:
+    site = view.layers.get(name.rpartition(".")[0])
+    return site is not None and site.kind == "norm"
+
+
+def how_many(share: float, parameters: Mapping[str, Tensor]) -> int:
+    """Entries that `share` of all is, at least one."""
+    return max(1, int(share * sum(t.numel() for t in parameters.values())))
+
+
+def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Name → flat indices, in rising order, of the `count` largest of all scores together.
+
+    Works from each tensor's own best, so that no tensor as long as all of them is formed.
+    """
+    best = {name: score.flatten().topk(min(count, score.numel())) for name, score in scores.items()}
+    together = torch.cat([b.values.cpu() for b in best.values()])
+    chosen = torch.zeros(len(together), dtype=torch.bool)
+    chosen[together.topk(count).indices] = True
+    parts = chosen.split([len(b.values) for b in best.values()])
+    return {name: b.indices[part.to(b.indices.device)].sort().values
+            for (name, b), part in zip(best.items(), parts, strict=True)}  # fmt: skip
+
+
+def end_of_first_phase(name: str, share: float, total_steps: int | None) -> int:
+    """The step after which the mask is chosen; at least one comes before and one behind it."""
+    total = length_of_run(name, total_steps, 2)
+    return min(max(1, round(share * total)), total - 1)
+
+
+def counts(indices: Mapping[str, Tensor]) -> Pattern[int]:
+    """Parameter → how many entries of it are chosen, without those that have none."""
+    return frozen({name: len(at) for name, at in indices.items() if len(at)})
+
+
+def chosen_in(view: ModelView, chosen: Pattern[int]) -> list[str]:
+    """The names that a finished method has entries of, in the order of the model."""
+    return [name for name in parameter_names(view) if name in dict(chosen)] if chosen else []
+
+
+def counted(pieces: list[Piece], chosen: object) -> list[Piece]:
+    """The pieces, with a counter of steps in common unless the schedule is over."""
+    if not chosen:
+        count_together(piece.difference for piece in pieces if isinstance(piece, SubsetPiece))
+    return pieces
+
+
+def differences(adapter: Adapter) -> dict[str, Difference]:
+    """Parameter → the adapter's difference to it."""
+    return {piece.key: piece.difference for piece in adapter.pieces if isinstance(piece, SubsetPiece)}
+
+
+def thinned(adapter: Adapter, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors with each dense difference as the entries `kept` of it, and copies as they are."""
+    left = {name: tensor for name, tensor in adapter.tensors().items() if name.startswith("copy/")}
+    for name, difference in differences(adapter).items():
+        if len(kept[name]):
+            dense = difference.get_parameter("difference").detach()
+            left[f"difference/{name}/indices"] = kept[name].to(index_type(dense))
+            left[f"difference/{name}/values"] = dense.flatten()[kept[name]]
+    return left
