@@ -77,7 +77,8 @@ class Triplets(Delta):
         return e + a.mean(1) + b.mean(0)
 
     def _averaged(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        return self.get_parameter(name), *(self.get_buffer(f"{name}_{a}") for a in ("sensitivity", "uncertainty"))
+        sensitivity, uncertainty = (self.get_buffer(f"{name}_{average}") for average in ("sensitivity", "uncertainty"))
+        return self.get_parameter(name), sensitivity, uncertainty
 
 
 def without_pruned(adapter: Adapter) -> tuple[dict[str, int], dict[str, Tensor]]:
