@@ -31,6 +31,10 @@ class Storage(nn.ModuleDict):
 
     inlay_storage = True
 
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        """Under any name: torch refuses those of a module's own methods (``half``, ``train``)."""
+        self._modules[key] = module
+
 
 class Host:
     """What adapters do at one module.
