@@ -111,7 +111,14 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-PARALLEL: list[Method] = [inlay.LoRA(rank=2), inlay.IA3(), inlay.PrefixTuning(length=2), inlay.PromptTuning(length=2)]
+PARALLEL: list[Method] = [
+    inlay.LoRA(rank=2),
+    inlay.IA3(),
+    inlay.PrefixTuning(length=2),
+    inlay.PromptTuning(length=2),
+    inlay.LLaMAAdapter(length=2),
+    inlay.LadderSideTuning(reduction=4),
+]
 
 
 def step(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,9 +80,17 @@ class Site:
     def read_weight(self) -> tuple[Tensor, Tensor | None]:
         """The base's weight and bias in canonical layout; of the part, where the site is one."""
         weight, bias = read_weight(self.module)
+        weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
         if self.part is None:
             return weight, bias
         return self.part.take(weight, 0), None if bias is None else self.part.take(bias, 0)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """What the base's own layer makes of `x`, whatever adapters do there, also outside the model's forward."""
+        twin = copy.copy(self.module)
+        twin.__class__ = self.original_class
+        twin._parameters = {n: None if p is None else _gathered(p) for n, p in self.module._parameters.items()}  # type: ignore[misc]
+        return self.original_class.forward(twin, x)  # type: ignore[no-any-return]
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised storage for an adapter's parameter: on the layer's device, in full precision.
@@ -91,3 +100,9 @@ class Site:
         """
         dtype = self.dtype if self.dtype == torch.float64 else torch.float32
         return torch.empty(*shape, device=self.device, dtype=dtype)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP has sharded, where it is read outside its module's forward."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()

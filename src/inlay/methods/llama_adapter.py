@@ -147,4 +147,4 @@ def _normalised(norm: Site | None, keys: Tensor) -> Tensor:
     if norm is None:
         return keys
     whole = keys if norm.out_features == keys.shape[-1] else keys.flatten(1)
-    return norm.original_class.forward(norm.module, whole).view_as(keys)  # type: ignore[no-any-return]
+    return norm.compute(whole).view_as(keys)
