@@ -25,7 +25,7 @@ from inlay.arithmetic.low_rank import Factors, compress, concatenate, factorise
 from inlay.arithmetic.report import CombineReport, SiteError, relative
 from inlay.arithmetic.sparse import SPARSE, Sparse, Sparsifier
 from inlay.core.adapter import Adapter
-from inlay.core.build import build, initialise
+from inlay.core.build import build, check_free, initialise
 from inlay.core.errors import ConfigError, UnsupportedError, nearest, problems
 from inlay.core.install import install
 from inlay.core.pieces import DeltaPiece, Piece
@@ -83,6 +83,7 @@ def combine(
     """
     roster = roster_of(model)
     _check(weights, how, rank)
+    check_free(model, name)  # before anything is decomposed
     adapters = [roster.require(n) for n in weights]
     check_has_weights(adapters)
     asked = _Asked(

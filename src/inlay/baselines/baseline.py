@@ -84,11 +84,13 @@ class Baseline(ABC):
     Class variables:
         name: registry key and command-line word.
         paper: where it was published.
+        on_long: what can happen to rows that are too long; every row keeps its answer.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     family: ClassVar[str] = "baseline"
+    on_long: ClassVar[tuple[OnLong, ...]] = ("error",)
 
     @abstractmethod
     def task(self, layout: Layout, asked: Task | None, source: str) -> Task:

@@ -22,7 +22,7 @@ from inlay.baselines import forest
 from inlay.baselines.baseline import Baseline, Fitted, Rows
 from inlay.baselines.embedding import Pooling, embed, trunk
 from inlay.core.errors import ConfigError, UserError
-from inlay.data import Layout, Task, encode
+from inlay.data import Layout, OnLong, Task, encode
 from inlay.evaluate.run import Prediction
 
 Classifier = Literal["logistic", "forest", "xgboost"]
@@ -45,6 +45,7 @@ class Features(Baseline):
 
     name: ClassVar[str] = "features"
     paper: ClassVar[str] = "arXiv:1903.05987"
+    on_long: ClassVar[tuple[OnLong, ...]] = ("error", "truncate")
 
     classifier: Classifier = "logistic"
     pooling: Pooling = "mean"
@@ -111,9 +112,7 @@ class Features(Baseline):
 
 
 def _embedded(method: Features, rows: Rows) -> tuple[list[dict[str, Any]], Tensor]:
-    """The encoded rows and their embeddings. Rows that are dropped would leave answers without a place."""
-    if rows.on_long not in ("error", "truncate"):
-        raise ConfigError(f"on_long={rows.on_long} leaves no row a row; choose error or truncate")
+    """The encoded rows and their embeddings."""
     encoded = encode(
         rows.dataset,
         rows.layout,

@@ -34,7 +34,7 @@ from inlay.train.running import RunResult, peak_memory_bytes
 _OF_TRAINING = (
     "where", "layers", "modules_to_save", "epochs", "steps", "accumulate", "learning_rate", "schedule", "warmup",
     "weight_decay", "max_grad_norm", "gradient_checkpointing", "eval_every", "save_every", "early_stopping",
-    "report_to",
+    "report_to", "name",
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, pro
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other: one goes on with a run, the other replaces it")
     baseline = artefact.build(config.method, config.settings)
-    _check_options(config)
+    _check_options(config, baseline)
     folder = RunFolder(config.out)
     folder.check(resume=resume, overwrite=overwrite)
     if resume and folder.finished:
@@ -139,10 +139,12 @@ def _write(
     (part / "README.md").write_text(card(config, baseline, record, facts, result.metrics), encoding="utf-8")
 
 
-def _check_options(config: RunConfig) -> None:
+def _check_options(config: RunConfig, baseline: Baseline) -> None:
     """Refuse options of training, all of them in one error."""
     defaults = {name: field.get_default(call_default_factory=True) for name, field in RunConfig.model_fields.items()}
     wrong = [f"{n} is given, but nothing is trained" for n in _OF_TRAINING if getattr(config, n) != defaults[n]]
+    if config.on_long not in (None, *baseline.on_long):
+        wrong.append(f"on_long is {config.on_long!r}, expected {' or '.join(baseline.on_long)}")
     if wrong:
         raise ConfigError(problems(f"method {config.method!r}", wrong))
 

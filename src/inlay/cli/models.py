@@ -46,8 +46,13 @@ def load_adapted(base: str | None, folders: Sequence[str], *, task: str | None =
         AdapterFileError, BaseMismatchError: an adapter that cannot be attached.
     """
     import inlay
+    from inlay.baselines import is_fitted
+    from inlay.core.errors import ConfigError
     from inlay.train import load_base, read_record
 
+    for folder in folders:
+        if is_fitted(folder):
+            raise ConfigError(f"{folder} is a baseline, not an adapter; it can be scored with inlay evaluate")
     records = {folder: read_record(folder) for folder in folders}
     labels = _agreed("labels", records, lambda record: record.labels)
     if base is None:

@@ -165,22 +165,28 @@ def _settings(method: str, words: list[str]) -> dict[str, Any]:
     from inlay import baselines
     from inlay.train.hyper import parse_settings
 
-    if baselines.is_baseline(method):
-        return baselines.parse_settings(method, words)
-    return parse_settings(method, words)
+    return (baselines.parse_settings if _is_baseline(method) else parse_settings)(method, words)
 
 
 def _runner(method: str) -> Any:
     """The function that runs such a configuration: training, or fitting a baseline."""
-    from inlay.baselines import is_baseline
-
-    if is_baseline(method):
+    if _is_baseline(method):
         from inlay.baselines.running import run as fit
 
         return fit
     from inlay.train.running import run
 
     return run
+
+
+def _is_baseline(method: str) -> bool:
+    from inlay.baselines import BUILT_IN
+    from inlay.core.errors import ConfigError, nearest
+    from inlay.methods import registry
+
+    if method in BUILT_IN or method in registry():
+        return method in BUILT_IN
+    raise ConfigError(f"unknown method {method!r}{nearest(method, [*registry(), *BUILT_IN])}")
 
 
 def _listed(text: str) -> list[str]:

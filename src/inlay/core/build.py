@@ -28,13 +28,7 @@ def build(
     model: nn.Module, method: Method, *, name: str, places: Places, modules_to_save: Sequence[str] = ()
 ) -> Adapter:
     """Everything `attach` installs, with uninitialised parameters; the model is not touched."""
-    roster = find_roster(model)
-    if not NAME.fullmatch(name):
-        raise AdapterNameError(f"adapter name {name!r} may hold letters, digits, '_' and '-' only")
-    if roster is not None and name in roster.adapters:
-        raise AdapterNameError(f"adapter {name!r} is already on this model; detach it first, or choose another name")
-    if roster is not None and roster.merged is not None:
-        raise UnsupportedError(f"adapter {roster.merged.name!r} is merged into this model; call unmerge() first")
+    check_free(model, name)
     view = ModelView(model)
     saved = _saved_modules(view, modules_to_save)
     pieces = method.pieces(view, places)
@@ -48,6 +42,17 @@ def build(
             dtype = value.dtype if value.dtype == torch.float64 else torch.float32
             copies[parameter_name] = nn.Parameter(value.detach().to(dtype, copy=True))
     return Adapter(name, method, _storable(places, pieces), pieces, copies, tuple(saved))
+
+
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise unless an adapter of that name can be attached to the model now."""
+    roster = find_roster(model)
+    if not NAME.fullmatch(name):
+        raise AdapterNameError(f"adapter name {name!r} may hold letters, digits, '_' and '-' only")
+    if roster is not None and name in roster.adapters:
+        raise AdapterNameError(f"adapter {name!r} is already on this model; detach it first, or choose another name")
+    if roster is not None and roster.merged is not None:
+        raise UnsupportedError(f"adapter {roster.merged.name!r} is merged into this model; call unmerge() first")
 
 
 def initialise(
