@@ -49,6 +49,7 @@ _HOMES = {
     "LTSFT": "inlay.methods.lt_sft",
     "DiffPruning": "inlay.methods.diff_pruning",
     "PromptTuning": "inlay.methods.prompt_tuning",
+    "PTuning": "inlay.methods.p_tuning",
     "PrefixTuning": "inlay.methods.prefix_tuning",
     "LoReFT": "inlay.methods.loreft",
     "LLaMAAdapter": "inlay.methods.llama_adapter",
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
     from inlay.methods.norm_tuning import NormTuning as NormTuning
     from inlay.methods.oft import OFT as OFT
     from inlay.methods.olora import OLoRA as OLoRA
+    from inlay.methods.p_tuning import PTuning as PTuning
     from inlay.methods.parallel import ParallelAdapter as ParallelAdapter
     from inlay.methods.pfeiffer import Pfeiffer as Pfeiffer
     from inlay.methods.pissa import PiSSA as PiSSA

@@ -22,6 +22,7 @@ REFUSED: dict[str, set[str]] = {
     "trainable-tokens": {"vit"} | PLAIN,
     "loreft": PLAIN,
     "prompt-tuning": {"bloom", "vit"} | WINDOWED | PLAIN,
+    "p-tuning": {"bloom", "vit"} | WINDOWED | PLAIN,
     "prefix-tuning": CLOSED,
     "llama-adapter": CLOSED,
     "ladder": PLAIN,

@@ -43,6 +43,7 @@ BUILT_IN = {
     "lt-sft": ("lt_sft", "LTSFT"),
     "diff-pruning": ("diff_pruning", "DiffPruning"),
     "prompt-tuning": ("prompt_tuning", "PromptTuning"),
+    "p-tuning": ("p_tuning", "PTuning"),
     "prefix-tuning": ("prefix_tuning", "PrefixTuning"),
     "loreft": ("loreft", "LoReFT"),
     "llama-adapter": ("llama_adapter", "LLaMAAdapter"),

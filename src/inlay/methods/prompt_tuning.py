@@ -13,17 +13,16 @@ rest drawn from the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core.errors import ConfigError, UnsupportedError
+from inlay.core.errors import ConfigError
 from inlay.core.method import Recipe
 from inlay.core.prompt import PromptMethod, TokenPrompt
 from inlay.core.view import ModelView
-
-COMMON = 5_000
+from inlay.methods._soft import common_words, embedded, empty, repeated, table, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +75,7 @@ class SoftPrompt(TokenPrompt):
     def __init__(self, view: ModelView, method: PromptTuning) -> None:
         super().__init__()
         self.method, self.length = method, method.length
-        table = _table(view)
-        dtype = table.dtype if table.dtype == torch.float64 else torch.float32
-        self.vectors = nn.Parameter(torch.empty(method.length, table.shape[1], dtype=dtype, device=table.device))
+        self.vectors = nn.Parameter(empty(view, method.length, table(view).shape[1]))
 
     def embeddings(self) -> Tensor:
         return self.vectors
@@ -86,48 +83,12 @@ class SoftPrompt(TokenPrompt):
     def initialise(self, view: ModelView) -> None:
         if self.method.init == "random":
             nn.init.uniform_(self.vectors, -0.5, 0.5)
-            return
-        embedding: Any = view.input_embedding
-        rows = self._rows(view)
-        # Through the layer and not its table, because some models scale what they look up.
-        means = [embedding(torch.tensor(ids, device=self.vectors.device)).mean(0) for ids in rows]
-        self.vectors.copy_(torch.stack(means))
+        else:
+            self.vectors.copy_(torch.stack([embedded(view, ids).mean(0) for ids in self._rows(view)]))
 
     def _rows(self, view: ModelView) -> list[list[int]]:
         """For each slot, the vocabulary entries whose embeddings are averaged."""
         if self.method.init == "text":
-            ids = _tokenizer(view)(self.method.text, add_special_tokens=False)["input_ids"]
-            return [[ids[i % len(ids)]] for i in range(self.length)]
-        special: set[int] = set()
-        named: list[list[int]] = []
-        if self.method.init == "labels":
-            tokenizer = _tokenizer(view)
-            named = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in self.method.labels]
-        special.update(
-            i for n in ("bos", "eos", "pad") if isinstance(i := getattr(view.config, f"{n}_token_id", None), int)
-        )
-        common = [i for i in range(min(COMMON + len(special), _table(view).shape[0])) if i not in special]
-        drawn = torch.randint(len(common), (self.length - len(named),)).tolist()
-        return named + [[common[i]] for i in drawn]
-
-
-def _table(view: ModelView) -> Tensor:
-    weight = None if view.input_embedding is None else view.input_embedding._parameters.get("weight")
-    if weight is None:
-        raise UnsupportedError(
-            f"{type(view.model).__name__} has no token embeddings, so it has no place for a soft prompt"
-        )
-    return weight
-
-
-def _tokenizer(view: ModelView) -> Any:
-    from transformers import AutoTokenizer
-
-    path = getattr(view.config, "_name_or_path", "")
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"init from words needs the model's tokenizer, but none was found at {path!r}: load the model from a "
-            "folder that holds its tokenizer, or choose init='vocabulary'"
-        ) from error
+            return [[i] for i in repeated(words(view, self.method.text), self.length)]
+        named = [words(view, label) for label in self.method.labels]
+        return named + [[i] for i in common_words(view, self.length - len(named))]
