@@ -51,11 +51,13 @@ OURS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "norm-tuning": (lambda: of("norm-tuning"), {}),
     "trainable-tokens": (lambda: of("trainable-tokens", tokens=tuple(range(40, 4, -2))), {}),
     "prompt-tuning": (lambda: of("prompt-tuning", length=3), {}),
+    "p-tuning": (lambda: of("p-tuning", length=3, encoder="mlp", template=(1, (5, 9), 2)), {}),
     "prefix-tuning": (lambda: of("prefix-tuning", length=3, projection=4), {}),
 }
 # (case, model) → why PEFT's format cannot hold it.
 NOT_OURS = {
     ("prompt-tuning", "bert"): "an encoder",
+    ("p-tuning", "bert"): "an encoder",
     ("prefix-tuning", "bert"): "decoder-only",
     ("prefix-tuning", "t5"): "decoder-only",
 }

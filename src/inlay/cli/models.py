@@ -58,7 +58,7 @@ def load_adapted(base: str | None, folders: Sequence[str], *, task: str | None =
     if base is None:
         base = _agreed("bases", records, lambda record: record.base)
     if task is None:
-        task = _agreed("tasks", records, lambda record: record.task) or _writing_task(base)
+        task = _agreed("tasks", records, lambda record: record.task) or writing_task(base)
     loaded = load_base(base, task=task, label_names=labels if task == "classification" else None)
     names = {folder: f"adapter{place}" for place, folder in enumerate(records)}
     for folder, name in names.items():
@@ -123,7 +123,8 @@ def template_of(record: TrainingRecord | None) -> Template:
     return Template(prompt=record.prompt_template, separator=record.separator)
 
 
-def _writing_task(base: str | None) -> str:
+def writing_task(base: str | None) -> str:
+    """The task of a base that writes texts."""
     from inlay.train.loading import base_source, read_config
 
     encoder_decoder = getattr(read_config(base_source(base)), "is_encoder_decoder", False)

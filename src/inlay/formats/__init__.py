@@ -65,16 +65,31 @@ def load(
     from inlay.formats import adapterhub, loralib, native, peft
 
     path = Path(folder)
-    if path.is_file() and path.name not in (native.FILE, adapterhub.WEIGHTS[0]):
-        return loralib.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle, alpha=alpha)
-    if alpha is not None:
+    kind = format_of(path)
+    if alpha is not None and kind != "tensors":
         raise ConfigError("alpha is only given for a single file that does not say it; this adapter says its own")
-    if native.recognises(path):
-        return native.read(model, path, name=name, trainable=trainable)
-    if peft.recognises(path):
-        return peft.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle)
-    if adapterhub.recognises(path):
-        return adapterhub.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle)
-    if not path.exists():
-        raise AdapterFileError(f"{path}: there is no such folder")
+    match kind:
+        case "tensors":
+            return loralib.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle, alpha=alpha)
+        case "peft":
+            return peft.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle)
+        case "adapterhub":
+            return adapterhub.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle)
     return native.read(model, path, name=name, trainable=trainable)
+
+
+def format_of(path: Path) -> str:
+    """How an adapter is stored: ``native``, ``peft``, ``adapterhub``, or ``tensors`` for a single foreign file.
+
+    Raises:
+        AdapterFileError: there is nothing, or a configuration that cannot be read.
+    """
+    from inlay.formats import adapterhub, native, peft
+
+    if not path.exists():
+        raise AdapterFileError(f"{path}: no such file or folder; expected an adapter")
+    if path.is_file() and path.name != native.FILE:
+        return "tensors"
+    if native.recognises(path):
+        return "native"
+    return "peft" if peft.recognises(path) else "adapterhub" if adapterhub.recognises(path) else "native"

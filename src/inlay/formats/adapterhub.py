@@ -245,7 +245,7 @@ def _prompt(hub: Hub) -> Reading | None:
     kind = str(getattr(hub.view.text_config, "model_type", ""))
     if kind not in PROMPTED:
         config.wrong.append(
-            f"on a {kind!r} AdapterHub's prompt has no positions or stands where the head looks for the first token; it "
+            f"on a {kind!r} AdapterHub's prompt has no positions or stands where the head looks for its token; it "
             f"has an exact counterpart on {', '.join(PROMPTED)} only"
         )
     ending = f".{hub.name}.prompt_embedding.weight"

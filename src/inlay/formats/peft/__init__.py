@@ -23,7 +23,7 @@ from inlay.formats.exchange import Reading, Writing, restore, store
 from inlay.formats.peft import adaption, deltas, low_rank, prompts, rescaling, settings, tokens
 from inlay.formats.peft.config import FILE, WEIGHTS, Config, read_config
 
-__all__ = ["FAMILIES", "FILE", "WRITERS", "read", "recognises", "write"]
+__all__ = ["FAMILIES", "FILE", "LEFT_OUT", "WRITERS", "read", "recognises", "write"]
 
 FAMILIES: Mapping[str, Callable[[Config, ModelView, Archive], Reading]] = {
     "LORA": low_rank.read,
@@ -51,6 +51,19 @@ WRITERS: Mapping[str, Callable[[Adapter, ModelView], Writing]] = {
     "llama-adapter": adaption.write,
     "trainable-tokens": tokens.write,
     **dict.fromkeys(settings.TYPES, deltas.write),
+}
+
+# Our method → what PEFT's files do not keep of it; what it computes is kept.
+LEFT_OUT: Mapping[str, str] = {
+    "adalora": "the averages and the counter of an unfinished schedule",
+    "dylora": "that it can be served at lower ranks",
+    "eva": "how it was initialised",
+    "lora-fa": "that A is frozen",
+    "lora-plus": "the ratio of the learning rates",
+    "olora": "that it began as a part of the weight: it becomes a LoRA of twice the rank",
+    "p-tuning": "the prompt encoder, whose final embeddings are written",
+    "pissa": "that it began as a part of the weight: it becomes a LoRA of twice the rank",
+    "prefix-tuning": "the projection, whose final keys and values are written",
 }
 
 

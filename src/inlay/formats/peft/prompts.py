@@ -18,7 +18,6 @@ from torch import Tensor
 
 from inlay.core.adapter import Adapter
 from inlay.core.errors import UnsupportedError
-from inlay.core.method import Method
 from inlay.core.pieces import PromptPiece
 from inlay.core.prompt import KeyValuePrompt, TokenPrompt
 from inlay.core.select import Places
@@ -39,7 +38,8 @@ INITIALISATION = (
 
 
 def read_prompt(config: Config, view: ModelView, archive: Archive) -> Reading:
-    """PROMPT_TUNING and P_TUNING: the vectors themselves, as prompt tuning."""
+    """PROMPT_TUNING, and P_TUNING without its encoder: the vectors themselves."""
+    from inlay.methods.p_tuning import PTuning
     from inlay.methods.prompt_tuning import PromptTuning
 
     length = config.whole("num_virtual_tokens", 1)
@@ -51,12 +51,15 @@ def read_prompt(config: Config, view: ModelView, archive: Archive) -> Reading:
 
     def entries(adapter: Adapter) -> Iterator[Entry]:
         for name, value in adapter.tensors().items():
-            if not name.startswith("copy/"):
+            if name.endswith("/vectors"):
                 shape = (length * modules, value.shape[1])
                 yield Entry(name, {NAME: shape}, lambda t: t[:length])
+            elif not name.startswith("copy/"):  # the anchors of P-tuning, of which there are none
+                yield Entry(name, {}, lambda value=value: value)
         yield from copies.entries(adapter)
 
-    method = PromptTuning(length=length, init="random")
+    encoded = config.values["peft_type"] == "P_TUNING"
+    method = PTuning(length=length, encoder="none") if encoded else PromptTuning(length=length, init="random")
     return Reading(method, Places(), entries, copies.paths, copies.checks)
 
 
@@ -88,7 +91,7 @@ def _sizes(config: Config, view: ModelView, archive: Archive) -> Any:
     return read_copies(config, view, archive.shapes, PROMPT_PREFIX)
 
 
-def write_prompt(adapter: Adapter, view: ModelView, peft_type: str = "PROMPT_TUNING") -> Writing:
+def write_prompt(adapter: Adapter, view: ModelView) -> Writing:
     """The final vectors of a token prompt."""
     prompt = the_prompt(adapter)
     assert isinstance(prompt, TokenPrompt)
@@ -97,8 +100,10 @@ def write_prompt(adapter: Adapter, view: ModelView, peft_type: str = "PROMPT_TUN
         raise UnsupportedError(wrong[0])
     with torch.no_grad():
         vectors = prompt.embeddings().detach()
-    extra: dict[str, Any] = {"prompt_tuning_init": "RANDOM"} if peft_type == "PROMPT_TUNING" else {}
-    return prompt_file(adapter, view, peft_type, vectors, token_dim=vectors.shape[1], **extra)
+    width = vectors.shape[1]
+    if adapter.method.name == "p-tuning":  # PEFT builds an encoder of this size where it goes on training
+        return prompt_file(adapter, view, "P_TUNING", vectors, token_dim=width, encoder_hidden_size=width)
+    return prompt_file(adapter, view, "PROMPT_TUNING", vectors, token_dim=width, prompt_tuning_init="RANDOM")
 
 
 def write_prefix(adapter: Adapter, view: ModelView) -> Writing:
@@ -160,10 +165,6 @@ def the_prompt(adapter: Adapter) -> TokenPrompt | KeyValuePrompt:
     (piece,) = adapter.pieces
     assert isinstance(piece, PromptPiece)
     return piece.prompt
-
-
-def method_fields(method: Method, *names: str) -> dict[str, Any]:
-    return {n: getattr(method, n) for n in names}
 
 
 def decoder_only(view: ModelView) -> bool:

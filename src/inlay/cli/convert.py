@@ -1,0 +1,117 @@
+"""`inlay convert`: an adapter in the files of another library, exactly, or a list of what has no counterpart there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inlay.cli.output import show_table, write_json
+
+if TYPE_CHECKING:
+    from inlay.train import TrainingRecord
+
+FORMATS = ("peft", "native")
+TASKS = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification"}  # PEFT's words
+
+
+def convert(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or a file of tensors.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the converted one.")],
+    to: Annotated[str, typer.Option(help="peft (Hugging Face PEFT's files) or native (inlay's).")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Transformers folder or hub name. Default: the adapter's, else the embedded base."),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read tensors from a pickle (.bin, .pt) that you trust.")
+    ] = False,
+    alpha: Annotated[
+        float | None, typer.Option(help="Of a LoRA in a single file, which does not say it (loralib).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Write an adapter in another library's files: PEFT both ways; AdapterHub's, loralib's and t-few's are read."""
+    from inlay.cli.merge import check_unused
+    from inlay.core.errors import ConfigError
+
+    if to not in FORMATS:
+        raise ConfigError(f"--to is {to!r}, expected one of {', '.join(FORMATS)}")
+    check_unused(out)
+    import inlay
+    from inlay.formats import format_of, peft
+    from inlay.train import read_record
+    from inlay.train.folder import write_beside
+
+    source = format_of(adapter)
+    if source == to:
+        raise ConfigError(f"{adapter} is in {to} format already; nothing was written")
+    record = read_record(adapter) if adapter.is_dir() else None
+    model = _base(adapter, source, base, record)
+    loaded = inlay.load(model, adapter, name=None, allow_pickle=allow_pickle, alpha=alpha)
+
+    def write(part: Path) -> None:
+        inlay.save(model, loaded.name, part, format=to)
+        if record is not None:
+            record.write(part)
+
+    write_beside(out, write)
+    facts: dict[str, Any] = {
+        "out": str(out),
+        "from": source,
+        "to": to,
+        "method": loaded.method.name,
+        "parameters": loaded.count + loaded.count_copied,
+        "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
+        "left_out": peft.LEFT_OUT.get(loaded.method.name) if to == "peft" else None,
+        "base_in_file": _recorded_base(adapter, source),
+    }
+    if as_json:
+        write_json(facts)
+    else:
+        rows = [(key.replace("_", " "), value) for key, value in facts.items() if value is not None]
+        show_table(f"Converted {adapter}", ("", ""), rows)
+
+
+def _base(adapter: Path, source: str, base: str | None, record: TrainingRecord | None) -> Any:
+    """The model that an adapter belongs to."""
+    from inlay.cli.models import writing_task
+    from inlay.train import load_base
+
+    base = base or (record.base if record is not None else _recorded_base(adapter, source))
+    if record is not None:
+        labels = record.labels if record.task == "classification" else None
+        return load_base(base, task=record.task, label_names=labels).model
+    task = TASKS.get(_task_type(adapter, source)) or writing_task(base)
+    return load_base(base, task=task, num_labels=_head_outputs(adapter, source)).model
+
+
+def _recorded_base(adapter: Path, source: str) -> str | None:
+    """What the adapter itself says that it was trained on."""
+    from inlay.formats import native
+    from inlay.formats.peft.config import read_config
+
+    if source == "native":
+        return native.read_header(adapter).get("base_name") or None
+    if source == "tensors":
+        return None
+    return read_config(adapter).get("base_model_name_or_path" if source == "peft" else "model_name") or None
+
+
+def _task_type(adapter: Path, source: str) -> str:
+    from inlay.formats.peft.config import read_config
+
+    return str(read_config(adapter).get("task_type")) if source == "peft" else ""
+
+
+def _head_outputs(adapter: Path, source: str) -> int | None:
+    """The number of classes of a head that the file holds."""
+    from inlay.formats.archive import open_archive
+    from inlay.formats.peft.config import WEIGHTS
+
+    if _task_type(adapter, source) != "SEQ_CLS":
+        return None
+    shapes = open_archive(adapter, *WEIGHTS, allow_pickle=False).shapes
+    ends = (".classifier.weight", ".score.weight", ".classifier.out_proj.weight")
+    return next((shape[0] for name, shape in shapes.items() if name.endswith(ends)), None)
