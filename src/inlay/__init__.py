@@ -74,6 +74,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'inlay' has no attribute {name!r}")
     import_module("inlay.bases")  # registers the layer types that the core can read
+    import_module("inlay.kernels")  # puts the fast paths into effect
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -10,6 +10,7 @@ so `isinstance`, `state_dict`, parameter names, tied weights and name-based look
     checkpoint    a checkpointed layer recomputes under the route of its forward, and only where gradients flow
     weighing      attention whose prompts are weighed by what enters it
     positions     a table of learned positions, or a rotary one, that moves on behind a prompt
+    head          the output head, where a fast path computes the loss (`inlay.kernels`)
     stack         an encoder that virtual tokens join;  pooler: its pooler, which must not see them
     source        the encoder of an encoder–decoder, whose input is the prompt
     parameters    names whose values an adapter may replace

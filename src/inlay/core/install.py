@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from inlay.core import roles
+from inlay.core import prompting, roles
 from inlay.core.adapted import adopt, release
 from inlay.core.adapter import Adapter
 from inlay.core.attention import implementation
@@ -69,9 +69,12 @@ def _enlist(roster: Roster) -> None:
     roster.model.requires_grad_(False)
     roster.model.__dict__["_inlay_roster"] = roster
     _grant(roster, "", "root")
+    head = ModelView(roster.model).output_head if "head" in prompting.WRAPPERS else None
     for path, module in roster.model.named_modules():
         if hasattr(module, "gradient_checkpointing"):
             _grant(roster, path, "checkpoint")
+        if module is head:
+            _grant(roster, path, "head")
 
 
 def _dismiss(roster: Roster) -> None:

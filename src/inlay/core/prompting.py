@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,6 +126,8 @@ def root(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     """The model's own forward: check rows, compute prompts, hide what they left in the outputs."""
     roster = host.roster
     route, call = roster.current(), roster.call.get()
+    for around in AROUND:
+        inner = partial(around, host, inner)
     if roster.merged is not None:
         roster.check_merged(route)
         return inner(*args, **kwargs)
@@ -258,6 +261,8 @@ def rotary(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     return inner(args[0], shift(host, args[1], relative=True), *args[2:], **kwargs)
 
 
+# What stands around the model's own forward inside `root`: fast paths put themselves here (`inlay.kernels`).
+AROUND: list[Callable[..., Any]] = []
 # Innermost first: a module may be root and stack at once.
 WRAPPERS: dict[str, Callable[..., Any]] = {
     "rotary": rotary, "weighing": weighing, "pooler": pooler, "stack": stack, "source": source, "root": root,

@@ -1,0 +1,228 @@
+"""Scores over the vocabulary only where there is a label, and their gradient in the same pass.
+
+A causal model called with labels computes (rows, tokens, vocabulary) scores, converts them to float32 and throws
+away those of prompts and padding. Here the model runs without labels and its output head hands over the hidden
+states instead of scoring them; the loss of the labelled positions, and its gradient with respect to the hidden
+states, are computed a chunk of rows at a time:
+
+    hidden (n, h) ── W ── z (chunk, vocabulary) ── softmax − onehot ── W ── gradient (n, h)
+
+It works by itself, for any model whose output head is a frozen linear layer: the first call with labels is
+tried both ways, and only a model whose scores and loss come out the same takes the short one. Asking for the
+logits of the short way still gives them: they are computed, with their graph, when something looks at them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inlay.core import prompting
+from inlay.core.host import Host
+from inlay.kernels.lazy import LazyTensor
+
+IGNORED = -100
+SCORES_AT_ONCE = 2**22  # numbers in a chunk's scores, float32: 16 MiB
+FEWEST_ROWS = 64  # below, a matrix product does not reach its speed
+AGREEMENT = 2e-3  # relative, between the two losses: half precision sums in another order
+
+
+@dataclass
+class Scoring:
+    """What the output head is asked to do, and what it saw."""
+
+    skip: bool
+    hidden: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+
+
+_SCORING: ContextVar[Scoring | None] = ContextVar("inlay_scoring", default=None)
+# Model → the forms of call that were seen to agree, or not to.
+_SEEN: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
+
+
+def head(host: Host, inner: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The output head's forward: scores, or none at all where the loss is computed elsewhere."""
+    asked = None if torch.compiler.is_compiling() else _SCORING.get()
+    if asked is None:
+        return inner(hidden, *args, **kwargs)
+    asked.hidden.append(hidden)
+    if asked.skip:
+        return hidden.new_empty((*hidden.shape[:-1], 0))
+    asked.scores.append(inner(hidden, *args, **kwargs))
+    return asked.scores[-1]
+
+
+def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The model's own forward, with the loss computed at its labels only where that is the same."""
+    layer = _head_of(host) if not torch.compiler.is_compiling() else None
+    labels = kwargs.get("labels")
+    if layer is None or not isinstance(labels, Tensor) or labels.dim() != 2 or not _usual(kwargs):
+        return inner(*args, **kwargs)
+    form = (tuple(sorted(kwargs)), len(args), host.module.training)
+    seen = _SEEN.setdefault(host.module, {})
+    if form not in seen:
+        seen[form] = _agree(host, layer, inner, args, kwargs)
+    if not seen[form]:
+        return inner(*args, **kwargs)
+    asked = Scoring(skip=True)
+    out = _run(host, inner, args, kwargs, asked)
+    hidden = asked.hidden[-1]
+    loss = _loss(host, layer, hidden, labels, kwargs)
+    logits = LazyTensor(lambda: _scores(host, layer, hidden), (*hidden.shape[:-1], layer.weight.shape[0]), hidden)
+    if isinstance(out, tuple):
+        return (loss, logits, *out[1:])
+    out["logits"] = logits
+    return type(out)(**{"loss": loss, **{k: v for k, v in out.items() if k != "loss"}})
+
+
+def _usual(kwargs: dict[str, Any]) -> bool:
+    """Whether the call leaves labels, scores and their order to the model."""
+    return kwargs.get("shift_labels") is None and not kwargs.get("logits_to_keep")
+
+
+def _head_of(host: Host) -> nn.Linear | None:
+    """The frozen, unadapted output head of a language model, or None."""
+    model: Any = host.module
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if (
+        layer is None
+        or not isinstance(layer, nn.Linear)
+        or any(p.requires_grad for p in layer._parameters.values() if p is not None)
+    ):
+        return None
+    at: Host | None = layer.__dict__.get("_inlay_host")
+    if at is None or "head" not in at.features or at.original_class is not nn.Linear:
+        return None
+    used = host.roster.current().used
+    touched = any(n in owner for n in used for owner in (at.deltas, at.differences, at.copies))
+    return None if touched or at.feeds or host.roster.merged is not None else layer
+
+
+def _run(host: Host, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], asked: Scoring) -> Any:
+    """The model without labels; a decoder that would have shifted them to make its input is given that."""
+    model: Any = host.module
+    given = {**kwargs, "labels": None}
+    given.pop("num_items_in_batch", None)
+    if _encoder_decoder(host) and all(given.get(f"decoder_{n}") is None for n in ("input_ids", "inputs_embeds")):
+        given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=kwargs["labels"])
+    token = _SCORING.set(asked)
+    try:
+        return inner(*args, **given)
+    finally:
+        _SCORING.reset(token)
+
+
+def _agree(
+    host: Host, layer: nn.Linear, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether the model's own way and the short one give the same, tried without a trace: no graph, no random draw."""
+    with torch.no_grad(), torch.random.fork_rng():
+        asked = Scoring(skip=False)
+        token = _SCORING.set(asked)
+        try:
+            out = inner(*args, **kwargs)
+        finally:
+            _SCORING.reset(token)
+        loss, logits = out[:2] if isinstance(out, tuple) else (out.get("loss"), out.get("logits"))
+        if len(asked.hidden) != 1 or loss is None or logits is None or logits.shape != asked.scores[0].shape:
+            return False
+        scores = _scores(host, layer, asked.hidden[0])
+        if not torch.allclose(scores.float(), logits.float(), rtol=1e-2, atol=1e-2):
+            return False
+        ours = _loss(host, layer, asked.hidden[0], kwargs["labels"], kwargs)
+        if not bool((ours - loss).abs() <= AGREEMENT * loss.abs().clamp(min=1e-3)):
+            return False
+        asked = Scoring(skip=True)
+        try:  # some models add to their scores (a bias over the vocabulary), which needs them to be there
+            _run(host, inner, args, kwargs, asked)
+        except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
+            return False
+        return len(asked.hidden) == 1
+
+
+def _encoder_decoder(host: Host) -> bool:
+    return bool(getattr(host.module.config, "is_encoder_decoder", False))
+
+
+def _shape_of_scores(host: Host) -> tuple[float, float | None]:
+    """What a model does to its scores: a factor, and the bound of a soft cap, by the names configurations use."""
+    config: Any = host.module.config
+    text = config.get_text_config()
+    divided, factor = getattr(text, "logits_scaling", None), getattr(text, "logit_scale", None)
+    cap = getattr(text, "final_logit_softcapping", None)
+    return (1 / divided if divided else float(factor or 1.0)), cap
+
+
+def _scores(host: Host, layer: nn.Linear, hidden: Tensor) -> Tensor:
+    """The naive twin's scores, (…, vocabulary), in the model's dtype."""
+    factor, cap = _shape_of_scores(host)
+    scores = F.linear(hidden, layer.weight, layer.bias)
+    scores = scores if factor == 1.0 else scores * factor
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def _loss(host: Host, layer: nn.Linear, hidden: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Mean over the labelled positions, or their sum over ``num_items_in_batch`` where the caller counts a step's."""
+    if not _encoder_decoder(host):
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    at = labels.reshape(-1).ne(IGNORED).nonzero().squeeze(1)
+    chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, at)  # (n, hidden)
+    target = labels.reshape(-1).index_select(0, at)
+    factor, cap = _shape_of_scores(host)
+    items = kwargs.get("num_items_in_batch")
+    total: Tensor = LabelledLoss.apply(chosen, layer.weight, layer.bias, target, factor, cap)  # type: ignore[no-untyped-call]
+    return total / (at.numel() if items is None else items)
+
+
+def naive(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: float, cap: float | None
+) -> Tensor:
+    """Summed cross-entropy with all scores at once: the oracle of `LabelledLoss`."""
+    scores = F.linear(hidden, weight, bias) * factor
+    scores = scores if cap is None else torch.tanh(scores / cap) * cap
+    return F.cross_entropy(scores.float(), target, reduction="sum")
+
+
+class LabelledLoss(torch.autograd.Function):
+    """Summed cross-entropy of chosen positions; keeps its gradient, (n, hidden), and no score."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: float, cap: float | None
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        rows = max(FEWEST_ROWS, SCORES_AT_ONCE // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            piece, labels = hidden[start : start + rows], target[start : start + rows, None]
+            scores = F.linear(piece, weight, bias).float()  # (rows, vocabulary)
+            scores = scores if factor == 1.0 else scores.mul_(factor)
+            capped = None if cap is None else scores.div_(cap).tanh_()
+            scores = scores if capped is None or cap is None else capped * cap
+            normaliser = scores.logsumexp(1, keepdim=True)
+            loss += (normaliser - scores.gather(1, labels)).sum()
+            if gradient is None:
+                continue
+            d_scores = scores.sub_(normaliser).exp_().scatter_add_(1, labels, scores.new_full(labels.shape, -1.0))
+            d_scores = d_scores if capped is None else d_scores.mul_(1 - capped.square())
+            d_scores = d_scores if factor == 1.0 else d_scores.mul_(factor)
+            torch.mm(d_scores.to(weight.dtype), weight, out=gradient[start : start + rows])
+        ctx.gradient = gradient
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None, None, None, None
+
+
+prompting.WRAPPERS["head"] = head
+prompting.AROUND.append(labelled)

@@ -1,0 +1,107 @@
+"""The short way from hidden states to the loss is the long way, and steps aside where it is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import inlay
+from inlay.kernels import labelled_head
+from inlay.kernels.labelled_head import LabelledLoss, naive
+from inlay.kernels.lazy import LazyTensor
+from inlay.testing.models import ZOO
+
+SHORT = ("llama", "gemma2", "gpt2", "opt", "mixtral", "t5")
+LONG = ("bart",)  # adds a bias over the vocabulary to its scores
+
+
+@pytest.fixture
+def long_way(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Switches the short way off, and on again."""
+
+    def switch(off: bool) -> None:
+        labelled_head._SEEN.clear()
+        monkeypatch.setattr(labelled_head, "_agree", (lambda *_: False) if off else agree)
+
+    agree = labelled_head._agree
+    return switch
+
+
+def attached(name: str) -> tuple[Any, dict[str, Tensor], list[Any]]:
+    specimen = ZOO[name]
+    model = specimen.build()
+    torch.manual_seed(0)
+    adapter = inlay.attach(model, inlay.LoRA(rank=2))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    batch = specimen.batch(3, 1, ragged=True)
+    batch["labels"][0, 1:5] = -100
+    return model, batch, list(adapter.parameters())
+
+
+def step(model: Any, batch: dict[str, Any], parameters: list[Any]) -> tuple[Any, list[Tensor]]:
+    for parameter in parameters:
+        parameter.grad = None
+    out = model(**batch)
+    out.loss.backward()
+    return out, [p.grad.clone() for p in parameters]
+
+
+@pytest.mark.parametrize("items", [None, 7])
+@pytest.mark.parametrize("name", [*SHORT, *LONG])
+def test_loss_gradients_and_scores(name: str, items: int | None, long_way: Any) -> None:
+    model, batch, parameters = attached(name)
+    extra = {} if items is None or name == "t5" else {"num_items_in_batch": torch.tensor(items)}
+    long_way(True)
+    expected, gradients = step(model, {**batch, **extra}, parameters)
+    assert not isinstance(expected.logits, LazyTensor)
+    long_way(False)
+    found, ours = step(model, {**batch, **extra}, parameters)
+    assert isinstance(found.logits, LazyTensor) == (name in SHORT)
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours, gradients, atol=1e-6, rtol=1e-4)
+    assert found.logits.shape == expected.logits.shape
+    torch.testing.assert_close(found.logits + 0, expected.logits + 0)
+
+
+def test_gradients_reach_through_the_scores(long_way: Any) -> None:
+    """A caller may pass labels and yet make a loss of the scores."""
+    model, batch, parameters = attached("llama")
+    long_way(True)
+    expected = torch.autograd.grad(model(**batch).logits.square().mean(), parameters)
+    long_way(False)
+    torch.testing.assert_close(torch.autograd.grad(model(**batch).logits.square().mean(), parameters), expected)
+
+
+def test_an_adapted_head_takes_the_long_way() -> None:
+    model, batch, _ = attached("llama")
+    inlay.attach(model, inlay.LoRA(rank=2), name="head", where=["lm_head"])
+    assert not isinstance(model(**batch).logits, LazyTensor)
+    with inlay.use(model, "default"):
+        assert isinstance(model(**batch).logits, LazyTensor)
+
+
+def test_a_loss_of_the_models_own_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, _ = attached("llama")
+    own = model.loss_function
+    monkeypatch.setattr(type(model), "loss_function", property(lambda _: lambda *a, **k: own(*a, **k) * 1.1))
+    assert not isinstance(model(**batch).logits, LazyTensor)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_the_function_against_its_twin(factor: float, cap: float | None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows, width, vocabulary = 150, 16, 40_000  # more than one chunk
+    hidden = torch.randn(rows, width, generator=generator, requires_grad=True)
+    weight = torch.randn(vocabulary, width, generator=generator) * 0.3
+    target = torch.randint(vocabulary, (rows,), generator=generator)
+    expected = naive(hidden, weight, None, target, factor, cap)
+    found = LabelledLoss.apply(hidden, weight, None, target, factor, cap)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found, expected)
+    one, other = (torch.autograd.grad(loss, hidden)[0] for loss in (found * 2, expected * 2))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
