@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -70,8 +71,11 @@ def zero_init(
     own = module.__dict__.get("hand_made_prompts")
     if own is not None:
         prompts, gates = own
-        k, v = (t.view(1, LENGTH, -1, key.shape[-1]).transpose(1, 2) for t in projected(module, prompts))
-        if hasattr(module, "k_norm"):
+        k, v = projected(module, prompts)
+        if hasattr(module, "k_norm") and module.k_norm.weight.numel() == k.shape[-1]:  # type: ignore[union-attr,operator]
+            k = module.k_norm(k)  # type: ignore[operator]
+        k, v = (t.view(1, LENGTH, -1, key.shape[-1]).transpose(1, 2) for t in (k, v))
+        if hasattr(module, "k_norm") and module.k_norm.weight.numel() == k.shape[-1]:  # type: ignore[union-attr,operator]
             k = module.k_norm(k)  # type: ignore[operator]
         out = out + gates[None, :, None, None] * (scores(k).softmax(-1) @ v.repeat_interleave(groups, dim=1))
     return out.transpose(1, 2), None
@@ -106,6 +110,25 @@ def test_forward_and_gradients(name: str, gate: Any) -> None:
         real = batch["attention_mask"].bool()
         actual, expected = actual[real], expected[real]
     agree(adapter, actual, expected, leaves)
+
+
+def test_a_norm_over_all_heads() -> None:
+    """OLMo 2 normalises keys before they are cut into heads."""
+    config = transformers.Olmo2Config(
+        vocab_size=17, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="eager", pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.Olmo2ForCausalLM(config).eval()
+    bare = copy.deepcopy(model)
+    adapter = shake(inlay.attach(model, LLaMAAdapter(length=LENGTH)))
+    leaves = numbers(adapter)
+    stored = "model_layers_0_self_attn"
+    prompts, gates = leaves[f"prompt/prompt/prompts.{stored}"], leaves[f"prompt/prompt/gates.{stored}"]
+    bare.set_attn_implementation("zero_init")
+    bare.model.layers[0].self_attn.__dict__["hand_made_prompts"] = (prompts, gates.tanh())
+    ids = torch.arange(8)[None]
+    agree(adapter, model(input_ids=ids).logits, bare(input_ids=ids).logits, leaves)
 
 
 @pytest.mark.parametrize("name", ATTENTION)

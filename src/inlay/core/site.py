@@ -86,11 +86,12 @@ class Site:
         return self.part.take(weight, 0), None if bias is None else self.part.take(bias, 0)
 
     def compute(self, x: Tensor) -> Tensor:
-        """What the base's own layer makes of `x`, whatever adapters do there, also outside the model's forward."""
-        twin = copy.copy(self.module)
-        twin.__class__ = self.original_class
-        twin._parameters = {n: None if p is None else _gathered(p) for n, p in self.module._parameters.items()}  # type: ignore[misc]
-        return self.original_class.forward(twin, x)  # type: ignore[no-any-return]
+        """What the layer's own forward makes of `x`, deltas aside, also outside the model's forward."""
+        layer, held = self.module, self.module._parameters
+        if any(hasattr(p, "full_tensor") for p in held.values()):
+            layer = copy.copy(self.module)
+            layer._parameters = {n: None if p is None else _gathered(p) for n, p in held.items()}  # type: ignore[misc]
+        return self.original_class.forward(layer, x)  # type: ignore[no-any-return]
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised storage for an adapter's parameter: on the layer's device, in full precision.
