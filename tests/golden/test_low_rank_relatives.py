@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay import EVA, DyLoRA, LoRA, LoRAFA, LoRAPlus, OLoRA, PiSSA
@@ -544,21 +545,35 @@ def test_dylora_sorts_what_it_learns() -> None:
 # -- counts -------------------------------------------------------------------------------------------------
 
 
+LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_32_3B = {
+    "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+    "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("method", "count"),
+    ("size", "method", "where", "count"),
     [
-        (LoRAPlus(rank=4), 4 * 2 * (32 + 32 + 32 + 16)),
-        (PiSSA(rank=4), None),
-        (OLoRA(rank=4), 4 * 2 * (32 + 32 + 32 + 16)),
-        (DyLoRA(rank=4), 4 * 2 * (32 + 32 + 32 + 16)),
-        (LoRAFA(rank=4), None),
+        (LLAMA_2_7B, PiSSA(rank=128), None, 319_815_680),  # the paper's 320M
+        (LLAMA_2_7B, OLoRA(rank=128), "all-linear", 319_815_680),
+        (LLAMA_32_3B, LoRAFA(rank=32), ["query", "value"], 3_670_016),  # PEFT's MetaMathQA benchmark
+        (LLAMA_32_3B, LoRAPlus(rank=32), None, 9_175_040),  # LoRA's own
+        (LLAMA_32_3B, DyLoRA(rank=32), None, 9_175_040),
     ],
     ids=lambda v: getattr(v, "name", None),
 )
-def test_counts(method: Any, count: int | None) -> None:
-    """Two layers of query (32, 32) and value (16, 32), or all linear layers of the blocks."""
-    _, adapter = attached("llama", method)
-    if count is None:
-        linear = [m for n, m in ZOO["llama"].build().named_modules() if isinstance(m, nn.Linear) and "layers" in n]
-        count = sum(4 * (m.out_features + (m.in_features if method.name == "pissa" else 0)) for m in linear)
+def test_published_counts(size: dict[str, int], method: Any, where: Any, count: int) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, **size))
+    adapter = inlay.attach(model, method, where=where)
     assert adapter.count == count
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_eva_trains_about_as_much_as_lora() -> None:
+    paths, data = of_llama(4)
+    eva = inlay.attach(ZOO["llama"].build(), EVA(rank=4), where=paths, data=data)
+    by_site = sites(eva.tensors())
+    assert sum(len(own["a"]) for own in by_site.values()) == 4 * len(paths)
+    assert eva.count == sum(own["a"].numel() + own["b"].numel() for own in by_site.values())
