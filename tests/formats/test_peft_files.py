@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import inlay
-from inlay.core.errors import AdapterFileError, ConfigError, UnsupportedError
+from inlay.core.errors import AdapterFileError, AdapterNameError, ConfigError, UnsupportedError, UserError
 from inlay.methods import method_named
 from inlay.testing.models import ZOO
 from tests.formats.peft_hand import in_inlay, in_peft, logits, ours, same, theirs
@@ -184,6 +184,7 @@ def cut(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ({"r": 8}, "expected (8, 32)"),
         ({"r": "many"}, "r is 'many', expected a positive whole number"),
         ({"r": 10**12}, "expected (1000000000000, 32)"),
+        ({"r": 10**15}, "expected a positive whole number"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
@@ -251,3 +252,40 @@ def test_our_own_file_is_recognised_beside_others(lora: Path) -> None:
     inlay.save(model, "default", lora)
     again = ZOO["llama"].build()
     assert inlay.load(again, lora).digest == adapter.digest
+
+
+ODD = [None, True, 0, -1, 7, 1e300, float("nan"), "x", "(", [], ["x"], [1], {}, {"x": 1}, {"q_proj": "x"}, [[1, 2]]]
+
+
+@pytest.mark.parametrize("config", ["lora", "ia3", "adalora", "oft", "prefix"])
+def test_odd_values_never_crash(config: str, tmp_path: Path) -> None:
+    """Any value under any key: the adapter loads, or one error says why not; never anything else."""
+    targets = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    made = {
+        "lora": lambda: peft.LoraConfig(r=2, **targets),
+        "ia3": lambda: peft.IA3Config(feedforward_modules=[], **targets),
+        "adalora": lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, **targets),
+        "oft": lambda: peft.OFTConfig(oft_block_size=8, **targets),
+        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    }[config]()
+    theirs("llama", made, tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    model = ZOO["llama"].build()
+    for key in values:
+        for odd in ODD:
+            (tmp_path / CONFIG).write_text(json.dumps(values | {key: odd}))
+            try:
+                inlay.load(model, tmp_path)
+            except UserError as error:
+                assert not inlay.adapters(model), (key, odd, error)
+            else:
+                inlay.detach(model, "default")
+
+
+def test_a_name_that_is_taken(lora: Path) -> None:
+    model = ZOO["llama"].build()
+    inlay.load(model, lora)
+    with pytest.raises(AdapterNameError, match="already on this model"):
+        inlay.load(model, lora)
+    assert set(inlay.adapters(model)) == {"default"}
+    assert inlay.load(model, lora, name="second", trainable=True).trainable

@@ -11,6 +11,7 @@ import torch
 
 import inlay
 from inlay.core.errors import UnsupportedError
+from inlay.formats.peft import WRITERS
 from inlay.methods import method_named
 from inlay.testing.models import ZOO
 from tests.formats.peft_hand import MODELS, in_inlay, in_peft, logits, ours, same, theirs
@@ -77,6 +78,37 @@ def test_what_inlay_writes(case: str, name: str, tmp_path: Path) -> None:
     expected, base = logits(name, model), logits(name, ZOO[name].build())
     same(in_peft(name, tmp_path), expected, base)
     same(in_inlay(name, tmp_path), expected, base)
+
+
+def branches() -> list[Any]:
+    """Every example of every method that PEFT's files can hold and that needs no data."""
+    found = [e for key in WRITERS for e in method_named(key).examples() if not e.needs_data]
+    return [pytest.param(e, id=f"{e.name}-{i}") for i, e in enumerate(found)]
+
+
+@pytest.mark.parametrize("method", branches())
+def test_every_branch_of_every_method(method: Any, tmp_path: Path) -> None:
+    """What is written computes the same in PEFT, or it is refused with a reason."""
+    model, _ = ours("llama", method)
+    try:
+        inlay.save(model, "default", tmp_path, format="peft")
+    except UnsupportedError:
+        assert method.name in ("trainable-tokens", "llama-adapter", "boft"), "only these have uses that PEFT lacks"
+        return
+    if method.name == "boft" and method.factors > 1:
+        return  # tested in test_peft_files.py, with a stand-in for PEFT's CUDA kernel
+    expected, base = logits("llama", model), logits("llama", ZOO["llama"].build())
+    same(in_peft("llama", tmp_path), expected, base)
+    same(in_inlay("llama", tmp_path), expected, base)
+
+
+def test_eva_writes_the_ranks_it_found(tmp_path: Path) -> None:
+    from tests.golden.hand import inputs, shake
+
+    model = ZOO["llama"].build()
+    shake(inlay.attach(model, of("eva", rank=3), data=[inputs("llama", rows=6) for _ in range(2)]), 0.2)
+    inlay.save(model, "default", tmp_path, format="peft")
+    same(in_peft("llama", tmp_path), logits("llama", model), logits("llama", ZOO["llama"].build()))
 
 
 @pytest.mark.parametrize("case", ["lora", "dora", "ia3", "pissa", "prompt-tuning", "prefix-tuning", "norm-tuning"])

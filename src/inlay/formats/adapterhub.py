@@ -24,14 +24,14 @@ from typing import Any
 from torch import nn
 
 from inlay.core.adapter import Adapter
-from inlay.core.errors import AdapterFileError, problems
+from inlay.core.errors import AdapterFileError, UserError, problems
 from inlay.core.method import Method
 from inlay.core.pieces import DeltaPiece
 from inlay.core.roles import layer_of
 from inlay.core.select import Places
 from inlay.core.view import ModelView
 from inlay.formats.archive import Archive, open_archive
-from inlay.formats.exchange import Entry, Reading, restore
+from inlay.formats.exchange import CRASHES, Entry, Reading, restore
 from inlay.formats.peft.config import FILE, Config, read_config
 
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -64,7 +64,11 @@ def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, a
             f"{folder / FILE}: architecture {architecture!r} {NOT_HERE}; known: {', '.join(READERS)}"
         )
     config.ignore(*TRAINING)
-    reading = READERS[str(architecture)](hub)
+    try:
+        reading = READERS[str(architecture)](hub)
+    except (UserError, *CRASHES) as error:
+        found = [*config.wrong, f"{type(error).__name__}: {error}"]
+        raise AdapterFileError(problems(f"{config.path} cannot be used on this model", found)) from error
     config.finish()
     if reading is None:
         raise AdapterFileError(problems(f"{archive.path} does not fit this model", config.wrong))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,14 @@ from torch.overrides import TorchFunctionMode
 
 from inlay.core.adapter import Adapter
 from inlay.core.build import build
-from inlay.core.errors import AdapterFileError, OutputError, UserError, problems
+from inlay.core.errors import AdapterFileError, AdapterNameError, OutputError, UserError, problems
 from inlay.core.install import install
 from inlay.core.method import Method
 from inlay.core.select import Places
 from inlay.formats.archive import Archive
+
+# What a value of a wrong type or size in a foreign configuration may end in.
+CRASHES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, re.error)
 
 
 def unchanged(value: Tensor) -> Tensor:
@@ -88,7 +92,9 @@ def restore(
     try:
         with Weightless():
             planned = built()
-    except UserError as error:
+    except AdapterNameError:
+        raise
+    except (UserError, *CRASHES) as error:
         raise AdapterFileError(problems(f"{archive.path} does not fit this model", [*found, str(error)])) from error
     found += _differences(list(reading.entries(planned)), reading.checks, archive.shapes)
     if found:

@@ -28,6 +28,7 @@ from inlay.core.errors import AdapterFileError, BaseMismatchError, ConfigError, 
 from inlay.core.fingerprint import Fingerprint, fingerprint
 from inlay.core.install import install
 from inlay.core.method import Method
+from inlay.core.roster import held_by_others
 from inlay.core.select import Places
 from inlay.formats.archive import header_of
 
@@ -127,6 +128,7 @@ def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool) -
         raise AdapterFileError(
             f"{path}: its values do not match its digest, so it was damaged or changed; copy it again"
         )
+    _check_shared(path, model, adapter, tensors)
     with torch.no_grad():
         for key, target in expected.items():
             target.copy_(tensors[key])
@@ -138,6 +140,20 @@ def _method(values: Mapping[str, Any]) -> Method:
     from inlay.methods import method_named
 
     return method_named(str(values["method"])).from_dict(values)
+
+
+def _check_shared(path: Path, model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """What attached adapters hold already is theirs, too: a file must not change it."""
+    held = {p.data_ptr() for p in held_by_others(model, adapter)}
+    wrong = [n for n, t in adapter.tensors().items() if t.data_ptr() in held and not torch.equal(t.cpu(), tensors[n])]
+    if wrong:
+        raise AdapterFileError(
+            problems(
+                f"{path} shares values with an adapter on this model that has other ones; load the files that were "
+                "saved together, or detach that adapter first, and this one gets a copy of its own",
+                [f"{name} differs" for name in wrong],
+            )
+        )
 
 
 def _check_names(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from torch import nn
 
 from inlay.core.adapter import Adapter
-from inlay.core.errors import AdapterFileError, UnsupportedError, nearest
+from inlay.core.errors import AdapterFileError, UnsupportedError, UserError, nearest, problems
 from inlay.core.view import ModelView
 from inlay.formats.archive import Archive, open_archive
-from inlay.formats.exchange import Reading, Writing, restore, store
+from inlay.formats.exchange import CRASHES, Reading, Writing, restore, store
 from inlay.formats.peft import adaption, deltas, low_rank, prompts, rescaling, settings, tokens
 from inlay.formats.peft.config import FILE, WEIGHTS, Config, read_config
 
@@ -76,13 +76,20 @@ def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, a
     """Attach an adapter from PEFT's files, strictly."""
     values = read_config(folder)
     kind = values.get("peft_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise AdapterFileError(
             f"{folder / FILE}: peft_type {kind!r} has no counterpart in inlay{nearest(str(kind), FAMILIES)}"
         )
     archive = open_archive(folder, *WEIGHTS, allow_pickle=allow_pickle)
     config = Config(values, folder / FILE)
-    reading = FAMILIES[str(kind)](config, ModelView(model), archive)
+    try:
+        reading = FAMILIES[kind](config, ModelView(model), archive)
+    except (UserError, *CRASHES) as error:
+        if isinstance(error, AdapterFileError):
+            raise
+        raise AdapterFileError(
+            problems(f"{config.path} cannot be used on this model", [*config.wrong, f"{type(error).__name__}: {error}"])
+        ) from error
     config.finish()
     return restore(model, reading, archive, name=name or "default", trainable=trainable, wrong=config.wrong)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from inlay.core.errors import AdapterFileError
 
 FILE = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+MOST = 2**40  # no rank, length or block is larger; sizes multiply, and must stay whole numbers of 64 bits
 
 # What the library notes for itself: no value of these changes what an adapter computes.
 WITHOUT_EFFECT = (
@@ -45,14 +48,14 @@ class Config:
 
     def number(self, key: str, default: float) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             self.wrong.append(f"{key} is {value!r}, expected a number")
             return default
         return value
 
     def whole(self, key: str, default: int) -> int:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
             self.wrong.append(f"{key} is {value!r}, expected a positive whole number")
             return default
         return value

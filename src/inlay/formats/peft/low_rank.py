@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from inlay.core.adapter import Adapter
-from inlay.core.errors import UnsupportedError
 from inlay.core.method import Method
 from inlay.core.pieces import DeltaPiece
 from inlay.core.site import Site
@@ -63,7 +62,8 @@ def read(config: Config, view: ModelView, archive: Archive) -> Reading:
     config.ignore(*TRAINING_ONLY)
     if config.get("ensure_weight_tying") and any(view.layers[p].kind == "embedding" for p in paths if p in view.layers):
         config.wrong.append("ensure_weight_tying with an adapted embedding has no counterpart")
-    method = _method(config, paths)
+    transposed = any(type(view.modules[p]).__name__.endswith("Conv1D") for p in paths)
+    method = _method(config, paths, transposed)
     names = _offset_names(method)
 
     def entries(adapter: Adapter) -> Iterator[Entry]:
@@ -75,7 +75,7 @@ def read(config: Config, view: ModelView, archive: Archive) -> Reading:
     return Reading(method, places_of(paths), entries, copies.paths, copies.checks)
 
 
-def _method(config: Config, paths: list[str]) -> Method:
+def _method(config: Config, paths: list[str], transposed: bool) -> Method:
     from inlay.methods.dora import DoRA
     from inlay.methods.lora import LoRA
 
@@ -89,6 +89,8 @@ def _method(config: Config, paths: list[str]) -> Method:
         return DoRA(rank=rank, alpha=alpha, dropout=dropout, rank_pattern=ranks, alpha_pattern=alphas)
     start = str(config.get("init_lora_weights", True)).lower()
     if start in OFFSET:
+        if start == "olora" and transposed:
+            config.wrong.append("PEFT's OLoRA factorises the transposed weight of a Conv1D, which is another start")
         return _shifted(config, start, rank, alpha, bool(ranks or alphas or stabilised))
     if start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq", "mica")):
         config.wrong.append(
@@ -179,14 +181,16 @@ def write(adapter: Adapter, view: ModelView) -> Writing:
 
 def _whole(layer: Site, pieces: list[DeltaPiece]) -> tuple[Tensor, Tensor, Tensor | None, float]:
     """(A, B, magnitude, scale) of the whole layer, in PEFT's shapes."""
-    scale = max(_scale(p) for p in pieces)
+    scale = max((_scale(p) for p in pieces), key=abs) or 1.0
     stacked, sides = [], []
     magnitude: Tensor | None = None
     for piece in pieces:
         state = {n: t.detach() for n, t in piece.delta.state_dict().items()}
-        a, b = state["a"], state["b"] * (_scale(piece) / scale)
+        served = getattr(piece.delta, "served", None)  # DyLoRA computes with its first rows and columns
+        a, b = state["a"][:served], state["b"][:, :served]
         if "a0" in state:
-            a, b = torch.cat([a, state["a0"]]), torch.cat([b, -state["b0"] * (_scale(piece) / scale)], dim=1)
+            a, b = torch.cat([a, state["a0"]]), torch.cat([b, -state["b0"]], dim=1)
+        b = b * (_scale(piece) / scale)
         part = piece.site.part
         if part is not None:
             b = part.put(b.new_zeros(layer.out_features, b.shape[1]), b, 0)
@@ -203,7 +207,6 @@ def _whole(layer: Site, pieces: list[DeltaPiece]) -> tuple[Tensor, Tensor, Tenso
 
 
 def _scale(piece: DeltaPiece) -> float:
-    scale = getattr(piece.delta, "scale", None)
-    if not isinstance(scale, (int, float)):
-        raise UnsupportedError(f"{piece.key}: its update has no scale, so it is not written as a LoRA")
-    return float(scale)
+    delta: Any = piece.delta
+    served = getattr(delta, "served", None)
+    return float(delta.scale if served is None else delta.alpha / served)

@@ -94,6 +94,11 @@ def by_pattern(config: Config, key: str, paths: Sequence[str]) -> dict[str, Any]
             if re.match(rf"(.*\.)?({word})$", path):
                 used.add(word)
                 found.setdefault(path, value)
+    config.wrong += [
+        f"{key}: {path} has {value!r}, expected a positive number"
+        for path, value in found.items()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
+    ]
     config.wrong += [f"{key}: {w!r} fits none of the adapted modules" for w in pattern if w not in used]
     return found
 
