@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -228,6 +229,38 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do(method: Any, wo
 def test_senseless_settings_are_refused(make: Any) -> None:
     with pytest.raises(inlay.UserError):
         make()
+
+
+@pytest.mark.parametrize("method", [OFT(block_size=8), BOFT(block_size=4, factors=2)])
+def test_rotations_that_were_kept_are_never_old_ones(method: Any) -> None:
+    """Without gradients they are kept from one forward to the next; every way to change the skews is noticed."""
+    model, x = nn.Sequential(nn.Linear(16, 4, bias=False)), torch.randn(3, 16)
+    adapter = shake(inlay.attach(model, method, where=["0"]))
+    (skews,) = adapter.parameters()
+
+    def stale() -> bool:
+        with torch.no_grad():
+            kept = model(x)
+        return not torch.equal(kept, model(x).detach())  # with gradients nothing is kept
+
+    assert not stale()
+    model(x).square().sum().backward()
+    torch.optim.AdamW([skews], lr=0.1).step()
+    assert not stale()
+    with torch.no_grad():
+        skews.mul_(2.0)
+    assert not stale()
+    skews.data = torch.randn(skews.shape)
+    assert not stale()
+    with torch.inference_mode():
+        model(x)
+    assert not stale()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        before = model(x)
+        next(inlay.adapters(twin)["default"].parameters()).zero_()
+        assert not torch.equal(twin(x), before)
+        assert torch.equal(model(x), before)
 
 
 def test_a_whole_fused_layer_is_turned_in_front() -> None:

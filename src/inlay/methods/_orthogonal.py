@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from inlay.core.delta import Delta
 from inlay.core.errors import SelectionError, problems
@@ -18,11 +20,30 @@ from inlay.core.site import Site
 
 
 class TurnedDelta(Delta):
-    """A rotation of what enters a whole layer. Abstract."""
+    """A rotation of what enters a whole layer. Abstract; subclasses hold the upper triangles as `skew`."""
+
+    skew: Parameter
+    kept: tuple[tuple[int, int], Tensor] | None = None  # the last rotations made without a graph, and from what
+
+    @abstractmethod
+    def blocks(self) -> Tensor:
+        """The small rotations, in the parameter's precision."""
 
     @abstractmethod
     def turn(self, x: Tensor, *, back: bool = False) -> Tensor:
         """``x R`` along the last dimension, or ``x Rᵀ``."""
+
+    def rotations(self) -> Tensor:
+        """`blocks`, made again only when the parameter is another: generation needs them once a token."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.blocks()
+        which = (self.skew.data_ptr(), self.skew._version)
+        if self.kept is None or self.kept[0] != which:
+            self.kept = (which, self.blocks())
+        return self.kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}  # a copy's parameter lies elsewhere
 
     def pre(self, x: Tensor) -> Tensor:
         return self.turn(x)

@@ -91,8 +91,11 @@ class BOFTDelta(TurnedDelta):
         if self.scale is not None:
             nn.init.ones_(self.scale)
 
+    def blocks(self) -> Tensor:  # (factors, blocks, b, b)
+        return cayley(skew_matrix(self.skew, self.size))
+
     def turn(self, x: Tensor, *, back: bool = False) -> Tensor:
-        rotations = cayley(skew_matrix(self.skew, self.size))  # (factors, blocks, b, b)
+        rotations = self.rotations()
         levels = range(rotations.shape[0])
         for level in levels if back else reversed(levels):
             x = turn_pairs(x, rotations[level], 2**level, back=back)

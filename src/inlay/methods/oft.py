@@ -93,13 +93,12 @@ class OFTDelta(TurnedDelta):
     def initialise(self, site: Site) -> None:
         nn.init.zeros_(self.skew)
 
-    def rotation(self) -> Tensor:
-        """The blocks of R, (blocks, size, size), in the parameter's precision."""
+    def blocks(self) -> Tensor:  # (blocks, size, size)
         skew = skew_matrix(self.skew, self.size)
         return cayley(skew) if self.terms is None else neumann(skew, self.terms)
 
     def turn(self, x: Tensor, *, back: bool = False) -> Tensor:
-        return turn_blocks(x, self.rotation(), back=back)
+        return turn_blocks(x, self.rotations(), back=back)
 
 
 class OFTPart(OFTDelta, TurnedPart):
