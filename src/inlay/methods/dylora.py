@@ -8,13 +8,12 @@ Adaptation", arXiv:2210.07558, algorithm 1.
     backward      rows and columns up to b learn; with `frozen` the b-th alone, those before it are constants
 
 Truncating at random orders the rows by what they are worth, as nested dropout does. Afterwards the adapter serves at
-any rank: `serve_rank` says at which; the full one where None. The scale goes with the rank in force, as in the
-paper's equation; the official code, which multiplies alpha / rank by √(rank / b) twice, computes the same. The paper
-compares updating all rows up to b with updating the b-th alone (FROZEN), which is faster and slightly worse.
+any rank: `serve_rank`, or the full one. The scale goes with the rank in force, as in the paper's equation; the
+official code, which multiplies alpha / rank by √(rank / b) twice, computes the same.
 
-Ranks are drawn from the seed and the number of steps made, both of which are stored with the adapter, so a stopped
-run goes on as if it had not stopped, and checkpointed layers recompute what they computed. All b of the micro-batches
-of one step are equal. Rows beyond b get gradients of zero, not none. Initialisation is LoRA's. Places: query and value.
+Ranks are drawn from the seed and the number of steps made. Both are stored with the adapter, so a stopped run goes
+on as if it had not stopped, and checkpointed layers recompute what they computed; all micro-batches of a step share
+their b. Rows beyond b get gradients of zero, not none. Initialisation is LoRA's. Places: query and value.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class DyLoRA(DeltaMethod):
         lowest: the smallest rank that is trained for.
         alpha: numerator of the scale alpha / (rank in force).
         dropout: on the update's input, in training.
-        frozen: only the last row and column in force learn at a step.
+        frozen: only the last row and column in force learn at a step: the paper's faster, slightly worse variant.
         serve_rank: the rank outside training and when merging; the largest where None.
         seed: of the drawn ranks.
     """
@@ -139,8 +138,7 @@ class Truncated(LowRank):
         return y + self.alpha / rank * F.linear(low, cast(b, x))
 
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        update = self.b[:, : self.served] @ self.a[: self.served]
-        return weight + self.alpha / self.served * update, bias
+        return weight + self.alpha / self.served * (self.b[:, : self.served] @ self.a[: self.served]), bias
 
 
 class Redraw(Clock):
