@@ -92,11 +92,11 @@ class Drawn:
             return allowed, allowed
         return allowed, torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
 
-    def prefixes(self) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+    def prefixes(self) -> list[tuple[Tensor | None, Tensor, Tensor, None]]:
         if len(set(self.case.owners)) == 1 and self.case.owners[0] is not None:
-            return [(None, *self.pairs[self.case.owners[0]])]
+            return [(None, *self.pairs[self.case.owners[0]], None)]
         return [
-            (torch.tensor([r for r, o in enumerate(self.case.owners) if o == i]), *pair)
+            (torch.tensor([r for r, o in enumerate(self.case.owners) if o == i]), *pair, None)
             for i, pair in enumerate(self.pairs)
             if i in self.case.owners
         ]
@@ -215,7 +215,7 @@ def test_bfloat16_stays_near_float32() -> None:
     exact, _ = naive(drawn.module, drawn.query, drawn.key, drawn.value, drawn.mask, drawn.prefixes())
     assert drawn.mask is not None
     low = [t.detach().bfloat16() for t in (drawn.query, drawn.key, drawn.value)]
-    pairs = [(rows, k.detach().bfloat16(), v.detach().bfloat16()) for rows, k, v in drawn.prefixes()]
+    pairs = [(rows, k.detach().bfloat16(), v.detach().bfloat16(), None) for rows, k, v, _ in drawn.prefixes()]
     mask = drawn.mask.clamp(min=torch.finfo(torch.bfloat16).min).bfloat16()
     out = fused(drawn.module, *low, mask, pairs)
     assert out.dtype == torch.bfloat16
