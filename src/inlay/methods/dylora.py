@@ -10,7 +10,6 @@ Adaptation", arXiv:2210.07558, algorithm 1.
 Truncating at random orders the rows by what they are worth, as nested dropout does. Afterwards the adapter serves at
 any rank: `serve_rank`, or the full one. The scale goes with the rank in force, as in the paper's equation; the
 official code, which multiplies alpha / rank by √(rank / b) twice, computes the same.
-
 Ranks are drawn from the seed and the number of steps made. Both are stored with the adapter, so a stopped run goes
 on as if it had not stopped, and checkpointed layers recompute what they computed; all micro-batches of a step share
 their b. Rows beyond b get gradients of zero, not none. Initialisation is LoRA's. Places: query and value.
