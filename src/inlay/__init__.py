@@ -50,6 +50,7 @@ _HOMES = {
     "DiffPruning": "inlay.methods.diff_pruning",
     "PromptTuning": "inlay.methods.prompt_tuning",
     "PTuning": "inlay.methods.p_tuning",
+    "MultitaskPromptTuning": "inlay.methods.multitask_prompt",
     "PrefixTuning": "inlay.methods.prefix_tuning",
     "LoReFT": "inlay.methods.loreft",
     "LLaMAAdapter": "inlay.methods.llama_adapter",
@@ -125,6 +126,7 @@ if TYPE_CHECKING:
     from inlay.methods.loreft import LoReFT as LoReFT
     from inlay.methods.lt_sft import LTSFT as LTSFT
     from inlay.methods.mam import MAM as MAM
+    from inlay.methods.multitask_prompt import MultitaskPromptTuning as MultitaskPromptTuning
     from inlay.methods.norm_tuning import NormTuning as NormTuning
     from inlay.methods.oft import OFT as OFT
     from inlay.methods.olora import OLoRA as OLoRA

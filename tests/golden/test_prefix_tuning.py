@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 import inlay
+from inlay.core.errors import ConfigError
 from inlay.testing.models import ZOO
+from tests import tiny
 from tests.golden.hand import agree, close, inputs, numbers, shake
 
 LENGTH = 4
@@ -208,3 +212,70 @@ def test_eager_and_sdpa_bases_agree(name: str) -> None:
         shake(inlay.attach(model, inlay.PrefixTuning(length=LENGTH, projection=None)))
         outputs.append(model(**batch).logits)
     close(outputs[0], outputs[1])
+
+
+# -- initialisation from words -----------------------------------------------------------------------
+
+TEXT = "the red bird sang"
+
+
+def words_of(folder: Path, count: int) -> Tensor:
+    """The text's tokens, from the start again behind its end, (1, count)."""
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False)["input_ids"]
+    return torch.tensor([(ids * count)[:count]])
+
+
+@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_prefix_of_words_is_the_text_itself(tmp_path: Path, length: int, beside: bool) -> None:
+    """Grouped key heads, rotary positions: a fresh prefix does what the words in front of the input do."""
+    tiny.llama(tmp_path)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    if beside:
+        shake(inlay.attach(model, inlay.LoRA(rank=2), name="other"))
+        shake(inlay.attach(model, inlay.PrefixTuning(length=2, projection=None), name="third"))
+        model.train()
+    implementation = model.config._attn_implementation
+    inlay.attach(model, inlay.PrefixTuning(length=length, projection=None, init="text", text=TEXT), name="one")
+    assert model.training == beside
+    assert model.config._attn_implementation.removeprefix("inlay_") == implementation.removeprefix("inlay_")
+    bare: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[5, 9, 30, 22, 41], [6, 7, 8, 9, 10]])
+    whole = torch.cat([words_of(tmp_path, length).expand(2, -1), ids], dim=1)
+    with torch.no_grad():
+        close(model.eval()(input_ids=ids).logits, bare.eval()(input_ids=whole).logits[:, length:])
+
+
+def test_words_in_an_encoder_decoder(tmp_path: Path) -> None:
+    """Each attention's keys and values are its projections of the words' states there."""
+    tiny.t5(tmp_path)
+    model: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    ids = words_of(tmp_path, LENGTH)
+    seen: dict[str, Tensor] = {}
+    paths = [p for patterns in (OTHERS["t5"],) for pattern in patterns.values() for p in map(pattern.format, (0, 1))]
+    hooks = [
+        model.get_submodule(f"{path}.{kind}").register_forward_hook(
+            lambda m, a, out, key=f"{path}.{kind}": seen.__setitem__(key, out[0])
+        )
+        for path in paths
+        for kind in "kv"
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, decoder_input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    adapter = inlay.attach(model, inlay.PrefixTuning(length=LENGTH, projection=None, init="text", text=TEXT))
+    for stack, pattern in OTHERS["t5"].items():
+        for layer, pair in enumerate(pairs(dict(adapter.tensors()), stack, 4, 4)):
+            for kind, value in zip("kv", pair, strict=True):
+                expected = seen[f"{pattern.format(layer)}.{kind}"].view(LENGTH, 4, 4).transpose(0, 1)
+                close(value, expected, 1e-6)
+
+
+def test_words_need_a_prefix_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="projection=None"):
+        inlay.PrefixTuning(init="text", text=TEXT)
+    with pytest.raises(ConfigError, match="go together"):
+        inlay.PrefixTuning(init="text", projection=None)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        inlay.attach(ZOO["llama"].build(), inlay.PrefixTuning(init="text", text=TEXT, projection=None))

@@ -23,6 +23,7 @@ REFUSED: dict[str, set[str]] = {
     "loreft": PLAIN,
     "prompt-tuning": {"bloom", "vit"} | WINDOWED | PLAIN,
     "p-tuning": {"bloom", "vit"} | WINDOWED | PLAIN,
+    "multitask-prompt": {"bloom", "vit"} | WINDOWED | PLAIN,
     "prefix-tuning": CLOSED,
     "llama-adapter": CLOSED,
     "ladder": PLAIN,

@@ -16,7 +16,7 @@ from inlay.core.delta import Delta
 from inlay.core.errors import AdapterNameError, SelectionError, UnsupportedError, problems
 from inlay.core.method import Method
 from inlay.core.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
-from inlay.core.roster import find_roster
+from inlay.core.roster import find_roster, held_by_others
 from inlay.core.select import Places
 from inlay.core.shared import shared_in
 from inlay.core.view import ModelView
@@ -60,9 +60,11 @@ def initialise(
 ) -> None:
     """Fill a built adapter's parameters as its paper says, and then with what was measured on data."""
     view = ModelView(model)
+    held = {id(p) for p in held_by_others(model, adapter)}
     with torch.no_grad():
         for shared in {id(s): s for m in adapter.modules() for s in shared_in(m).values()}.values():
-            shared.initialise(view)
+            if not any(id(p) in held for p in shared.parameters()):
+                shared.initialise(view)
         for piece, module in zip(adapter.pieces, adapter.modules(), strict=True):
             if isinstance(piece, DeltaPiece):
                 piece.delta.initialise(piece.site)

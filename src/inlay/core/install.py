@@ -13,7 +13,7 @@ from inlay.core.errors import UnsupportedError
 from inlay.core.host import Host, Storage
 from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
 from inlay.core.prompt import KeyValuePrompt, TokenPrompt
-from inlay.core.roster import Roster, find_roster
+from inlay.core.roster import Roster, find_roster, held_by_others
 from inlay.core.subset import SummedDifference
 from inlay.core.view import ModelView
 
@@ -39,7 +39,9 @@ def install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
         if fresh:
             _dismiss(roster)
         raise
-    adapter.trainable = trainable
+    elsewhere = {id(p): p.requires_grad for p in held_by_others(model, adapter)}
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(elsewhere.get(id(parameter), trainable))
     adapter.clock = adapter.method.clock(adapter)
     roster.active = adapter.name
 

@@ -114,6 +114,14 @@ class Roster:
         )
 
 
+def held_by_others(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
+    """The parameters of an adapter that attached ones hold already: tasks may share a part by identity."""
+    roster = find_roster(model)
+    others = () if roster is None else (a for a in roster.adapters.values() if a is not adapter)
+    held = {id(p) for other in others for p in other.parameters()}
+    return [p for p in adapter.parameters() if id(p) in held]
+
+
 def roster_of(model: nn.Module) -> Roster:
     """The roster of an attached model, also when it is compiled or wrapped for data parallelism.
 

@@ -44,6 +44,7 @@ BUILT_IN = {
     "diff-pruning": ("diff_pruning", "DiffPruning"),
     "prompt-tuning": ("prompt_tuning", "PromptTuning"),
     "p-tuning": ("p_tuning", "PTuning"),
+    "multitask-prompt": ("multitask_prompt", "MultitaskPromptTuning"),
     "prefix-tuning": ("prefix_tuning", "PrefixTuning"),
     "loreft": ("loreft", "LoReFT"),
     "llama-adapter": ("llama_adapter", "LLaMAAdapter"),

@@ -8,21 +8,25 @@ Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation"
 The paper's text lets P' be as wide as the MLP; the official code, which produced its results, embeds in the
 hidden size first. We follow the code. On an encoder–decoder the encoder's self-attention, the decoder's
 self-attention and its cross-attention have a prefix and an MLP each, as in the authors' BART model. In a
-decoder the text's positions move on by the length, as they did there.
+decoder the text's positions move on by the length, as they did there. Initialisation: a random P', or (section 7.4,
+where data is scarce) the keys and values that the base computes for real words, repeated to the length; on an
+encoder–decoder both halves read them. The words are the prefix itself, so they need it without the MLP.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import SelectionError
 from inlay.core.method import Recipe
+from inlay.core.observe import keys_values
 from inlay.core.prompt import KeyValuePrompt, KeyValues, PromptMethod
 from inlay.core.view import AttentionPlace, ModelView
+from inlay.methods._soft import repeated, table, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class PrefixTuning(PromptMethod):
     Attributes:
         length: positions; the paper uses 10 for table-to-text and 200 for summarisation.
         projection: inner size of the reparameterising MLP (512 or 800 in the paper); None trains the prefix itself.
+        init: ``random`` or ``text``.
+        text: for ``text``.
     """
 
     name: ClassVar[str] = "prefix-tuning"
@@ -43,6 +49,8 @@ class PrefixTuning(PromptMethod):
 
     length: int = 20
     projection: int | None = 512
+    init: Literal["random", "text"] = "random"
+    text: str = ""
 
     def __post_init__(self) -> None:
         self.require(
@@ -51,6 +59,9 @@ class PrefixTuning(PromptMethod):
                 self.projection is None or self.projection >= 1,
                 f"projection is {self.projection}, expected None or a size",
             ),
+            (self.init in ("random", "text"), f"init is {self.init!r}, expected 'random' or 'text'"),
+            ((self.init == "text") == bool(self.text), "init='text' and a `text` go together"),
+            (self.init == "random" or self.projection is None, "init='text' needs projection=None"),
         )
 
     def build(self, view: ModelView, layers: tuple[int, ...] | None) -> KeyValuePrompt:
@@ -69,7 +80,7 @@ class Prefix(KeyValuePrompt):
 
     def __init__(self, places: list[AttentionPlace], method: PrefixTuning, hidden: int) -> None:
         super().__init__()
-        self.length = method.length
+        self.method, self.length = method, method.length
         self.groups: dict[str, list[AttentionPlace]] = {}
         for place in places:
             self.groups.setdefault(f"{place.stack}{'.cross' if place.cross else ''}".replace(".", "_"), []).append(
@@ -78,8 +89,19 @@ class Prefix(KeyValuePrompt):
         self.parts = nn.ModuleDict({key: _Part(group, method, hidden) for key, group in self.groups.items()})
 
     def initialise(self, view: ModelView) -> None:
-        for part in self.parts.values():
-            part.initialise()  # type: ignore[operator]
+        seen = self._words(view) if self.method.init == "text" else {}
+        for key, group in self.groups.items():
+            part: Any = self.parts[key]
+            part.initialise()
+            if seen:
+                pairs = torch.stack([torch.stack(seen[p.path]) for p in group])  # (layers, 2, key heads, length, size)
+                part.table.copy_(pairs.permute(3, 0, 1, 2, 4).reshape(part.table.shape))
+
+    def _words(self, view: ModelView) -> KeyValues:
+        device = table(view).device
+        ids = torch.tensor([repeated(words(view, self.method.text), self.length)], device=device)  # (1, length)
+        decoded = {"decoder_input_ids": ids} if getattr(view.config, "is_encoder_decoder", False) else {}
+        return keys_values(view, [p for group in self.groups.values() for p in group], input_ids=ids, **decoded)
 
     def keys_values(self) -> KeyValues:
         found: KeyValues = {}
