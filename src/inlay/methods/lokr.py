@@ -117,9 +117,10 @@ class LoKrDelta(Delta):
         first = cast(_product(self.factors("w1")), x)  # (out₁, in₁)
         *wide, narrow = (cast(p, x) for p in self.factors("w2"))
         inner = F.linear(x.unflatten(-1, self.fold), narrow)  # (..., in₁, rank or out₂)
-        inner = F.linear(inner.transpose(-1, -2), first).transpose(-1, -2)  # (..., out₁, rank or out₂)
+        # Contiguous, or torch multiplies a trained and a frozen matrix by different kernels, which round differently.
+        inner = F.linear(inner.transpose(-1, -2).contiguous(), first).transpose(-1, -2)  # (..., out₁, rank or out₂)
         for matrix in wide:
-            inner = F.linear(inner, matrix)  # (..., out₁, out₂)
+            inner = F.linear(inner.contiguous(), matrix)  # (..., out₁, out₂)
         return y.add(inner.flatten(-2), alpha=self.scale)
 
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
