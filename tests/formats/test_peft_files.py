@@ -254,13 +254,13 @@ def test_our_own_file_is_recognised_beside_others(lora: Path) -> None:
     assert inlay.load(again, lora).digest == adapter.digest
 
 
-ODD = [None, True, 0, -1, 7, 1e300, float("nan"), "x", "(", [], ["x"], [1], {}, {"x": 1}, {"q_proj": "x"}, [[1, 2]]]
+ODD = [None, True, -1, 1e300, float("nan"), "(", ["x"], [1], {"x": 1}, {"q_proj": "x"}, [[1, 2]]]
 
 
 @pytest.mark.parametrize("config", ["lora", "ia3", "adalora", "oft", "prefix"])
 def test_odd_values_never_crash(config: str, tmp_path: Path) -> None:
     """Any value under any key: the adapter loads, or one error says why not; never anything else."""
-    targets = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    targets = {"target_modules": r".*\.1\..*q_proj", "task_type": "CAUSAL_LM"}
     made = {
         "lora": lambda: peft.LoraConfig(r=2, **targets),
         "ia3": lambda: peft.IA3Config(feedforward_modules=[], **targets),

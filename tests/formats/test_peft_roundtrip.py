@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import inlay
-from inlay.core.errors import UnsupportedError
+from inlay.core.errors import AdapterFileError, UnsupportedError
 from inlay.formats.peft import WRITERS
 from inlay.methods import method_named
 from inlay.testing.models import ZOO
@@ -82,7 +82,8 @@ def test_what_inlay_writes(case: str, name: str, tmp_path: Path) -> None:
 
 def branches() -> list[Any]:
     """Every example of every method that PEFT's files can hold and that needs no data."""
-    found = [e for key in WRITERS for e in method_named(key).examples() if not e.needs_data]
+    asked = [key for key in WRITERS if key != "multitask-prompt"]  # whose calls need the task's number
+    found = [e for key in asked for e in method_named(key).examples() if not e.needs_data]
     return [pytest.param(e, id=f"{e.name}-{i}") for i, e in enumerate(found)]
 
 
@@ -261,3 +262,49 @@ def test_adaption_prompts_where_peft_is_wrong(tmp_path: Path) -> None:
         model, _ = ours(name, of("llama-adapter", length=4, depth=1))
         with pytest.raises(UnsupportedError):
             inlay.save(model, "default", tmp_path, format="peft")
+
+
+class Tasked(torch.nn.Module):
+    """PEFT wants the number of the task in every call."""
+
+    def __init__(self, model: Any, task: int) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, **batch: Any) -> Any:
+        return self.model(**batch, task_ids=torch.full((batch["input_ids"].shape[0],), self.task))
+
+
+def test_multitask_prompts(tmp_path: Path) -> None:
+    base = logits("llama", ZOO["llama"].build())
+    model, _ = ours("llama", of("multitask-prompt", length=3), size=0.5)
+    inlay.save(model, "default", tmp_path / "ours", format="peft")
+    written = peft.PeftModel.from_pretrained(ZOO["llama"].build(), tmp_path / "ours")
+    same(logits("llama", Tasked(written, 0)), logits("llama", model), base)
+    same(in_inlay("llama", tmp_path / "ours"), logits("llama", model), base)
+    config = peft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=3, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(ZOO["llama"].build(), config)
+    with torch.no_grad():
+        for parameter in wrapped.prompt_encoder.parameters():
+            parameter.normal_()
+    wrapped.save_pretrained(tmp_path / "theirs")
+    for task in range(3):
+        expected = logits("llama", Tasked(wrapped, task))
+        same(in_inlay("llama", tmp_path / "theirs", task=task), expected, base)
+    for wrong, said in ((None, "3 tasks"), (3, "task is 3")):
+        with pytest.raises(AdapterFileError, match=said):
+            in_inlay("llama", tmp_path / "theirs", task=wrong)
+
+
+def test_multitask_prompts_in_an_encoder(tmp_path: Path) -> None:
+    """PEFT passes no decoder inputs on there, so both are asked with labels."""
+    model, _ = ours("t5", of("multitask-prompt", length=3), size=0.5)
+    inlay.save(model, "default", tmp_path, format="peft")
+    wrapped = peft.PeftModel.from_pretrained(ZOO["t5"].build(), tmp_path).eval()
+    batch = ZOO["t5"].batch(3, 3, True)
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        actual = wrapped(**batch, task_ids=torch.zeros(3, dtype=torch.long)).logits
+        base = ZOO["t5"].build().eval()(**batch).logits
+    same(actual, expected, base)
+    same(in_inlay("t5", tmp_path), logits("t5", model), logits("t5", ZOO["t5"].build()))

@@ -47,6 +47,7 @@ def load(
     trainable: bool = False,
     allow_pickle: bool = False,
     alpha: float | None = None,
+    task: int | None = None,
 ) -> Adapter:
     """Attach the adapter stored in `folder`; it is active, and frozen unless `trainable`.
 
@@ -57,6 +58,7 @@ def load(
         name: the name to attach it under; the one it was saved under where None (``default`` where it had none).
         allow_pickle: also read tensors from a foreign pickle (with `weights_only`, so that no code of it runs).
         alpha: of a LoRA in a single file, which does not say it.
+        task: number of a multitask prompt in a file of PEFT's that holds several.
 
     Raises:
         AdapterFileError: the file is missing, cut short, changed, or holds tensors that do not fit.
@@ -68,11 +70,13 @@ def load(
     kind = format_of(path)
     if alpha is not None and kind != "tensors":
         raise ConfigError("alpha is only given for a single file that does not say it; this adapter says its own")
+    if task is not None and kind != "peft":
+        raise ConfigError("task is only given for PEFT's multitask prompts; this file holds one adapter")
     match kind:
         case "tensors":
             return loralib.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle, alpha=alpha)
         case "peft":
-            return peft.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle)
+            return peft.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle, task=task)
         case "adapterhub":
             return adapterhub.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle)
     return native.read(model, path, name=name, trainable=trainable)

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from inlay.core.adapter import Adapter
-from inlay.core.errors import AdapterFileError, UnsupportedError, UserError, nearest, problems
+from inlay.core.errors import AdapterFileError, ConfigError, UnsupportedError, UserError, nearest, problems
 from inlay.core.view import ModelView
 from inlay.formats.archive import Archive, open_archive
 from inlay.formats.exchange import CRASHES, Reading, Writing, restore, store
@@ -31,6 +31,7 @@ FAMILIES: Mapping[str, Callable[[Config, ModelView, Archive], Reading]] = {
     "PROMPT_TUNING": prompts.read_prompt,
     "PREFIX_TUNING": prompts.read_prefix,
     "P_TUNING": prompts.read_prompt,
+    "MULTITASK_PROMPT_TUNING": prompts.read_multitask,
     "ADAPTION_PROMPT": adaption.read,
     "TRAINABLE_TOKENS": tokens.read,
     **dict.fromkeys(settings.METHODS, deltas.read),
@@ -47,6 +48,7 @@ WRITERS: Mapping[str, Callable[[Adapter, ModelView], Writing]] = {
     "ia3": rescaling.write,
     "prompt-tuning": prompts.write_prompt,
     "p-tuning": prompts.write_prompt,
+    "multitask-prompt": prompts.write_multitask,
     "prefix-tuning": prompts.write_prefix,
     "llama-adapter": adaption.write,
     "trainable-tokens": tokens.write,
@@ -72,7 +74,9 @@ def recognises(folder: Path) -> bool:
     return (folder / FILE).is_file() and "peft_type" in read_config(folder)
 
 
-def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, allow_pickle: bool) -> Adapter:
+def read(
+    model: nn.Module, folder: Path, *, name: str | None, trainable: bool, allow_pickle: bool, task: int | None
+) -> Adapter:
     """Attach an adapter from PEFT's files, strictly."""
     values = read_config(folder)
     kind = values.get("peft_type")
@@ -81,7 +85,9 @@ def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, a
             f"{folder / FILE}: peft_type {kind!r} has no counterpart in inlay{nearest(str(kind), FAMILIES)}"
         )
     archive = open_archive(folder, *WEIGHTS, allow_pickle=allow_pickle)
-    config = Config(values, folder / FILE)
+    if task is not None and kind != "MULTITASK_PROMPT_TUNING":
+        raise ConfigError(f"task is only given for a file that holds several, and this is a {kind}")
+    config = Config(values, folder / FILE, task)
     try:
         reading = FAMILIES[kind](config, ModelView(model), archive)
     except (UserError, *CRASHES) as error:

@@ -32,11 +32,12 @@ class Config:
     """The keys of one configuration, and what was found wrong with them.
 
     Attributes:
+        task: which of several tasks in the file is wanted.
         wrong: problems, for one error.
     """
 
-    def __init__(self, values: dict[str, Any], path: Path) -> None:
-        self.values, self.path = values, path
+    def __init__(self, values: dict[str, Any], path: Path, task: int | None = None) -> None:
+        self.values, self.path, self.task = values, path, task
         self.wrong: list[str] = []
         self._known = set(WITHOUT_EFFECT)
 

@@ -2,6 +2,8 @@
 
     prompt_embeddings   (length, hidden)                     prompt tuning, P-tuning (its encoder is left out)
                         (length, layers · 2 · key width)     prefix tuning (its projection is left out)
+    prefix_task_cols    (tasks, length, ranks)               multitask prompts: their product multiplies the prompt;
+    prefix_task_rows    (tasks, ranks, hidden)               an adapter of ours is one of the tasks, of rank one
 
 PEFT's prompt on a sequence-to-sequence model has twice the rows, of which the second half is never used; its
 prefix there enters the decoder alone, which the paper's does not, so it is refused. On an encoder PEFT puts the
@@ -84,6 +86,50 @@ def read_prefix(config: Config, view: ModelView, archive: Archive) -> Reading:
 
     method = PrefixTuning(length=length, projection=None)
     return Reading(method, Places(), entries, copies.paths, copies.checks)
+
+
+def read_multitask(config: Config, view: ModelView, archive: Archive) -> Reading:
+    """One task of MULTITASK_PROMPT_TUNING."""
+    from inlay.methods.multitask_prompt import MultitaskPromptTuning
+
+    length, ranks = config.whole("num_virtual_tokens", 1), config.whole("num_ranks", 1)
+    tasks, task = config.whole("num_tasks", 1), config.task or 0
+    copies = _sizes(config, view, archive)
+    config.ignore("prompt_tuning_init_state_dict_path", "prompt_tuning_init_task")
+    if ranks != 1:
+        config.wrong.append(f"num_ranks is {ranks}: a task's share of the prompt has rank one, as in the paper")
+    if config.task is None and tasks > 1:
+        config.wrong.append(f"the file holds {tasks} tasks: say which of them with load(..., task=0)")
+    if task >= tasks or task < 0:
+        config.wrong.append(f"task is {task}, but the file holds {tasks}, counted from 0")
+    if config.whole("num_transformer_submodules", 2 if _encoder_decoder(view) else 1) != 1:
+        config.wrong.append("PEFT's multitask prompt stands in the decoder, too, where the published one does not")
+    config.wrong += _misplaced(view)
+
+    def entries(adapter: Adapter) -> Iterator[Entry]:
+        width = next(t.shape[1] for n, t in adapter.tensors().items() if n.endswith("/vectors"))
+        yield Entry("shared/prompt/vectors", {NAME: (length, width)})
+        yield Entry("prompt/prompt/columns", {"prefix_task_cols": (tasks, length, 1)}, lambda t: t[task])
+        yield Entry("prompt/prompt/rows", {"prefix_task_rows": (tasks, 1, width)}, lambda t: t[task])
+        yield from copies.entries(adapter)
+
+    return Reading(MultitaskPromptTuning(length=length, init="random"), Places(), entries, copies.paths, copies.checks)
+
+
+def write_multitask(adapter: Adapter, view: ModelView) -> Writing:
+    """The adapter's task as the only one of its file."""
+    wrong = _misplaced(view)
+    if wrong:
+        raise UnsupportedError(wrong[0])
+    own = {n: t.detach() for n, t in adapter.tensors().items()}
+    vectors = own["shared/prompt/vectors"]
+    writing = prompt_file(
+        adapter, view, "MULTITASK_PROMPT_TUNING", vectors,
+        token_dim=vectors.shape[1], prompt_tuning_init="RANDOM", num_tasks=1, num_ranks=1,
+    )  # fmt: skip
+    writing.tensors["prefix_task_cols"] = own["prompt/prompt/columns"][None]
+    writing.tensors["prefix_task_rows"] = own["prompt/prompt/rows"][None]
+    return writing
 
 
 def _sizes(config: Config, view: ModelView, archive: Archive) -> Any:
