@@ -95,6 +95,16 @@ def test_anchors_are_scaled_as_the_base_scales_words() -> None:
     assert torch.equal(adapter.tensors()[P + "anchors"], model.get_input_embeddings()(torch.tensor([5, 9])))
 
 
+@pytest.mark.parametrize("method", [inlay.PTuning(length=1, template=((5, 9), 1)), inlay.PromptTuning(length=2)])
+def test_embeddings_come_from_the_base_and_not_from_the_active_adapter(method: Any) -> None:
+    model: Any = ZOO["llama"].build()
+    table = model.get_input_embeddings().weight.detach().clone()
+    shake(inlay.attach(model, inlay.TrainableTokens(tokens=tuple(range(97))), name="tokens"))
+    adapter = inlay.attach(model, method, name="prompt")
+    found = next(t for t in adapter.tensors().values() if t.shape == (2, 32))
+    assert all(bool((row == table).all(1).any()) for row in found)
+
+
 def test_words_as_anchors(tmp_path: Path) -> None:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path))
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path)("the cat", add_special_tokens=False)["input_ids"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inlay.core.errors import ConfigError, UnsupportedError
+from inlay.core.measure import bare
 from inlay.core.view import ModelView
 
 COMMON = 5_000
@@ -32,12 +33,13 @@ def empty(view: ModelView, *shape: int) -> Tensor:
 
 
 def embedded(view: ModelView, ids: Sequence[int]) -> Tensor:
-    """The base's embeddings of some tokens, (tokens, hidden).
+    """The base's embeddings of some tokens, (tokens, hidden), whatever adapter is active.
 
     Through the layer and not its table, because some models scale what they look up.
     """
     embedding: Any = view.input_embedding
-    found: Tensor = embedding(torch.tensor(list(ids), device=table(view).device))
+    with bare(view.model):
+        found: Tensor = embedding(torch.tensor(list(ids), device=table(view).device))
     return found
 
 
