@@ -97,6 +97,10 @@ class Method(ABC):
         """By how much the learning rate of the tensor stored as `name` is multiplied."""
         return 1.0
 
+    def ready(self, adapter: Adapter) -> bool:
+        """Whether the adapter as it is may be what a run gives; not in the middle of a schedule that shapes it."""
+        return True
+
     def stored(self, adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
         """What a file holds of the adapter: a schedule that is over may leave out what only training needed.
 

@@ -120,7 +120,8 @@ class AdapterTrainer(Trainer):
             scores = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
         name, greater = criterion(self.task)
         score, best = scores[f"{metric_key_prefix}_{name}"], self.state.best_metric
-        if best is None or (score > best if greater else score < best):
+        ready = self.adapter.method.ready(self.adapter)
+        if ready and (best is None or (score > best if greater else score < best)):
             self.state.best_metric, self.state.best_global_step = score, self.state.global_step
             self._keep_best()
         self.log(scores)
