@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -300,6 +301,27 @@ def test_a_finished_diff_is_written_as_its_entries(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     finished(model, "llama", tmp_path, int(0.01 * sum(p.numel() for p in in_blocks(ZOO["llama"].build()).values())))
+
+
+@pytest.mark.parametrize("method", ["lt-sft", "diff-pruning", "adalora"])
+def test_a_run_gives_what_the_schedule_ends_in(method: str, tmp_path: Path) -> None:
+    """The best adapter of a run is not one from the first phase, however well that does."""
+    from inlay.formats.native import read_header
+    from inlay.train import RunConfig, run
+    from tests import tiny
+
+    config = RunConfig.of({
+        "data": str(tiny.jsonl(tmp_path / "rows.jsonl")), "base": str(tiny.llama(tmp_path / "base")),
+        "out": str(tmp_path / "run"), "method": method, "steps": 6, "batch_size": 4, "eval_share": 0.2,
+        "eval_every": 1, "learning_rate": 0.03,
+    })  # fmt: skip
+    result = run(config, progress=False)
+    lines = [json.loads(line) for line in (result.out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(losses) == 6 and result.metrics["eval_loss"] == min(losses[2:])
+    assert method != "lt-sft" or losses[1] < min(losses[2:]), "the trap that this test is about is not there"
+    settings = read_header(result.adapter)["method"]
+    assert settings["rank_pattern" if method == "adalora" else "chosen"], "the file holds what is left of a schedule"
 
 
 # -- places -------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from inlay.core import roles
 from inlay.core.errors import SelectionError
 from inlay.core.layer import Kind
 from inlay.core.pattern import Pattern, frozen
-from inlay.core.pieces import Piece, SubsetPiece
+from inlay.core.pieces import SubsetPiece
 from inlay.core.select import Places, select
 from inlay.core.subset import Difference
-from inlay.methods._steps import count_together, length_of_run
+from inlay.methods._steps import length_of_run
 from inlay.methods.full import parameter_names
 
 if TYPE_CHECKING:
@@ -130,13 +130,6 @@ def counts(indices: Mapping[str, Tensor]) -> Pattern[int]:
 def chosen_in(view: ModelView, chosen: Pattern[int]) -> list[str]:
     """The names that a finished method has entries of, in the order of the model."""
     return [name for name in parameter_names(view) if name in dict(chosen)] if chosen else []
-
-
-def counted(pieces: list[Piece], chosen: object) -> list[Piece]:
-    """The pieces, with a counter of steps in common unless the schedule is over."""
-    if not chosen:
-        count_together(piece.difference for piece in pieces if isinstance(piece, SubsetPiece))
-    return pieces
 
 
 def differences(adapter: Adapter) -> dict[str, Difference]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inlay.core.errors import ConfigError
+from inlay.core.pieces import DeltaPiece, Piece, PromptPiece
 from inlay.core.shared import Shared
+
+if TYPE_CHECKING:
+    from inlay.core.adapter import Adapter
 
 SCHEDULE = "schedule"  # the key under which the counter is stored
 
@@ -29,13 +34,20 @@ class Steps(Shared):
         return int(self.done)
 
 
-def count_together(modules: Iterable[nn.Module]) -> None:
-    """Give the modules of one adapter a counter in common, as their child `steps`."""
-    found = list(modules)
-    if found:
-        steps = Steps(next(found[0].parameters()).device)
-        for module in found:
+def counted(pieces: list[Piece], over: object) -> list[Piece]:
+    """The pieces, with a counter in common as their child `steps`, unless the schedule is over."""
+    modules = [p.delta if isinstance(p, DeltaPiece) else p.difference for p in pieces if not isinstance(p, PromptPiece)]
+    if modules and not over:
+        steps = Steps(next(modules[0].parameters()).device)
+        for module in modules:
             module.steps = steps
+    return pieces
+
+
+def steps_of(adapter: Adapter) -> int | None:
+    """How many steps the adapter has made; None where it counts none."""
+    done = adapter.tensors().get(f"shared/{SCHEDULE}/done")
+    return None if done is None else int(done)
 
 
 def length_of_run(name: str, total_steps: int | None, least: int) -> int:

@@ -32,9 +32,9 @@ from inlay.core.clock import Clock
 from inlay.core.delta import Delta, DeltaMethod
 from inlay.core.method import Method, Recipe
 from inlay.core.pattern import Pattern, frozen, value_at
-from inlay.core.pieces import DeltaPiece, Piece
+from inlay.core.pieces import Piece
 from inlay.core.site import Site
-from inlay.methods._steps import SCHEDULE, count_together, length_of_run
+from inlay.methods._steps import counted, length_of_run, steps_of
 from inlay.methods._triplets import Triplets, without_pruned
 
 if TYPE_CHECKING:
@@ -102,18 +102,18 @@ class AdaLoRA(DeltaMethod):
         return Triplets(site, rank, self.alpha / self.rank, self.dropout, averages=not self.rank_pattern)
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
-        found = super().pieces(view, places)
-        if not self.rank_pattern:
-            count_together(piece.delta for piece in found if isinstance(piece, DeltaPiece))
-        return found
+        return counted(super().pieces(view, places), self.rank_pattern)
 
     def clock(self, adapter: Adapter) -> Clock | None:
         return None if self.rank_pattern else Budget(adapter)
 
+    def ready(self, adapter: Adapter) -> bool:
+        done = steps_of(adapter)
+        return done is None or (self.total_steps is not None and done >= self.schedule()[1])
+
     def stored(self, adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
-        tensors = adapter.tensors()
-        if self.rank_pattern or self.total_steps is None or tensors[f"shared/{SCHEDULE}/done"] < self.schedule()[1]:
-            return self, tensors
+        if self.rank_pattern or not self.ready(adapter):
+            return super().stored(adapter)
         ranks, left = without_pruned(adapter)
         return replace(self, rank_pattern=ranks), left
 

@@ -37,7 +37,7 @@ from inlay.core.subset import Difference, SubsetMethod
 from inlay.core.view import ModelView
 from inlay.methods import _sparse
 from inlay.methods._gates import GatedDifference, closing_slope
-from inlay.methods._steps import forget
+from inlay.methods._steps import counted, forget, steps_of
 
 if TYPE_CHECKING:
     from inlay.core.adapter import Adapter
@@ -98,14 +98,18 @@ class DiffPruning(SubsetMethod):
         )
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
-        return _sparse.counted(super().pieces(view, places), self.chosen)
+        return counted(super().pieces(view, places), self.chosen)
 
     def clock(self, adapter: Adapter) -> Clock | None:
         return None if self.chosen else Projection(adapter)
 
+    def ready(self, adapter: Adapter) -> bool:
+        done = steps_of(adapter)
+        return done is None or (self.total_steps is not None and done >= self.switch())
+
     def stored(self, adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
-        if self.chosen or self.total_steps is None or gated(adapter)[0][1].steps.done < self.switch():
-            return self, adapter.tensors()
+        if self.chosen or not self.ready(adapter):
+            return super().stored(adapter)
         kept = {name: (part.gates > 0).flatten().nonzero()[:, 0] for name, part in gated(adapter)}
         return replace(self, chosen=_sparse.counts(kept)), _sparse.thinned(adapter, kept)
 

@@ -32,7 +32,7 @@ from inlay.core.select import Places
 from inlay.core.subset import DenseDifference, Difference, SubsetMethod
 from inlay.core.view import ModelView
 from inlay.methods import _sparse
-from inlay.methods._steps import Steps, forget
+from inlay.methods._steps import Steps, counted, forget, steps_of
 
 if TYPE_CHECKING:
     from inlay.core.adapter import Adapter
@@ -79,16 +79,19 @@ class LTSFT(SubsetMethod):
         return MaskedDifference(value) if count is None else _sparse.SparseDifference(value, count)
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
-        return _sparse.counted(super().pieces(view, places), self.chosen)
+        return counted(super().pieces(view, places), self.chosen)
 
     def clock(self, adapter: Adapter) -> Clock | None:
         return None if self.chosen else Ticket(adapter)
 
+    def ready(self, adapter: Adapter) -> bool:
+        done = steps_of(adapter)
+        return done is None or (self.total_steps is not None and done >= self.switch())
+
     def stored(self, adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
-        parts = masked(adapter)
-        if self.chosen or self.total_steps is None or next(iter(parts.values())).steps.done < self.switch():
-            return self, adapter.tensors()
-        kept = {name: part.mask.flatten().nonzero()[:, 0] for name, part in parts.items()}
+        if self.chosen or not self.ready(adapter):
+            return super().stored(adapter)
+        kept = {name: part.mask.flatten().nonzero()[:, 0] for name, part in masked(adapter).items()}
         return replace(self, chosen=_sparse.counts(kept)), _sparse.thinned(adapter, kept)
 
     @classmethod
