@@ -48,6 +48,7 @@ PUBLIC = {
     *("LoRAPlus", "LoRAFA", "PiSSA", "OLoRA", "EVA", "DyLoRA"),
     *("PromptTuning", "PrefixTuning", "TopLayers", "FullFineTuning"),
     *("LLaMAAdapter", "LadderSideTuning"),
+    *("NormTuning", "TrainableTokens", "LoReFT", "PTuning", "MultitaskPromptTuning"),
     *("Stack", "Parallel", "Average", "MAM", "AdapterFusion", "UniPELT"),
     *("Adapter", "MergeReport", "InlayError", "UserError", "__version__"),
     *("combine", "CombineReport"),
