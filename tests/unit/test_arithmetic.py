@@ -137,6 +137,33 @@ def test_ties_of_differences_is_the_papers() -> None:
     assert ((actual - expected).abs() > 1e-5).double().mean() < 1e-3  # rounding moves an entry across the threshold
 
 
+def test_differences_of_other_structure_become_one_sparse_difference(tmp_path: Any) -> None:
+    """Masks that differ, and whole parameters beside them."""
+    model = ZOO["llama"].build()
+    fish = inlay.methods()["fish-mask"]
+    for seed, (name, method) in enumerate(
+        (("a", fish.examples()[0]), ("b", fish.examples()[0]), ("c", inlay.TopLayers()))
+    ):
+        data = [ZOO["llama"].batch(rows=2, seed=seed)] if method.needs_data else None
+        adapter = inlay.attach(model, method, name=name, data=data)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.normal_(std=0.2)
+    report = check_sum(model, {"a": 0.7, "b": -0.3})
+    assert report.method == "lt-sft" and report.worst < 1e-6
+    kept = inlay.adapters(model)["sum"].count
+    assert max(inlay.adapters(model)[n].count for n in "ab") < kept <= 2 * inlay.adapters(model)["a"].count
+    inlay.save(model, "sum", tmp_path)
+    digest = inlay.adapters(model)["sum"].digest
+    inlay.detach(model, "sum")
+    assert inlay.load(model, tmp_path, name="again").digest == digest
+    check_sum(model, {"a": 1.0, "c": 2.0})
+    trimmed = combine(model, {"a": 1.0, "c": 2.0}, name="trimmed", how="ties", density=0.2)
+    assert 0 < trimmed.worst < 1.5
+    with pytest.raises(UnsupportedError, match="changes nothing"):
+        combine(model, {"a": 0.0, "c": 0.0}, name="none")
+
+
 def test_heads_are_summed_as_differences() -> None:
     model = two("llama-classifier", inlay.LoRA(rank=2), inlay.LoRA(rank=2), modules_to_save=["score"])
     check_sum(model, WEIGHTS)

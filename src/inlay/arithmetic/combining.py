@@ -6,7 +6,8 @@
     magnitude, dare, ties, dare-ties
                  on the change, then to a rank   on the numbers                           as for factors
 
-The new adapter is a LoRA with a rank of its own at each site, or of the combined adapters' own method. A weight of −1
+The new adapter is a LoRA with a rank of its own at each site, or of the combined adapters' own method; differences to
+the base's parameters that are not of one structure become one sparse difference. A weight of −1
 alone negates an adapter: task arithmetic, Ilharco et al. 2022, arXiv:2212.04089.
 """
 
@@ -14,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from inlay.arithmetic import numbers
-from inlay.arithmetic.effects import change, check_has_weights, factors_of
+from inlay.arithmetic.differences import as_sparse, only_differences, parameters_of
+from inlay.arithmetic.effects import base_value, change, check_has_weights, factors_of
 from inlay.arithmetic.low_rank import Factors, compress, concatenate, factorise
 from inlay.arithmetic.report import CombineReport, SiteError, relative
 from inlay.arithmetic.sparse import SPARSE, Sparse, Sparsifier
@@ -91,8 +94,7 @@ def combine(
         density=density, seed=seed,
     )  # fmt: skip
     with torch.no_grad():
-        made = _in_factors(asked) if _all_factored(asked) else _in_numbers(asked) or _in_factors(asked)
-        adapter, sites = made
+        adapter, sites = _made(asked)
         _copies(asked, adapter)
     install(model, adapter, trainable=False)
     return CombineReport(name=name, method=adapter.method.name, how=how, sites=sites)
@@ -110,6 +112,15 @@ def _check(weights: Mapping[str, float], how: str, rank: int | None) -> None:
         wrong.append("concatenation keeps every rank; leave rank out, or choose how='svd'")
     if wrong:
         raise ConfigError(problems("combine", wrong))
+
+
+def _made(asked: _Asked) -> tuple[Adapter, dict[str, SiteError]]:
+    if _all_factored(asked):
+        return _in_factors(asked)
+    found = _in_numbers(asked)
+    if found is None and asked.how != "svd" and only_differences(asked.adapters):
+        found = _in_entries(asked)
+    return found or _in_factors(asked)
 
 
 def _all_factored(asked: _Asked) -> bool:
@@ -140,6 +151,24 @@ def _in_numbers(asked: _Asked) -> tuple[Adapter, dict[str, SiteError]] | None:
     sparse = _sparsifier(asked, [m.__getitem__ for m in moves], list(start))
     numbers.fill(target, {n: t + sparse(n) for n, t in start.items()}, frozen)
     return target, _errors(asked, target)
+
+
+def _in_entries(asked: _Asked) -> tuple[Adapter, dict[str, SiteError]]:
+    """The sum as a sparse difference to the base's parameters."""
+    by_key = [{p.key: p for p in a.pieces} for a in asked.adapters]
+    names = parameters_of(asked.model, asked.adapters)
+
+    def read(places: Mapping[str, Piece], key: str) -> Tensor:
+        return change(places[key], asked.model)[0] if key in places else torch.zeros_like(base_value(asked.model, key))
+
+    exact = {n: torch.stack([w * read(p, n) for w, p in zip(asked.weights, by_key, strict=True)]).sum(0) for n in names}
+    made = exact
+    if asked.how in SPARSE:
+        sparse = _sparsifier(asked, [partial(read, places) for places in by_key], names)
+        made = {n: sparse(n) for n in names}
+    saved = {path: None for a in asked.adapters for path in a.modules_to_save}
+    target = as_sparse(asked.model, made, asked.name, list(saved))
+    return target, {n: SiteError(frobenius=relative(made[n].float().double() - exact[n], exact[n])) for n in names}
 
 
 def _in_factors(asked: _Asked) -> tuple[Adapter, dict[str, SiteError]]:
@@ -226,13 +255,11 @@ def _lora(asked: _Asked, found: Mapping[str, Factors], pieces: Mapping[str, Piec
 def _copies(asked: _Asked, target: Adapter) -> None:
     """Copies of whole modules: the base's values and the weighted sum of the adapters' differences to them."""
     for full, value in target.copies.items():
-        path, _, own = full.rpartition(".")
-        base = asked.model.get_submodule(path)._parameters[own]
-        assert base is not None
-        total = base.double()
+        base = base_value(asked.model, full)
+        total = base
         for weight, adapter in zip(asked.weights, asked.adapters, strict=True):
             if full in adapter.copies:
-                total = total + weight * (adapter.copies[full].double() - base.double())
+                total = total + weight * (adapter.copies[full].double() - base)
         value.copy_(total)
 
 

@@ -89,12 +89,18 @@ _FACTORS: dict[Callable[..., object], Callable[[Any], Factors]] = {
 def change(piece: Piece, model: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
     """The change of weight and bias, double precision; of the parameter, where the piece is a difference."""
     if isinstance(piece, SubsetPiece):
-        value = model.get_submodule(piece.path)._parameters[piece.parameter]
-        assert value is not None
-        old = value.detach().double()
+        old = base_value(model, piece.name)
         return piece.difference.apply_to(old) - old, None
     assert isinstance(piece, DeltaPiece)
     weight, bias = piece.site.read_weight()
     old, old_bias = weight.detach().double(), None if bias is None else bias.detach().double()
     new, new_bias = piece.delta.weight(old, old_bias)
     return new - old, None if new_bias is None or old_bias is None else new_bias - old_bias
+
+
+def base_value(model: torch.nn.Module, name: str) -> Tensor:
+    """A parameter of the base itself, double precision, whatever adapter is active."""
+    path, _, own = name.rpartition(".")
+    value = model.get_submodule(path)._parameters[own]
+    assert value is not None
+    return value.detach().double()

@@ -208,6 +208,8 @@ def _numbers(text: str) -> list[int]:
 
 def _told(result: Any) -> str:
     scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
+    if not result.steps:
+        return f"{result.adapter}: fitted in {result.seconds:.0f} s, nothing of the base is trained\n{scores}\n"
     kept = f" (best: step {result.best_step})" if result.best_step not in (None, result.steps) else ""
     return (
         f"{result.adapter}: {result.trainable:,} trained parameters, {result.steps} steps{kept} "
