@@ -31,6 +31,7 @@ from inlay.core.method import Method
 from inlay.core.roster import held_by_others
 from inlay.core.select import Places
 from inlay.formats.archive import header_of
+from inlay.formats.exchange import CRASHES, Weightless
 
 FILE = "adapter.safetensors"
 FORMAT = 1
@@ -110,13 +111,14 @@ def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool) -
         method = _method(header["method"])
         places = Places.from_dict(header["places"])
         stored_base = Fingerprint.from_dict(header["base"])
-        adapter = build(
-            model, method, name=name or header["name"], places=places, modules_to_save=header["modules_to_save"]
-        )
-    except (ConfigError, KeyError, TypeError) as error:
+        kept = {"name": name or header["name"], "places": places, "modules_to_save": header["modules_to_save"]}
+        with Weightless():
+            planned = build(model, method, **kept)
+    except (ConfigError, *CRASHES) as error:
         raise AdapterFileError(f"{path}: its header cannot be used ({error})") from error
+    _check_names(path, header["tensors"], planned.tensors())
+    adapter = build(model, method, **kept)
     expected = adapter.tensors()
-    _check_names(path, header["tensors"], expected)
     differences = stored_base.differences(fingerprint(model, without=adapter.copies))
     if differences:
         trained_on = f" ({header['base_name']})" if header.get("base_name") else ""
