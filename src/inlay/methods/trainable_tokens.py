@@ -5,9 +5,8 @@ No paper; known from Hugging Face PEFT, whose files hold the same rows. For new 
     embedding[token] = v[token]               v (tokens, dim) starts as the base's own rows
     head(h)[token]   = h · v[token] + bias    where the output head is tied to the embedding
 
-At a tied head the very same values are used, so one row of `v` is what both see. A head of its own stays as it is,
-unless `head` asks for new rows there, too; they are values of their own. An embedding that scales what it looks up
-(Gemma) is run by its own class on the new rows.
+At a tied head the very same values are used. A head of its own stays as it is, unless `head` asks for new rows there,
+too. An embedding that scales what it looks up (Gemma) is run by its own class on the new rows.
 """
 
 from __future__ import annotations
@@ -76,8 +75,7 @@ class TrainableTokens(Method):
         rows = Rows("tokens", tied[0], self.tokens)
         sites = [(site, rows) for site in tied]
         own = next((s for s in view.layers.values() if s.module is view.output_head and s not in tied), None)
-        if self.head and own is not None:
-            sites.append((own, Rows("head", own, self.tokens)))
+        sites += [(own, Rows("head", own, self.tokens))] if self.head and own is not None else []
         return [DeltaPiece(s, TokenDelta(s, r) if s.kind == "embedding" else ScoreDelta(s, r)) for s, r in sites]
 
     @classmethod
@@ -92,8 +90,7 @@ class Rows(Shared):
 
     def __init__(self, key: str, site: Site, tokens: tuple[int, ...]) -> None:
         super().__init__(key)
-        embedding = site.kind == "embedding"
-        entries, dim = (site.in_features, site.out_features) if embedding else (site.out_features, site.in_features)
+        entries, dim = (site.in_features, site.out_features)[:: 1 if site.kind == "embedding" else -1]
         beyond = [t for t in tokens if t >= entries]
         if beyond:
             raise SelectionError(
