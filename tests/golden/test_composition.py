@@ -19,6 +19,7 @@ import inlay
 from inlay import (
     IA3,
     MAM,
+    AdaLoRA,
     Average,
     BitFit,
     Houlsby,
@@ -332,6 +333,28 @@ def test_clocks_rates_and_steps_reach_the_members() -> None:
     optimizer.step()
     for name, tensor in adapter.tensors().items():
         assert name.startswith("delta/1/0/") == bool((tensor == 5.0).all()), name
+
+
+def test_a_schedule_inside_is_the_schedule_alone(tmp_path: Path) -> None:
+    """AdaLoRA prunes its ranks while it is trained and stores the ranks that are left."""
+    method = AdaLoRA(rank=3, target_rank=2, warmup_steps=0, final_steps=1, total_steps=3)
+    outputs = []
+    for number, choice in enumerate((method, Stack(method))):
+        model = ZOO["llama"].build()
+        torch.manual_seed(0)
+        adapter = inlay.attach(model, choice, where="attention")
+        optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-2))
+        for seed in range(4):
+            model(**ZOO["llama"].batch(2, seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        inlay.save(model, "default", tmp_path / str(number))
+        fresh = ZOO["llama"].build()
+        loaded = inlay.load(fresh, tmp_path / str(number))
+        assert sum(t.numel() for t in loaded.tensors().values()) < sum(t.numel() for t in adapter.tensors().values())
+        outputs += [model(**inputs("llama")).logits, fresh(**inputs("llama")).logits]
+    assert torch.equal(outputs[2], outputs[0]) and torch.equal(outputs[3], outputs[1])
+    close(outputs[1], outputs[0])
 
 
 def test_shared_values_are_told_apart(tmp_path: Path) -> None:

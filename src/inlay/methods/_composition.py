@@ -119,6 +119,9 @@ class Composition(Method, ABC):
         values = {f"{i}/{key}": state for i, measured in enumerate(found) for key, state in measured.values.items()}
         return Measured(self.with_members([measured.method for measured in found]), values)
 
+    def ready(self, adapter: Adapter) -> bool:
+        return all(m.ready(Member(adapter, number)) for number, m in enumerate(self.methods))
+
     def stored(self, adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
         found = [m.stored(Member(adapter, number)) for number, m in enumerate(self.methods)]
         tensors = {f"copy/{name}": value.detach() for name, value in adapter.copies.items()}
