@@ -91,3 +91,34 @@ def test_what_cannot_be_converted(base: Path, make_adapter: Callable[..., Path],
         assert code == 2 and said in err and printed == "", err
         assert "Traceback" not in err
     assert not out.exists() and (tmp_path / "note.txt").read_text() == "mine"
+
+
+def test_a_classifier_without_a_record(command: Any, tmp_path: Path) -> None:
+    """The head in the file says the task and the number of classes."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForSequenceClassification
+
+    from tests.tiny import bert
+
+    place = str(bert(tmp_path / "base"))
+    model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=4)
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
+    assert command("convert", tmp_path / "theirs", tmp_path / "ours", "--to", "native")[0] == 0
+    code, out, err = command("convert", tmp_path / "ours", tmp_path / "again", "--to", "peft", "--json")
+    assert code == 0, err
+    assert json.loads(out)["parameters"] == 2 * 2 * (16 + 16) + 4 * 16 + 4
+    theirs, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "again"))
+    assert {n: t.tolist() for n, t in theirs.items()} == {n: t.tolist() for n, t in again.items()}
+
+
+def test_a_head_that_nobody_has(command: Any, tmp_path: Path) -> None:
+    """A native file says which base it belongs to, and a head that was drawn just now is nobody's."""
+    from tests.tiny import bert
+
+    path = "bert.encoder.layer.0.attention.self.query"
+    save_file({f"{path}.lora_A": torch.randn(2, 16), f"{path}.lora_B": torch.randn(16, 2)}, tmp_path / "a.safetensors")
+    words = ("convert", tmp_path / "a.safetensors", tmp_path / "out", "--base", bert(tmp_path / "base"), "--alpha", "2")
+    code, _, err = command(*words, "--to", "native")
+    assert code == 2 and "has weights for classifier" in err and not (tmp_path / "out").exists()
+    assert command(*words, "--to", "peft")[0] == 0

@@ -11,8 +11,10 @@ from inlay.cli.output import show_table, write_json
 
 if TYPE_CHECKING:
     from inlay.train import TrainingRecord
+    from inlay.train.loading import Base
 
 FORMATS = ("peft", "native")
+HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 TASKS = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification"}  # PEFT's words
 
 
@@ -48,8 +50,16 @@ def convert(
     if source == to:
         raise ConfigError(f"{adapter} is in {to} format already; nothing was written")
     record = read_record(adapter) if adapter.is_dir() else None
-    model = _base(adapter, source, base, record)
+    found = _base(adapter, source, base, record, pickles=allow_pickle)
+    model = found.model
     loaded = inlay.load(model, adapter, name=None, allow_pickle=allow_pickle, alpha=alpha)
+    saved = loaded.modules_to_save
+    fresh = [path for path in found.fresh if not any(f"{s}.".startswith(f"{path}.") for s in saved)]
+    if to == "native" and fresh:
+        raise ConfigError(
+            f"neither the base nor the adapter has weights for {', '.join(fresh)}, so there is no base that the new "
+            "file could say it belongs to; give a --base that has them"
+        )
 
     def write(part: Path) -> None:
         inlay.save(model, loaded.name, part, format=to)
@@ -74,17 +84,29 @@ def convert(
         show_table(f"Converted {adapter}", ("", ""), rows)
 
 
-def _base(adapter: Path, source: str, base: str | None, record: TrainingRecord | None) -> Any:
-    """The model that an adapter belongs to."""
-    from inlay.cli.models import writing_task
+def _base(adapter: Path, source: str, base: str | None, record: TrainingRecord | None, *, pickles: bool) -> Base:
+    """The base that an adapter belongs to."""
     from inlay.train import load_base
 
     base = base or (record.base if record is not None else _recorded_base(adapter, source))
     if record is not None:
         labels = record.labels if record.task == "classification" else None
-        return load_base(base, task=record.task, label_names=labels).model
-    task = TASKS.get(_task_type(adapter, source)) or writing_task(base)
-    return load_base(base, task=task, num_labels=_head_outputs(adapter, source)).model
+        return load_base(base, task=record.task, label_names=labels)
+    classes = next((s[0] for n, s in _shapes(adapter, source, pickles).items() if n.endswith(HEADS)), None)
+    if classes is not None:
+        return load_base(base, task="classification", num_labels=classes)
+    return load_base(base, task=TASKS.get(_task_type(adapter, source)) or _task_of(base))
+
+
+def _task_of(base: str | None) -> str:
+    """What a base was saved as."""
+    from inlay.cli.models import writing_task
+    from inlay.train.loading import base_source, read_config
+
+    names = getattr(read_config(base_source(base)), "architectures", None) or [""]
+    writes = names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    # An encoder that is saved without a head still has one for classifying, which no adapter here has changed.
+    return writing_task(base) if writes else "classification"
 
 
 def _recorded_base(adapter: Path, source: str) -> str | None:
@@ -105,13 +127,16 @@ def _task_type(adapter: Path, source: str) -> str:
     return str(read_config(adapter).get("task_type")) if source == "peft" else ""
 
 
-def _head_outputs(adapter: Path, source: str) -> int | None:
-    """The number of classes of a head that the file holds."""
-    from inlay.formats.archive import open_archive
+def _shapes(adapter: Path, source: str, pickles: bool) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the stored tensors."""
+    from inlay.formats import adapterhub, native
+    from inlay.formats.archive import archive, open_archive
     from inlay.formats.peft.config import WEIGHTS
 
-    if _task_type(adapter, source) != "SEQ_CLS":
-        return None
-    shapes = open_archive(adapter, *WEIGHTS, allow_pickle=False).shapes
-    ends = (".classifier.weight", ".score.weight", ".classifier.out_proj.weight")
-    return next((shape[0] for name, shape in shapes.items() if name.endswith(ends)), None)
+    match source:
+        case "native":
+            return {n: tuple(t["shape"]) for n, t in native.read_header(adapter)["tensors"].items()}
+        case "tensors":
+            return archive(adapter, allow_pickle=pickles).shapes
+    names = WEIGHTS if source == "peft" else adapterhub.WEIGHTS
+    return open_archive(adapter, *names, allow_pickle=pickles).shapes
