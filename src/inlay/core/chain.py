@@ -87,27 +87,33 @@ def enter(chain: Chain, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     return x, seen[::-1]
 
 
-def leave(chain: Chain, seen: Sequence[Tensor], captured: Mapping[str, Tensor], y: Tensor) -> Tensor:
+def leave(
+    chain: Chain, seen: Sequence[Tensor], captured: Mapping[str, Tensor], y: Tensor, *, owned: bool = False
+) -> Tensor:
     """What leaves the module.
 
     Args:
         seen: from `enter`.
         captured: what entered the modules that feed this one, by path, for the sites that read that.
+        owned: whether nobody else holds y, so that it may be written.
     """
     for node, x in zip(chain, seen, strict=True):
+        before = y
         if isinstance(node, Fork):
             if not node.changes_input:
                 base = y
                 for weight, branch in node.branches:
                     beside = leave(branch, [x] * len(branch), captured, base)
                     y = y + (beside - base if weight == 1 else weight * (beside - base))
+            owned = owned or y is not before
             continue
         site, delta = node
         entering = site.entering(x, captured)
         if site.part is None:
-            y = delta.post(entering, y, site).to(y.dtype)
+            y = (delta.post_into if owned else delta.post)(entering, y, site).to(y.dtype)
         else:
             y = site.part.put(y, delta.post(entering, site.part.take(y), site).to(y.dtype))
+        owned = owned or y is not before
     return y
 
 

@@ -57,6 +57,10 @@ class Delta(nn.Module):
         """
         return y
 
+    def post_into(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """`post`, where nobody else holds y: a fast path may write it. `post` stays as its oracle."""
+        return self.post(x, y, site)
+
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The layer's new weight and bias, in canonical layout (`core/layer.py`) and the weight's dtype.
 

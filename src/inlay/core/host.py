@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from inlay.core.chain import Chain, changes_input, enter, leave, leaves
 from inlay.core.errors import RouteError, UnsupportedError
+from inlay.core.layer import shape_of
 from inlay.core.route import Route
 from inlay.core.subset import Difference
 
@@ -50,6 +51,7 @@ class Host:
         encoder: whether the module's positions are those of an encoder's sequence.
         by_row: whether what enters is a batch of rows: not so for experts and tables of relative positions.
         pooled: whether a matrix that enters may hold one vector a row.
+        owns: whether what leaves the module is new: a layer's is, a dropout's in evaluation is not.
     """
 
     def __init__(self, roster: Roster, path: str, module: nn.Module) -> None:
@@ -65,6 +67,7 @@ class Host:
         self.features: frozenset[str] = frozenset()
         self.encoder = False
         self.by_row, self.pooled = True, True
+        self.owns = shape_of(module) is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         import copy
@@ -117,7 +120,7 @@ class Host:
         new_args, new_kwargs = _with_first(args, kwargs, x)
         y = forward(*new_args, **new_kwargs)
         captured = self.captured.pop(thread(), {})
-        return _on_tensor(y, lambda t: leave(deltas, seen, captured, t))
+        return _on_tensor(y, lambda t: leave(deltas, seen, captured, t, owned=self.owns))
 
     def _mixed(self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One base call; before and after it, each adapter's rows on their own."""
@@ -148,7 +151,7 @@ class Host:
                 at = rows[name] if t.shape[0] == x.shape[0] else self._rows(route, name, t)
                 fed = {p: t[self._rows(route, name, t)] for p, t in captured.items()}
                 with self._alone(name, rows[name]):
-                    out[at] = leave(self.deltas[name], seen[name], fed, t[at])
+                    out[at] = leave(self.deltas[name], seen[name], fed, t[at], owned=True)
             return out
 
         return _on_tensor(y, post)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from inlay.core.delta import Delta, cast
 from inlay.core.errors import UnsupportedError
 from inlay.core.site import Site
+from inlay.kernels.low_rank import add_low_rank, applies
 
 
 def check_sizes(method: Any, *more: tuple[bool, str]) -> None:
@@ -55,6 +56,12 @@ class LowRank(Delta):
         low = F.linear(F.dropout(x, self.dropout, self.training), cast(self.a, x))  # (..., rank)
         return y.add(F.linear(low, cast(self.b, x)), alpha=self.scale)
 
+    def post_into(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if not applies(x, y, dropout):
+            return self.post(x, y, site)
+        return add_low_rank(y, x, self.a, self.b, self.scale, dropout, owned=True)
+
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (self.b @ self.a), bias
 
@@ -79,6 +86,8 @@ class EmbeddingLowRank(LowRank):
     def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         low = F.embedding(x, self.a.t(), self.padding)  # (..., rank)
         return y.add(F.linear(cast(low, y), cast(self.b, y)), alpha=self.scale)
+
+    post_into = Delta.post_into  # ids enter, so there is no product to make
 
 
 class ConvLowRank(Delta):

@@ -122,6 +122,8 @@ class Truncated(LowRank):
         self.alpha, self.frozen, self.drawn = method.alpha, method.frozen, drawn
         self.served = method.serve_rank or method.rank
 
+    post_into = Delta.post_into  # the fast path knows whole pairs only
+
     def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         if not self.training:
             low = F.linear(x, cast(self.a[: self.served], x))

@@ -1,0 +1,105 @@
+"""The fused low-rank update against its twin; masks that are drawn again are the same masks, and fair."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import inlay
+from inlay.kernels import low_rank
+from inlay.kernels.low_rank import add_low_rank
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def twin(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return y + scale * (x @ a.to(x.dtype).t() @ b.to(x.dtype).t())
+
+
+@pytest.mark.parametrize("owned", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_sum_and_gradients(dtype: torch.dtype, tolerance: float, owned: bool) -> None:
+    given = [
+        drawn(2, 3, 12, dtype=dtype, seed=1),
+        drawn(2, 3, 7, dtype=dtype, seed=2),
+        drawn(4, 7, seed=3),
+        drawn(12, 4, seed=4),
+    ]
+    found: list[Any] = []
+    for sums in (twin, lambda *args: add_low_rank(*args, 0.0, owned=owned)):
+        y, x, a, b = (t.clone().requires_grad_() for t in given)
+        out = sums(y * 1, x, a, b, 0.5)
+        found.append((out, *torch.autograd.grad(out.float().square().sum(), (y, x, a, b))))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+def test_a_tensor_of_somebody_else_is_not_written() -> None:
+    y, x, a, b = drawn(5, 12), drawn(5, 7), drawn(4, 7), drawn(12, 4)
+    before = y.clone()
+    with torch.no_grad():
+        add_low_rank(y, x, a, b, 1.0, 0.0, owned=False)
+        assert torch.equal(y, before)
+        add_low_rank(y.view(5, 12), x, a, b, 1.0, 0.0, owned=True)  # a view's base may be in use
+        assert torch.equal(y, before)
+        assert add_low_rank(y, x, a, b, 1.0, 0.0, owned=True) is y
+
+
+def test_the_mask_of_the_backward_pass_is_the_one_of_the_forward() -> None:
+    """With identity matrices the output shows the mask, and so does the gradient."""
+    x = torch.ones(64, 32, requires_grad=True)
+    a, b = torch.eye(32), torch.eye(32)
+    out = add_low_rank(torch.zeros(64, 32), x, a, b, 1.0, 0.25, owned=True)
+    out.sum().backward()
+    assert out.detach().unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert torch.equal(x.grad != 0, out != 0)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_masks_are_fair_and_repeatable(share: float) -> None:
+    count = 200_003
+    kept = low_rank._kept(count, 11, share)
+    assert kept.shape == (count,)
+    assert abs(float(kept.float().mean()) - (1 - share)) < 5 * (share * (1 - share) / count) ** 0.5 + 2**-16
+    by_place = kept[: count // 4 * 4].view(-1, 4).float().mean(0)  # four entries come from one word
+    assert float((by_place - (1 - share)).abs().max()) < 0.01
+    assert torch.equal(kept, low_rank._kept(count, 11, share))
+    assert not torch.equal(kept, low_rank._kept(count, 12, share))
+
+
+def test_one_seed_gives_one_training_run() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    inlay.attach(model, inlay.LoRA(rank=2, dropout=0.5), where=lambda *_: True)
+    with torch.no_grad():
+        for parameter in inlay.adapters(model)["default"].parameters():
+            parameter.normal_()
+    x = drawn(16, 8)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(copy.deepcopy(model).train()(x))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+def test_little_is_kept_for_the_backward_pass() -> None:
+    """The layer's input and rank numbers a row; no mask, no dropped copy, no update."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False)).requires_grad_(False)
+    inlay.attach(model, inlay.LoRA(rank=2, dropout=0.1), where=lambda *_: True)
+    x = drawn(128, 64).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.train()(x)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert sum(kept.values()) <= x.numel() * 4 + 128 * 2 * 4 + weights
