@@ -92,8 +92,11 @@ def test_forest_arrays_are_sklearns() -> None:
     x, y = draw.normal(size=(120, 5)).astype(np.float32), draw.integers(0, 3, 120)
     trees = RandomForestClassifier(n_estimators=30, random_state=0).fit(x, y)
     fresh = draw.normal(size=(200, 5)).astype(np.float32)
-    ours = forest.probabilities(forest.to_tensors(trees), torch.from_numpy(fresh))
-    assert np.allclose(ours.numpy(), trees.predict_proba(fresh), atol=1e-12)
+    whole = RandomForestClassifier(n_estimators=30, random_state=0).fit(np.round(x * 2), y)
+    halves = np.round(fresh * 4) / 2 + 0.5  # where the thresholds between whole numbers lie
+    for fitted, rows in ((trees, fresh), (whole, halves.astype(np.float32))):
+        ours = forest.probabilities(forest.to_tensors(fitted), torch.from_numpy(rows))
+        assert np.allclose(ours.numpy(), fitted.predict_proba(rows), atol=1e-12)
 
 
 def test_the_seed_and_the_base_decide(fit: Fit, labelled: Path, bases: dict[str, Path]) -> None:

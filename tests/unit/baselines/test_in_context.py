@@ -105,6 +105,25 @@ def test_fewer_demonstrations_rather_than_cut_ones(fit: Fit, labelled: Path) -> 
         evaluate_folder(result.adapter, data, resolve_columns(data), max_length=6)
 
 
+def test_the_most_wanted_demonstration_stays_longest(fit: Fit, labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inlay.baselines import in_context
+
+    result = fit("llama", labelled, "in-context", {"k": 12, "strategy": "first"}, eval_share=0)
+    seen: list[list[str]] = []
+    before = in_context.InContext._tokens
+
+    def spy(self: Any, question: Prompt, shown: Any, rows: Any, joiner: Any) -> list[int]:
+        seen.append(list(shown))
+        return before(self, question, shown, rows, joiner)
+
+    monkeypatch.setattr(in_context.InContext, "_tokens", spy)
+    data = read_table(str(labelled))
+    evaluate_folder(result.adapter, data, resolve_columns(data))
+    wanted = [f"{d['prompt']}{d['reference']}" for d in demonstrations(result)]
+    assert any(len(shown) < 12 for shown in seen)
+    assert all(shown == wanted[: len(shown)] for shown in seen)
+
+
 def test_balanced_takes_the_labels_in_turn(fit: Fit, labelled: Path) -> None:
     chosen = demonstrations(fit("llama", labelled, "in-context", {"k": 6, "strategy": "balanced"}, eval_share=0))
     assert [d["reference"] for d in chosen] == ["cat", "dog", "neither"] * 2
