@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality.tuning --tasks trec --methods lora dora
 
-A short run a rate (the recipe's, a third, three and ten times it) on a part of the training rows; the rate with the
-lowest loss on other training rows is chosen. Test rows are never read. Resumable.
+A short run a rate on a part of the training rows; the rate with the lowest loss on other training rows is chosen.
+The recipe's rate and three times it come first, and then further steps of three while the best is at an end. Test
+rows are never read. Resumable.
 """
 
 from __future__ import annotations
@@ -19,10 +20,24 @@ from benchmarks.provenance import provenance, read_json, write_json
 from benchmarks.quality.__main__ import OUT, WORK, _where
 from benchmarks.quality.tasks import TASKS, Task, settings_of
 
-FACTORS = (1 / 3, 1.0, 3.0, 10.0)
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 ROWS = {"trec": 2_000, "sst2": 2_000, "e2e": 1_000, "transliteration": 6_400}
 STEPS = {"trec": 120, "sst2": 120, "e2e": 60, "transliteration": 200}
 RATES = OUT / "rates.json"
+
+
+def search(task: Task, method: str, recipe: float) -> dict[float, float]:
+    """Rate → loss, for the rates that were tried."""
+    rates = [float(f"{recipe * factor:.2g}") for factor in FACTORS]
+    tried: dict[float, float] = {}
+    at = FACTORS.index(1.0)
+    todo = [at, at + 1]
+    while todo:
+        for i in todo:
+            tried[rates[i]] = round(try_rate(task, method, rates[i]), 4)
+        best = rates.index(min(tried, key=lambda r: tried[r]))
+        todo = [i for i in (best - 1, best + 1) if 0 <= i < len(rates) and rates[i] not in tried]
+    return dict(sorted(tried.items()))
 
 
 def try_rate(task: Task, method_name: str, rate: float) -> float:
@@ -73,13 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name, method in itertools.product(given.tasks, given.methods):
         if method in read_json(given.out).get("rates", {}).get(name, {}):
             continue
-        recipe, tried = method_named(method).recipe.learning_rate, {}
         began = time.process_time()
         try:
-            for factor in FACTORS:
-                rate = float(f"{recipe * factor:.2g}")
-                tried[f"{rate:g}"] = round(try_rate(TASKS[name], method, rate), 4)
-            entry: dict[str, Any] = {"chosen": float(min(tried, key=lambda r: tried[r])), "loss": tried}
+            tried = search(TASKS[name], method, method_named(method).recipe.learning_rate)
+            entry: dict[str, Any] = {"chosen": min(tried, key=lambda r: tried[r]), "loss": tried}
         except UserError as error:
             entry = {"refused": str(error)[:300]}
         entry["cpu_seconds"] = round(time.process_time() - began, 1)
