@@ -15,6 +15,7 @@ from inlay.formats.peft import WRITERS
 from inlay.methods import method_named
 from inlay.testing.models import ZOO
 from tests.formats.peft_hand import MODELS, in_inlay, in_peft, logits, ours, same, theirs
+from tests.golden.hand import inputs, shake
 
 peft = pytest.importorskip("peft")
 
@@ -104,8 +105,6 @@ def test_every_branch_of_every_method(method: Any, tmp_path: Path) -> None:
 
 
 def test_eva_writes_the_ranks_it_found(tmp_path: Path) -> None:
-    from tests.golden.hand import inputs, shake
-
     model = ZOO["llama"].build()
     shake(inlay.attach(model, of("eva", rank=3), data=[inputs("llama", rows=6) for _ in range(2)]), 0.2)
     inlay.save(model, "default", tmp_path, format="peft")
@@ -308,3 +307,53 @@ def test_multitask_prompts_in_an_encoder(tmp_path: Path) -> None:
         base = ZOO["t5"].build().eval()(**batch).logits
     same(actual, expected, base)
     same(in_inlay("t5", tmp_path), logits("t5", model), logits("t5", ZOO["t5"].build()))
+
+
+REFUSED = [
+    ("prefix-tuning", "t5", "its self- and cross-attention with the same keys"),
+    ("adaption-prompt", "gpt2", "computes adaption prompts as published on"),
+]
+
+
+@pytest.mark.parametrize("case, name, said", REFUSED)
+def test_what_peft_computes_otherwise(case: str, name: str, said: str, tmp_path: Path) -> None:
+    """Files that PEFT writes and reads, of something else than the published method."""
+    peft.get_peft_model(ZOO[name].build(), THEIRS[case](name)).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=said):
+        in_inlay(name, tmp_path)
+
+
+def test_a_prompt_in_front_of_a_classifier(tmp_path: Path) -> None:
+    """PEFT's stands where BERT's head looks for the first token."""
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
+    peft.get_peft_model(ZOO["bert"].build(), config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match="the two compute different things"):
+        in_inlay("bert", tmp_path)
+
+
+def test_a_prompt_of_a_decoder_that_classifies(tmp_path: Path) -> None:
+    """PEFT wants the head in the file of a prompt, so ours must have trained it.
+
+    Compared on rows without padding: PEFT passes no ids on, so that the model takes padding for the last token.
+    """
+    model, _ = ours("llama-classifier", of("prompt-tuning", length=3))
+    with pytest.raises(UnsupportedError, match=r"modules_to_save=\['score'\]"):
+        inlay.save(model, "default", tmp_path, format="peft")
+    model, _ = ours("llama-classifier", of("prompt-tuning", length=3), modules_to_save=["score"])
+    inlay.save(model, "default", tmp_path, format="peft")
+    base = logits("llama-classifier", ZOO["llama-classifier"].build())
+    same(in_inlay("llama-classifier", tmp_path), logits("llama-classifier", model), base)
+    batch = inputs("llama-classifier")
+    wrapped = peft.PeftModel.from_pretrained(ZOO["llama-classifier"].build(), tmp_path).eval()
+    with torch.no_grad():
+        same(wrapped(**batch).logits, model(**batch).logits, ZOO["llama-classifier"].build()(**batch).logits)
+
+
+def test_several_adapters_in_one_folder(tmp_path: Path) -> None:
+    """PEFT gives every adapter but the default one a folder of its own."""
+    model = peft.get_peft_model(ZOO["llama"].build(), THEIRS["lora"]("llama"), adapter_name="first")
+    model.add_adapter("second", THEIRS["lora"]("llama"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"holds several adapters \(first, second\)"):
+        in_inlay("llama", tmp_path)
+    assert in_inlay("llama", tmp_path / "second").isfinite().all()

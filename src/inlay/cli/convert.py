@@ -53,8 +53,8 @@ def convert(
     found = _base(adapter, source, base, record, pickles=allow_pickle)
     model = found.model
     loaded = inlay.load(model, adapter, name=None, allow_pickle=allow_pickle, alpha=alpha)
-    saved = loaded.modules_to_save
-    fresh = [path for path in found.fresh if not any(f"{s}.".startswith(f"{path}.") for s in saved)]
+    saved = [f"{path}." for path in loaded.modules_to_save]
+    fresh = [p for p in found.fresh if not any(s.startswith(f"{p}.") or f"{p}.".startswith(s) for s in saved)]
     if to == "native" and fresh:
         raise ConfigError(
             f"neither the base nor the adapter has weights for {', '.join(fresh)}, so there is no base that the new "

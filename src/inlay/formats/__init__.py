@@ -96,4 +96,11 @@ def format_of(path: Path) -> str:
         return "tensors"
     if native.recognises(path):
         return "native"
-    return "peft" if peft.recognises(path) else "adapterhub" if adapterhub.recognises(path) else "native"
+    if peft.recognises(path):
+        return "peft"
+    if adapterhub.recognises(path):
+        return "adapterhub"
+    below = sorted(p.parent.name for p in path.glob(f"*/{peft.FILE}")) if path.is_dir() else []
+    if below and not (path / native.FILE).exists():
+        raise AdapterFileError(f"{path}: holds several adapters ({', '.join(below)}); name the folder of one of them")
+    return "native"
