@@ -25,8 +25,8 @@ OUT = ROOT / "runs" / "quality"
 BASE = "base"  # the untrained base, where it has a score
 
 
-def measure(task: Task, job: Job) -> dict[str, Any]:
-    """Train, store, load, score."""
+def measure(task: Task, job: Job, rates: dict[str, Any]) -> dict[str, Any]:
+    """Train, store, load, score; at the tuned rate where there is one."""
     import inlay
     from inlay.data import read_table, resolve_columns
     from inlay.evaluate.run import Settings, evaluate
@@ -39,7 +39,7 @@ def measure(task: Task, job: Job) -> dict[str, Any]:
         base = load_base(source, task=task.kind, label_names=None, dtype=_dtype(task))
         labels = None
     else:
-        about = _train(task, job, train, source)
+        about = _train(task, job, train, source, rates)
         record = read_record(about["adapter"])
         assert record is not None
         labels = record.labels
@@ -63,13 +63,13 @@ def measure(task: Task, job: Job) -> dict[str, Any]:
     return {**about, **scores, "cpu_seconds_of_evaluation": round(time.process_time() - began, 1)}
 
 
-def _train(task: Task, job: Job, data: Path, source: Path | None) -> dict[str, Any]:
+def _train(task: Task, job: Job, data: Path, source: Path | None, rates: dict[str, Any]) -> dict[str, Any]:
     from inlay.methods import method_named
     from inlay.train import RunConfig, run
 
     work = WORK / f"{task.name}-{job.method}-{job.seed}"
     method = method_named(job.method)
-    rate = read_json(OUT / "rates.json").get("rates", {}).get(task.name, {}).get(job.method, {}).get("chosen")
+    rate = rates.get(job.method, {}).get("chosen")
     config = RunConfig(
         data=str(data), out=str(work), base=None if source is None else str(source), task=task.kind,
         columns=task.columns, eval_share=0.0, method=job.method, precision=task.precision,
@@ -113,7 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--single", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.single:
-        write_json(given.single, measure(TASKS[given.tasks[0]], Job(given.methods[0], given.seeds[0])))
+        task = TASKS[given.tasks[0]]
+        rates = read_json(given.out / f"rates-{task.name}.json").get("rates", {})
+        write_json(given.single, measure(task, Job(given.methods[0], given.seeds[0]), rates))
         return 0
     for name in given.tasks:
         task, out = TASKS[name], given.out / f"{name}.json"
@@ -126,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _series(task: Task, given: argparse.Namespace, out: Path) -> dict[str, Any]:
     def command(job: Job, report: Path) -> list[str]:
         words = ["--tasks", task.name, "--methods", job.method, "--seeds", str(job.seed), "--single", str(report)]
-        return ["-m", "benchmarks.quality", *words]
+        return ["-m", "benchmarks.quality", *words, "--out", str(given.out.resolve())]
 
     return run_series(
         [Job(method, seed) for seed in given.seeds for method in given.methods],

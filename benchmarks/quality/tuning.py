@@ -1,4 +1,4 @@
-"""Learning rates on record: each method's best of a few on held-out training rows, runs/quality/rates.json.
+"""Learning rates on record: each method's best of a few on held-out training rows, runs/quality/rates-<task>.json.
 
     python -m benchmarks.quality.tuning --tasks trec --methods lora dora
 
@@ -23,7 +23,6 @@ from benchmarks.quality.tasks import TASKS, Task, settings_of
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 ROWS = {"trec": 2_000, "sst2": 2_000, "e2e": 1_000, "transliteration": 6_400}
 STEPS = {"trec": 120, "sst2": 120, "e2e": 60, "transliteration": 200}
-RATES = OUT / "rates.json"
 
 
 def search(task: Task, method: str, recipe: float) -> dict[float, float]:
@@ -83,10 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=list(registry()), default=list(registry()))
-    parser.add_argument("--out", type=Path, default=RATES)
+    parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(arguments)
     for name, method in itertools.product(given.tasks, given.methods):
-        if method in read_json(given.out).get("rates", {}).get(name, {}):
+        out = given.out / f"rates-{name}.json"
+        if method in read_json(out).get("rates", {}):
             continue
         began = time.process_time()
         try:
@@ -95,11 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
         except UserError as error:
             entry = {"refused": str(error)[:300]}
         entry["cpu_seconds"] = round(time.process_time() - began, 1)
-        content = read_json(given.out)  # another process may have written meanwhile
+        content = read_json(out)
         content.setdefault("provenance", provenance(seeds=[0]))
-        content.setdefault("settings", {"factors": FACTORS, "rows": ROWS, "steps": STEPS})
-        content.setdefault("rates", {}).setdefault(name, {})[method] = entry
-        write_json(given.out, content)
+        content.setdefault("settings", {"factors": FACTORS, "rows": ROWS[name], "steps": STEPS[name]})
+        content.setdefault("rates", {})[method] = entry
+        write_json(out, content)
         print(name, method, entry, flush=True)
     return 0
 
