@@ -19,7 +19,7 @@ from tests.golden.hand import inputs, shake
 
 peft = pytest.importorskip("peft")
 
-TASK = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": None, "t5": "SEQ_2_SEQ_LM"}
+TASK = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "gemma2": "CAUSAL_LM", "bert": None, "t5": "SEQ_2_SEQ_LM"}
 QUERY = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v"], "gpt2": ["c_attn"]}
 DOWN = {"llama": ["down_proj"], "t5": ["wo"], "gpt2": ["mlp.c_proj"], "bert": r".*\d\.output\.dense"}
 
@@ -311,6 +311,7 @@ def test_multitask_prompts_in_an_encoder(tmp_path: Path) -> None:
 
 REFUSED = [
     ("prefix-tuning", "t5", "its self- and cross-attention with the same keys"),
+    ("prefix-tuning", "gemma2", "attention with a window of 8 tokens stops seeing"),
     ("adaption-prompt", "gpt2", "computes adaption prompts as published on"),
 ]
 
@@ -318,9 +319,13 @@ REFUSED = [
 @pytest.mark.parametrize("case, name, said", REFUSED)
 def test_what_peft_computes_otherwise(case: str, name: str, said: str, tmp_path: Path) -> None:
     """Files that PEFT writes and reads, of something else than the published method."""
-    peft.get_peft_model(ZOO[name].build(), THEIRS[case](name)).save_pretrained(tmp_path)
+    peft.get_peft_model(ZOO[name].build(), THEIRS[case](name)).save_pretrained(tmp_path / "theirs")
     with pytest.raises(AdapterFileError, match=said):
-        in_inlay(name, tmp_path)
+        in_inlay(name, tmp_path / "theirs")
+    method = {"prefix-tuning": "prefix-tuning", "adaption-prompt": "llama-adapter"}[case]
+    model, _ = ours(name, method_named(method).examples()[-1])
+    with pytest.raises(UnsupportedError):
+        inlay.save(model, "default", tmp_path / "ours", format="peft")
 
 
 def test_a_prompt_in_front_of_a_classifier(tmp_path: Path) -> None:

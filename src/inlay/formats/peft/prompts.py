@@ -7,7 +7,8 @@
 
 PEFT's prompt on a sequence-to-sequence model has twice the rows, of which the second half is never used; its
 prefix there enters the decoder alone, which the paper's does not, so it is refused. On an encoder PEFT puts the
-prompt where the classifier looks for the first token; ours is hidden from it, so that is refused as well.
+prompt where the classifier looks for the first token; ours is hidden from it, so that is refused as well, and so
+is a prefix before attention with a sliding window, which leaves PEFT's behind.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def read_prefix(config: Config, view: ModelView, archive: Archive) -> Reading:
             "PEFT's prefix enters only the decoder of this model, and its self- and cross-attention with the same "
             "keys; prefix tuning as published has no such form"
         )
+
+    config.wrong += _windowed(view)
 
     def entries(adapter: Adapter) -> Iterator[Entry]:
         for name, value in adapter.tensors().items():
@@ -178,6 +181,9 @@ def _check_prefix(adapter: Adapter, view: ModelView, places: list[AttentionPlace
         )
     if adapter.places.layers is not None:
         raise UnsupportedError("PEFT's prefix is in every layer, but this one was attached with `layers`")
+    windowed = _windowed(view)
+    if windowed:
+        raise UnsupportedError(windowed[0])
     hidden = view.hidden_size
     if places[0].heads * places[0].head_dim != hidden:
         raise UnsupportedError(
@@ -211,6 +217,18 @@ def the_prompt(adapter: Adapter) -> TokenPrompt | KeyValuePrompt:
     (piece,) = adapter.pieces
     assert isinstance(piece, PromptPiece)
     return piece.prompt
+
+
+def _windowed(view: ModelView) -> list[str]:
+    """Why a prefix is another thing in PEFT where attention looks back only so far."""
+    usual = getattr(view.text_config, "sliding_window", None)
+    windows = [getattr(place.module, "sliding_window", usual) for place in view.attention_places()]
+    return [
+        f"in PEFT a prefix is the text's oldest part, which attention with a window of {window} tokens stops seeing; "
+        "the published one is always seen"
+        for window in windows
+        if window
+    ][:1]
 
 
 def decoder_only(view: ModelView) -> bool:
