@@ -14,52 +14,82 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 import inlay
-from inlay.core.delta import DeltaMethod
-from inlay.core.errors import UnsupportedError
+import inlay.bases  # registers the layer types that can be read  # noqa: F401
+from inlay.baselines import baselines
+from inlay.core.build import build
+from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
 from inlay.core.method import Method
-from inlay.core.prompt import PromptMethod
+from inlay.core.select import Places
 from inlay.core.subset import SubsetMethod
+from inlay.formats.peft import WRITERS
+from inlay.testing.laws.scaffold import put
 from inlay.testing.models import ZOO
 
 ROOT = Path(__file__).parents[1]
-CONTRACTS = {DeltaMethod: "delta", PromptMethod: "prompt", SubsetMethod: "subset"}
 
 
 def method_table() -> str:
-    """A row a method: what it is, where it comes from, what it can do."""
+    """A row a method and a baseline: what it is, where it comes from, what it costs, what it can do."""
     header = (
-        "`--method`",
-        "class",
-        "what it trains",
-        "family",
-        "paper",
-        "contract",
-        "merges",
-        "mixed batches",
-    )
+        "`--method`", "class", "what it trains", "family", "paper", "trained on BERT-base", "merges", "mixed batches",
+        "PEFT's files",
+    )  # fmt: skip
     rows = [header, ("---",) * len(header)]
     for key, cls in inlay.methods().items():
-        contract = next(word for parent, word in CONTRACTS.items() if issubclass(cls, parent))
         rows.append(
             (
                 f"[`{key}`]({source_of(cls)})",
                 f"`{cls.__name__}`",
-                (inspect.getdoc(cls) or "").splitlines()[0].removesuffix(" No hyper-parameters.").rstrip("."),
+                first_line(cls),
                 cls.family,
                 linked(cls.paper),
-                contract,
-                "yes" if merges(cls) else "no",
-                # A subset changes the weights for every row.
-                "no" if contract == "subset" else "yes",
+                count(cls),
+                yes(merges(cls)),
+                yes(not issubclass(cls, SubsetMethod)),  # a subset changes the weights for every row
+                yes(key in WRITERS),
             )
         )
+    for key, baseline in baselines().items():
+        name = f"[`{key}`]({source_of(baseline)})"
+        rows.append((name, f"`{baseline.__name__}`", first_line(baseline), "baseline", "", "0", "no", "no", "no"))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def source_of(cls: type[Method]) -> str:
+def first_line(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").splitlines()[0].removesuffix(" No hyper-parameters.").rstrip(".")
+
+
+def yes(holds: bool) -> str:
+    return "yes" if holds else "no"
+
+
+@cache
+def bert_base() -> Any:
+    """A model of BERT-base's shape, without its weights."""
+    with torch.device("meta"):
+        return BertForSequenceClassification(BertConfig())
+
+
+def count(cls: type[Method]) -> str:
+    """Numbers that the method trains at its defaults, where neither data nor the user's choice decides."""
+    if cls.needs_data:
+        return "–"
+    try:
+        adapter = build(bert_base(), cls(), name="counted", places=Places.of(None, None))
+    except (ConfigError, SelectionError, UnsupportedError):
+        return "–"
+    return f"{adapter.count:,}"
+
+
+def source_of(cls: type) -> str:
     return Path(inspect.getfile(cls)).relative_to(ROOT).as_posix()
 
 
@@ -68,8 +98,10 @@ def linked(paper: str) -> str:
 
 
 def merges(cls: type[Method]) -> bool:
-    model = ZOO["gpt2"].build()
-    inlay.attach(model, cls.examples()[0], name="tried")
+    """Tried and not claimed, on a tiny GPT-2, which has every kind of parameter."""
+    specimen = ZOO["gpt2"]
+    model = specimen.build()
+    put(specimen, model, cls.examples()[0], "tried")
     try:
         inlay.merge(model, "tried")
     except UnsupportedError:

@@ -46,6 +46,7 @@ PUBLIC = {
     *("attach", "detach", "use", "adapters", "merge", "unmerge", "save", "load", "methods"),
     *("LoRA", "DoRA", "IA3", "Houlsby", "Pfeiffer", "ParallelAdapter", "BitFit"),
     *("LoRAPlus", "LoRAFA", "PiSSA", "OLoRA", "EVA", "DyLoRA"),
+    *("AdaLoRA", "FishMask", "LTSFT", "DiffPruning"),
     *("VeRA", "LoHa", "LoKr", "OFT", "BOFT", "Compacter"),
     *("PromptTuning", "PrefixTuning", "TopLayers", "FullFineTuning"),
     *("LLaMAAdapter", "LadderSideTuning"),
