@@ -217,10 +217,10 @@ def _is_causal(module: nn.Module, tokens: int, kwargs: dict[str, Any]) -> bool:
 
 
 def fusible(query: Tensor, value: Tensor, prefixes: list[Prefix], kwargs: dict[str, Any]) -> bool:
-    """Whether `fused` computes this: on the CPU, without dropout, soft-capping or trained biases."""
+    """Whether `fused` computes this: on the CPU (or without values), without dropout, soft-capping or trained biases."""
     bias = kwargs.get("position_bias")
     return (
-        query.device.type == "cpu"
+        query.device.type in ("cpu", "meta")
         and not torch.compiler.is_compiling()
         and query.dtype in (torch.float32, torch.bfloat16)
         and query.shape[-1] == value.shape[-1]

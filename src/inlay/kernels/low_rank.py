@@ -23,14 +23,17 @@ BITS = 16
 
 
 def applies(x: Tensor, y: Tensor, dropout: float) -> bool:
-    """Whether `add_low_rank` computes this: not compiled, in autocast or sharded, and masks on the CPU only."""
+    """Whether `add_low_rank` computes this: not compiled, in autocast or sharded, and masks on the CPU only.
+
+    Of tensors without values (meta) it answers as for the CPU, so that a plan counts what a CPU's step allocates.
+    """
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and type(y) is Tensor
         and x.dtype == y.dtype
-        and not torch.is_autocast_enabled(x.device.type)
-        and (dropout == 0 or x.device.type == "cpu")
+        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
+        and (dropout == 0 or x.device.type in ("cpu", "meta"))
     )
 
 
