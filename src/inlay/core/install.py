@@ -70,13 +70,13 @@ def _enlist(roster: Roster) -> None:
     """Make a model a host of adapters: freeze it, wrap its root and its checkpointed layers."""
     roster.model.requires_grad_(False)
     roster.model.__dict__["_inlay_roster"] = roster
-    _grant(roster, "", "root")
+    grant(roster, "", "root")
     head = ModelView(roster.model).output_head if "head" in prompting.WRAPPERS else None
     for path, module in roster.model.named_modules():
         if hasattr(module, "gradient_checkpointing"):
-            _grant(roster, path, "checkpoint")
+            grant(roster, path, "checkpoint")
         if module is head:
-            _grant(roster, path, "head")
+            grant(roster, path, "head")
 
 
 def _dismiss(roster: Roster) -> None:
@@ -126,20 +126,20 @@ def _place(roster: Roster, adapter: Adapter) -> None:
         for host, own in _holders(roster, value):
             host.copies.setdefault(adapter.name, {})[own] = copy
             _store(host, adapter.name, f"copy_{own}", _Held(copy))
-            _grant(roster, host.path, "forward")
+            grant(roster, host.path, "forward")
     roster.adapters[adapter.name] = adapter
 
 
 def _place_delta(roster: Roster, name: str, piece: DeltaPiece, chain: Chain) -> None:
     site = piece.site
-    host = _grant(roster, site.path, "forward")
+    host = grant(roster, site.path, "forward")
     host.deltas[name] = chain
     _store(host, name, piece.label + (site.part.name if site.part else "delta"), piece.delta)
     encoder = getattr(getattr(roster.model, "config", None), "is_encoder_decoder", False)
     if piece.delta.reads_span and encoder:
-        _grant(roster, _encoder_path(ModelView(roster.model)) or "", "source")
+        grant(roster, _encoder_path(ModelView(roster.model)) or "", "source")
     for source in site.fed_by:
-        feeder = _grant(roster, source, "forward")
+        feeder = grant(roster, source, "forward")
         if host not in feeder.feeds:
             feeder.feeds.append(host)
 
@@ -154,7 +154,7 @@ def _place_parameter(
         host.differences.setdefault(name, {})[parameter] = change
         if host.path == piece.path:
             _store(host, name, f"{piece.label}difference_{parameter}", piece.difference)
-        _grant(roster, host.path)
+        grant(roster, host.path)
 
 
 def _holders(roster: Roster, value: nn.Parameter | None) -> list[tuple[Host, str]]:
@@ -179,16 +179,16 @@ def _place_prompt(roster: Roster, name: str, piece: PromptPiece) -> None:
     if joins_encoder:
         assert encoder_path is not None
         roster.encoder = True
-        _grant(roster, encoder_path, "stack")
+        grant(roster, encoder_path, "stack")
         if (
             "pooler" in view.modules[encoder_path]._modules
             and view.modules[encoder_path]._modules["pooler"] is not None
         ):
-            _grant(roster, f"{encoder_path}.pooler" if encoder_path else "pooler", "pooler")
+            grant(roster, f"{encoder_path}.pooler" if encoder_path else "pooler", "pooler")
     else:
         weighed = isinstance(piece.prompt, KeyValuePrompt) and piece.prompt.weighed
         for place in view.attention_places():
-            _grant(roster, place.path, "attention", *(["weighing"] if weighed else []))
+            grant(roster, place.path, "attention", *(["weighing"] if weighed else []))
             config = getattr(place.module, "config", view.config)
             original = config._attn_implementation or "eager"
             if implementation(original) != original:
@@ -226,7 +226,7 @@ def _count_positions(roster: Roster, view: ModelView, encoder_path: str | None, 
             raise UnsupportedError(f"{path} ({type(module).__name__}) computes positions in a way prompts cannot move")
         rotary = type(module).__name__.endswith("RotaryEmbedding")
         if learned or rotary:
-            host = _grant(roster, path, "positions" if learned else "rotary")
+            host = grant(roster, path, "positions" if learned else "rotary")
             host.encoder = encoder_path is not None and (encoder_path == "" or path.startswith(encoder_path + "."))
             found += 1
     if needed and not found:
@@ -261,11 +261,18 @@ def _sees_rows(model: nn.Module, path: str, module: nn.Module) -> bool:
     return roles.EXPERT.fullmatch(path) is None
 
 
-def _grant(roster: Roster, path: str, *features: str) -> Host:
+def grant(roster: Roster, path: str, *features: str) -> Host:
     """Give the host at `path` more to say in its module."""
     host = _host(roster, path)
     adopt(host, host.features | set(features))
     return host
+
+
+def revoke(roster: Roster, path: str, *features: str) -> None:
+    """The inverse of `grant`; a host that is gone has nothing left to give back."""
+    if path in roster.hosts:
+        host = roster.hosts[path]
+        adopt(host, host.features - set(features))
 
 
 def _store(host: Host, name: str, key: str, trained: nn.Module) -> None:

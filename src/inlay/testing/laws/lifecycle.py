@@ -119,7 +119,7 @@ def all_or_nothing(specimen: Specimen, method: Method) -> None:
         before = census(model)
         steps = [mock.DEFAULT] * 4 + [MemoryError("no room")] * 100
         try:
-            with mock.patch.object(install, "_grant", mock.Mock(wraps=install._grant, side_effect=steps)):
+            with mock.patch.object(install, "grant", mock.Mock(wraps=install.grant, side_effect=steps)):
                 put(specimen, model, method)
         except MemoryError:
             pass
