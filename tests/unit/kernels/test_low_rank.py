@@ -62,16 +62,37 @@ def test_the_mask_of_the_backward_pass_is_the_one_of_the_forward() -> None:
     assert torch.equal(x.grad != 0, out != 0)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def kept(count: int, seed: int, share: float) -> Tensor:
+    return low_rank._dropped(torch.ones(count), seed, share) != 0
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.5, 0.9])
 def test_masks_are_fair_and_repeatable(share: float) -> None:
     count = 200_003
-    kept = low_rank._kept(count, 11, share)
-    assert kept.shape == (count,)
-    assert abs(float(kept.float().mean()) - (1 - share)) < 5 * (share * (1 - share) / count) ** 0.5 + 2**-16
-    by_place = kept[: count // 4 * 4].view(-1, 4).float().mean(0)  # four entries come from one word
+    first = kept(count, 11, share)
+    assert abs(float(first.float().mean()) - (1 - share)) < 5 * (share * (1 - share) / count) ** 0.5 + 2**-16
+    by_place = first[: count // 4 * 4].view(-1, 4).float().mean(0)  # four entries come from one word
     assert float((by_place - (1 - share)).abs().max()) < 0.01
-    assert torch.equal(kept, low_rank._kept(count, 11, share))
-    assert not torch.equal(kept, low_rank._kept(count, 12, share))
+    assert torch.equal(first, kept(count, 11, share))
+    assert not torch.equal(first, kept(count, 12, share))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.3])
+def test_entries_are_dropped_independently(share: float) -> None:
+    """Neighbours, and the ends: the first and the last entry are as likely to go as any."""
+    dropped = ~kept(1_000_000, 3, share)
+    for apart in (1, 2, 7):
+        both = float((dropped[apart:] & dropped[:-apart]).float().mean())
+        assert both == pytest.approx(share**2, abs=5e-3 * share + 5e-4)
+    ends = torch.stack([(~kept(5, seed, share))[[0, 4]] for seed in range(4000)]).float().mean(0)
+    assert ends.tolist() == pytest.approx([share, share], abs=0.03)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_is_the_same_in_every_dtype(share: float, dtype: torch.dtype) -> None:
+    x = drawn(100, 7, dtype=dtype) + 10
+    assert torch.equal(low_rank._dropped(x, 4, share), x * kept(700, 4, share).view(100, 7))
 
 
 def test_one_seed_gives_one_training_run() -> None:
