@@ -31,6 +31,7 @@ _HOMES = {
     "PiSSA": "inlay.methods.pissa",
     "OLoRA": "inlay.methods.olora",
     "EVA": "inlay.methods.eva",
+    "LoftQ": "inlay.methods.loftq",
     "DyLoRA": "inlay.methods.dylora",
     "VeRA": "inlay.methods.vera",
     "LoHa": "inlay.methods.loha",
@@ -120,6 +121,7 @@ if TYPE_CHECKING:
     from inlay.methods.llama_adapter import LLaMAAdapter as LLaMAAdapter
     from inlay.methods.loha import LoHa as LoHa
     from inlay.methods.lokr import LoKr as LoKr
+    from inlay.methods.loftq import LoftQ as LoftQ
     from inlay.methods.lora import LoRA as LoRA
     from inlay.methods.lora_fa import LoRAFA as LoRAFA
     from inlay.methods.lora_plus import LoRAPlus as LoRAPlus

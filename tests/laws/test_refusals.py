@@ -35,6 +35,7 @@ REFUSED: dict[str, set[str]] = {
     "pissa": set(),
     "olora": set(),
     "eva": set(),
+    "loftq": set(),
     "dylora": set(),
     "compacter": PLAIN,
     "vera": set(),

@@ -45,7 +45,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 PUBLIC = {
     *("attach", "detach", "use", "adapters", "merge", "unmerge", "save", "load", "methods"),
     *("LoRA", "DoRA", "IA3", "Houlsby", "Pfeiffer", "ParallelAdapter", "BitFit"),
-    *("LoRAPlus", "LoRAFA", "PiSSA", "OLoRA", "EVA", "DyLoRA"),
+    *("LoRAPlus", "LoRAFA", "PiSSA", "OLoRA", "EVA", "LoftQ", "DyLoRA"),
     *("AdaLoRA", "FishMask", "LTSFT", "DiffPruning"),
     *("VeRA", "LoHa", "LoKr", "OFT", "BOFT", "Compacter"),
     *("PromptTuning", "PrefixTuning", "TopLayers", "FullFineTuning"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
     Keys: ``name, method, hyper_parameters, where, layers, modules_to_save, parameters, bytes, types, base,
     base_name, digest, inlay, path, training`` (what its training left beside it, or None) and ``tensors``
-    (name → type and shape).
+    (name → type and shape); and what the method has to tell (`Method.account`).
 
     Raises:
         AdapterFileError: there is no adapter, or its header is not whole.
@@ -70,8 +71,36 @@ def describe(folder: Path) -> dict[str, Any]:
         "inlay": header.get("inlay"),
         "path": header["path"],
         "training": None if record is None else dataclasses.asdict(record),
+        **_account(header),
         "tensors": tensors,
     }
+
+
+def _account(header: dict[str, Any]) -> dict[str, Any]:
+    """What the method itself has to tell, from the few tensors that it looks at."""
+    from safetensors import safe_open
+
+    from inlay.methods import method_named
+
+    method = method_named(header["method"]["method"]).from_dict(header["method"])
+    with safe_open(header["path"], framework="pt") as file:
+        return method.account(_Stored(file))
+
+
+class _Stored(Mapping[str, Any]):
+    """The tensors of an open file, each read when it is asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __getitem__(self, name: str) -> Any:
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file.keys())
+
+    def __len__(self) -> int:
+        return len(self.file.keys())
 
 
 def _plain(value: Any) -> str:

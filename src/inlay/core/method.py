@@ -108,6 +108,10 @@ class Method(ABC):
         """
         return self, adapter.tensors()
 
+    def account(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the method has to tell of an adapter, from its tensors: shown by `inlay inspect`."""
+        return {}
+
     def for_steps(self, total: int) -> Self:
         """This method in a run of `total` optimizer steps: fills `total_steps` in where it is left open."""
         fields = {f.name for f in dataclasses.fields(self)}

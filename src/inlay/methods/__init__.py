@@ -25,6 +25,7 @@ BUILT_IN = {
     "pissa": ("pissa", "PiSSA"),
     "olora": ("olora", "OLoRA"),
     "eva": ("eva", "EVA"),
+    "loftq": ("loftq", "LoftQ"),
     "dylora": ("dylora", "DyLoRA"),
     "vera": ("vera", "VeRA"),
     "loha": ("loha", "LoHa"),
