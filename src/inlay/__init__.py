@@ -119,9 +119,9 @@ if TYPE_CHECKING:
     from inlay.methods.in_parallel import Parallel as Parallel
     from inlay.methods.ladder import LadderSideTuning as LadderSideTuning
     from inlay.methods.llama_adapter import LLaMAAdapter as LLaMAAdapter
+    from inlay.methods.loftq import LoftQ as LoftQ
     from inlay.methods.loha import LoHa as LoHa
     from inlay.methods.lokr import LoKr as LoKr
-    from inlay.methods.loftq import LoftQ as LoftQ
     from inlay.methods.lora import LoRA as LoRA
     from inlay.methods.lora_fa import LoRAFA as LoRAFA
     from inlay.methods.lora_plus import LoRAPlus as LoRAPlus
