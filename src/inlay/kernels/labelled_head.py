@@ -83,6 +83,11 @@ def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
     return type(out)(**{"loss": loss, **{k: v for k, v in out.items() if k != "loss"}})
 
 
+def forget(model: nn.Module) -> None:
+    """Let the next call with labels compare both ways again."""
+    _SEEN.pop(model, None)
+
+
 def _usual(kwargs: dict[str, Any]) -> bool:
     """Whether the call leaves labels, scores and their order to the model."""
     return kwargs.get("shift_labels") is None and not kwargs.get("logits_to_keep")
