@@ -92,6 +92,16 @@ def train(
         int | None, typer.Option(metavar="N", help="End after N evaluations without a better score.")
     ] = None,
     report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, mlflow, with commas.")] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing/--no-packing", help="Rows behind one another. Default: where exact.")
+    ] = None,
+    trunk_cache: Annotated[
+        str | None,
+        typer.Option(metavar="auto|off|PATH", help="Compute layers below the trained ones once. Default: auto."),
+    ] = None,
+    trunk_cache_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of the trunk cache. Default: 4GiB.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="run.yaml of these options; flags override it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, exactly.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,

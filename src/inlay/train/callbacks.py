@@ -131,13 +131,13 @@ class Progress(TrainerCallback):
             if self.watched:
                 self.bar.update(self.row, description="training", note=self.evaluated)
             else:
-                _say(f"step {state.global_step}/{state.max_steps}  {self.evaluated}")
+                say(f"step {state.global_step}/{state.max_steps}  {self.evaluated}")
         elif "loss" in logs:
             loss, speed = f"loss {logs['loss']:.4f}", f"{self.metrics.tokens_per_second:,.0f} tokens/s"
             if self.watched:
                 self.bar.update(self.row, completed=state.global_step, loss=loss, speed=speed)
             elif state.global_step % max(1, state.max_steps // _LINES) == 0:
-                _say(f"step {state.global_step}/{state.max_steps}  {loss}  {speed}  {self._left(state)}")
+                say(f"step {state.global_step}/{state.max_steps}  {loss}  {speed}  {self._left(state)}")
 
     def evaluating(self, done: int, total: int) -> None:
         """Told by the trainer while it evaluates."""
@@ -155,6 +155,7 @@ class Progress(TrainerCallback):
         return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """A line on standard error."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from inlay.core.errors import ConfigError, nearest, problems
+from inlay.train.sizes import parse_bytes
 
 Task = Literal["causal", "seq2seq", "classification", "regression"]
 Precision = Literal["bf16", "fp32"]
@@ -52,6 +53,10 @@ class RunConfig(BaseModel):
         eval_every, save_every: steps between evaluations and between checkpoints.
         early_stopping: evaluations without a better score after which the run ends.
         report_to: of ``tensorboard``, ``wandb``, ``mlflow``.
+        packing: rows behind one another in place of padding; None is where that is exact.
+        trunk_cache: where the states below the lowest trained layer are kept, so that they are computed once:
+            a folder, ``auto`` (memory, where it is exact and pays) or ``off``.
+        trunk_cache_limit: bytes it may take, such as ``4GiB``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,12 +97,21 @@ class RunConfig(BaseModel):
     save_every: int | None = Field(default=None, ge=1)
     early_stopping: int | None = Field(default=None, ge=1)
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    packing: bool | None = None
+    trunk_cache: str = "auto"
+    trunk_cache_limit: str = "4GiB"
 
     @model_validator(mode="after")
     def _evaluates(self) -> Self:
         if self.early_stopping and self.eval_data is None and self.eval_split is None and self.eval_share == 0:
             raise ValueError("early_stopping needs evaluations: give eval_data, or an eval_share above 0")
         return self
+
+    @field_validator("trunk_cache_limit")
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        parse_bytes(value)
+        return value
 
     @classmethod
     def of(cls, values: Mapping[str, Any], *, origin: str = "configuration") -> RunConfig:

@@ -13,6 +13,7 @@ from inlay.core.errors import ConfigError, DataError
 from inlay.core.method import Method
 from inlay.train.config import RunConfig, Task
 from inlay.train.hyper import build_method, check_fields
+from inlay.train.packing import PackingCollator, packs
 from inlay.train.loading import Base, base_source, load_base, read_config
 from inlay.train.record import TrainingRecord, versions
 
@@ -83,9 +84,11 @@ def prepare(config: RunConfig) -> Prepared:
     adapter = None if method.needs_data else _attach(base, method, config)
     config = config.changed(max_length=_max_length(config, layout, base, adapter), on_long=_on_long(config, layout))
     train = _encode(rows, layout, base, task, labels, config)
-    collator = collate(base.tokenizer, task)
+    collator: Any = collate(base.tokenizer, task)
     if adapter is None:
         adapter = _attach(base, method, config, _batches(train, collator, config))
+    config = config.changed(packing=packs(config, task, base.model, adapter, train))
+    collator = PackingCollator(collator) if config.packing else collator
     held_out = None if held is None else _by_length(_encode(held, layout, base, task, labels, config))
     per_epoch = math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulate)
     epochs = config.epochs or default_epochs(per_epoch)

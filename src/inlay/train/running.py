@@ -8,9 +8,11 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inlay.core.errors import BaseMismatchError, ConfigError, DataError, OutputError, UnsupportedError, problems
 from inlay.train.config import RunConfig
@@ -18,6 +20,9 @@ from inlay.train.folder import RunFolder, write_beside, write_text
 from inlay.train.prepare import Prepared, prepare
 from inlay.train.quiet import quiet_libraries
 from inlay.train.stop import Stopped, StopRequest, listening
+
+if TYPE_CHECKING:
+    from inlay.train.trunk import TrunkCache
 
 IDENTITY = "identity.json"
 
@@ -161,19 +166,22 @@ def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progr
     from transformers import PrinterCallback
     from transformers.trainer_callback import TrainerState
 
-    from inlay.train.callbacks import Metrics, Pace, Progress
+    from inlay.train.callbacks import Metrics, Pace, Progress, say
     from inlay.train.trainer import STATE_FILE, AdapterTrainer, patience_used_up, read_tensors
+    from inlay.train.trunk import open_trunk
 
     config, checkpoint = prepared.config, folder.last_checkpoint()
     state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     metrics = Metrics(folder, folder.keep_metrics(state.global_step if state else 0))
     bar = Progress(metrics) if progress else None
+    trunk = open_trunk(prepared, say if progress else lambda _: None)
     trainer = AdapterTrainer(
         adapter=prepared.adapter,
         folder=folder,
         task=prepared.task,
         patience=config.early_stopping,
         told=bar.evaluating if bar else None,
+        serving=_serving(trunk),
         model=prepared.base.model,
         args=_arguments(prepared, folder),
         train_dataset=prepared.train,
@@ -201,8 +209,22 @@ def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progr
             "--gradient-checkpointing or a smaller --max-length, and --overwrite"
         ) from error
     finally:
+        if trunk:
+            trunk.close()
         if bar:
             bar.close()
+
+
+def _serving(trunk: TrunkCache | None) -> Any:
+    """How a batch is run: packed or padded, with the whole stack or what lies above a cut."""
+    from inlay.kernels import packed
+
+    @contextmanager
+    def serving(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        with packed.serving(batch) as given, trunk.serving(batch) if trunk else nullcontext():
+            yield given
+
+    return serving
 
 
 def _over(state: Any, prepared: Prepared, patience_used_up: Any) -> bool:

@@ -11,6 +11,7 @@ What differs from the plain Trainer, and nothing else:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class AdapterTrainer(Trainer):
         task: decides what a scored item is: a token or a row.
         patience: evaluations without a better score after which training ends; None is never.
         told: called with (rows done, all rows) during evaluations.
+        serving: gives what the model is called with for a batch, and lasts until its backward pass is over.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class AdapterTrainer(Trainer):
         task: str,
         patience: int | None = None,
         told: Callable[[int, int], None] | None = None,
+        serving: Callable[[dict[str, Tensor]], AbstractContextManager[dict[str, Tensor]]] = nullcontext,
         **options: Any,
     ) -> None:
         self.adapter, self.folder, self.task, self.patience, self.told = adapter, folder, task, patience, told
+        self.serving = serving
         self.control: Any
         self.optimizer: Any
         super().__init__(**options)
@@ -77,6 +81,12 @@ class AdapterTrainer(Trainer):
             return int(labels.shape[0])
         # A decoder predicts a token from those before it, so it never predicts the first.
         return int((labels[:, 1:] if self.task == "causal" else labels).ne(IGNORED).sum())
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One pass, forward and backward."""
+        with self.serving(self._prepare_inputs(inputs)) as given:
+            loss: Tensor = super().training_step(model, given, num_items_in_batch)
+        return loss
 
     # -- loss ---------------------------------------------------------------------------------------
 
@@ -138,13 +148,13 @@ class AdapterTrainer(Trainer):
         for raw in self.get_eval_dataloader():
             batch = self._prepare_inputs(raw)
             count = self.items(batch)
-            with torch.no_grad():
-                outputs = self.model(**batch)
+            with torch.no_grad(), self.serving(batch) as given:
+                outputs = self.model(**given)
             loss += float(outputs["loss"]) * count
             items += count
             if self.task == "classification":
                 right += int((outputs["logits"].argmax(-1) == batch["labels"]).sum())
-            done += int(batch["labels"].shape[0])
+            done += int(batch["position_ids"].eq(0).sum()) if "position_ids" in batch else len(batch["labels"])
             if self.told is not None:
                 self.told(done, total)
         scores = {"loss": loss / max(items, 1)}

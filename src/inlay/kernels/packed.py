@@ -1,0 +1,169 @@
+"""Several texts in one sequence, each as if it were alone.
+
+    padded   a a a · ·        packed   a a a b b c c c c c        positions   0 1 2 0 1 0 1 2 3 4
+             b b · · ·                 └─┬─┘ └┬┘ └───┬───┘
+             c c c c c                 attention a text at a time, without a mask
+
+Everything but attention sees tokens one by one, so packing is exact where attention is: a registered attention
+function takes each text's queries, keys and values by themselves (texts of one length in one call) and gives them
+to the model's own implementation, and no mask is ever made. On a GPU transformers' own mask for packed sequences
+is used. The naive twin is the padded batch; `isolates` tries both on the model at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from inlay.core.attention import PREFIX, _base
+from inlay.core.errors import UnsupportedError
+from inlay.core.view import ModelView
+
+NAME = "packed_"
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring texts of one length: where they begin, how many, how long."""
+
+    start: int
+    count: int
+    length: int
+
+
+_RUNS: ContextVar[tuple[Run, ...] | None] = ContextVar("inlay_packed", default=None)
+
+
+@contextmanager
+def serving(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """What to call the model with for a batch, packed or not; the block must last until its backward pass is over."""
+    positions = batch.get("position_ids")
+    if positions is None:
+        yield batch
+        return
+    token = _RUNS.set(runs_of(positions) if positions.device.type == "cpu" else None)
+    try:
+        yield {name: value for name, value in batch.items() if name != "attention_mask"}
+    finally:
+        _RUNS.reset(token)
+
+
+def runs_of(positions: Tensor) -> tuple[Run, ...]:
+    """The texts in packed positions, (1, tokens)."""
+    starts = [*(positions[0] == 0).nonzero().squeeze(1).tolist(), positions.shape[1]]
+    texts = [(a, b - a) for a, b in pairwise(starts)]
+    grouped = [list(group) for _, group in groupby(texts, key=lambda text: text[1])]
+    return tuple(Run(group[0][0], len(group), group[0][1]) for group in grouped)
+
+
+def prepare(model: nn.Module) -> Callable[[], None]:
+    """Give a model the attention that takes texts apart; the function returned takes it back.
+
+    Raises:
+        UnsupportedError: attention outside of transformers' interface, or of a kind that is not known here.
+    """
+    view = ModelView(model)
+    configs = {id(c): c for p in view.attention_places() for c in (getattr(p.module, "config", view.config),)}
+    changed: list[tuple[Any, str]] = []
+    for config in configs.values():
+        original = config._attn_implementation or "eager"
+        layers = set(getattr(config, "layer_types", None) or _KNOWN_LAYERS)
+        if original.startswith(NAME):
+            continue
+        if original not in ("sdpa", "eager") or original.startswith(PREFIX):
+            raise UnsupportedError(f"packing works with the attention implementations sdpa and eager, not {original!r}")
+        if layers - _KNOWN_LAYERS:
+            raise UnsupportedError(f"packing does not know the layers {', '.join(sorted(layers - _KNOWN_LAYERS))}")
+        changed.append((config, original))
+    for config, original in changed:
+        config._attn_implementation = _registered(original)
+
+    def undo() -> None:
+        for config, original in changed:
+            config._attn_implementation = original
+
+    return undo
+
+
+def _registered(original: str) -> str:
+    name = NAME + original
+    if name in AttentionInterface._global_mapping:
+        return name
+    masks = AttentionMaskInterface._global_mapping[original]
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return masks(*args, **kwargs) if _RUNS.get() is None else None
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        runs, base = _RUNS.get(), _base(original, module)
+        if runs is None:
+            return base(module, query, key, value, mask, **kwargs)
+        if kwargs.get("position_bias") is not None:
+            raise UnsupportedError("attention with a bias by position cannot be packed")
+        window, needed = kwargs.get("sliding_window"), original == "eager"
+        parts = []
+        for run in runs:
+            q, k, v = (_apart(t, run) for t in (query, key, value))
+            own = _causal(run.length, window, q) if needed or (window and run.length > window) else None
+            parts.append(base(module, q, k, v, own, **kwargs)[0].reshape(1, -1, query.shape[1], value.shape[-1]))
+        return torch.cat(parts, 1), None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def _apart(packed: Tensor, run: Run) -> Tensor:
+    """The texts of a run as rows: (1, heads, tokens, size) → (count, heads, length, size)."""
+    own = packed[0, :, run.start : run.start + run.count * run.length]
+    return own.reshape(own.shape[0], run.count, run.length, own.shape[-1]).transpose(0, 1)
+
+
+def _causal(length: int, window: int | None, like: Tensor) -> Tensor:
+    """A causal mask to add, (1, 1, length, length), that ends `window` tokens back where there is one."""
+    at = torch.arange(length, device=like.device)
+    back = at[:, None] - at[None, :]
+    seen = (back >= 0) if window is None else (back >= 0) & (back < window)
+    added = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+    return added.masked_fill(~seen, torch.finfo(like.dtype).min)[None, None]
+
+
+def pack(texts: list[list[int]]) -> dict[str, Tensor]:
+    """Texts behind one another: ``input_ids``, ``attention_mask`` and ``position_ids``, (1, tokens)."""
+    ids = torch.tensor([[token for text in texts for token in text]])
+    positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+
+
+def isolates(model: nn.Module, texts: list[list[int]], tolerance: float) -> bool:
+    """Whether packed texts have the scores they have alone, and none of them changes when another does.
+
+    Args:
+        texts: two at least, each of two tokens at least.
+        tolerance: between packed and alone, relative; what a text does to another is measured bit for bit.
+    """
+    device = next(model.parameters()).device
+
+    def scores(batch: dict[str, Tensor]) -> Tensor:
+        with serving({name: value.to(device) for name, value in batch.items()}) as given:
+            out: Tensor = model(**given, use_cache=False).logits[0]
+        return out + 0
+
+    try:
+        packed = scores(pack(texts))
+        moved = scores(pack([texts[0][::-1], *texts[1:]]))
+        alone = torch.cat([scores({"input_ids": torch.tensor([text])}) for text in texts])
+    except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
+        return False
+    first = len(texts[0])
+    apart = (packed - alone).float().norm(dim=-1) <= tolerance * alone.float().norm(dim=-1)
+    return bool(apart.all()) and torch.equal(packed[first:], moved[first:])
