@@ -130,8 +130,10 @@ def _agree(
 ) -> bool:
     """Whether the model's own way and the short one give the same, tried without a trace: no graph, no random draw.
 
-    Of a model without values (meta) only shapes are compared, so that a plan sees what a trained one does.
+    A few tokens are enough, and spare the memory of all scores. Of a model without values (meta) only shapes are
+    compared, so that a plan sees what a trained one does.
     """
+    kwargs = _few(host, kwargs)
     with torch.no_grad(), torch.random.fork_rng():
         asked = Scoring(skip=False)
         token = _SCORING.set(asked)
@@ -154,6 +156,28 @@ def _agree(
         except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
             return False
         return len(asked.hidden) == 1
+
+
+def _few(host: Host, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call for the row with most labels, of a decoder for some tokens from its first label on.
+
+    The whole call where something else than tokens and their masks is in it, or prompts and spans of its rows are
+    known already.
+    """
+    labels, roster = kwargs["labels"], host.roster
+    tensors = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.dim()}
+    if labels.is_meta or not roster.current().single or roster.call.get() is not None:
+        return kwargs
+    if any(v.dim() != 2 or v.shape[0] != labels.shape[0] for v in tensors.values()):
+        return kwargs
+    row = int(labels.ne(IGNORED).sum(1).argmax())
+    window = slice(None)
+    if not _encoder_decoder(host):
+        if any(v.shape != labels.shape for v in tensors.values()):
+            return kwargs
+        first = int(labels[row].ne(IGNORED).to(torch.uint8).argmax())
+        window = slice(max(0, first - 1), max(0, first - 1) + FEWEST_ROWS)
+    return {**kwargs, **{n: v[row : row + 1, window] for n, v in tensors.items()}}
 
 
 def _holds(fact: Tensor) -> bool:
