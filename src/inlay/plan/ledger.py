@@ -1,0 +1,115 @@
+"""What a training step allocates, found by running it on tensors without values.
+
+The model's parameters are on the meta device: every operation gives an output of the right shape, type and life
+time, and computes nothing. `Ledger` notes each storage when it is made and when it is freed, in order, so replaying
+its entries gives the memory in use at every moment of the real step, backward pass, recomputation and in-place
+kernels included.
+
+    forward ── made: activations, temporary        backward ── made: gradients, temporary; freed: activations
+
+Whole numbers (token ids, labels, masks, positions) stay on the CPU with their values, because models branch on them
+(a mask without padding is left out) and count with them (labelled positions).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)
+META, CPU = torch.device("meta"), torch.device("cpu")
+
+
+class Entry(NamedTuple):
+    """One allocation (bytes above zero) or release (below), in the order in which they happen."""
+
+    storage: int
+    bytes: int
+    phase: str
+
+
+class Ledger(TorchDispatchMode):
+    """Notes allocations, releases and work of everything that runs inside of it.
+
+    Args:
+        known: tensors that were there before.
+
+    Attributes:
+        phase: set by the caller as the step goes on; every entry carries it.
+        flops: of products, by phase.
+        bytes_moved: read and written by everything else, by phase.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.phase = ""
+        self.entries: list[Entry] = []
+        self.flops: dict[str, float] = {}
+        self.bytes_moved: dict[str, float] = {}
+        self._before = {s._cdata: s for s in (t.untyped_storage() for t in known)}  # held: addresses stay theirs
+        self._alive: dict[int, tuple[int, Any]] = {}
+        self._count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if any(t.is_meta for t in given):
+            if any(not t.is_meta for t in given):
+                args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
+        elif kwargs.get("device") == META and _whole(given, args, kwargs):
+            kwargs["device"] = CPU
+        out = func(*args, **kwargs)
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        made = [self._note(tensor) for tensor in outputs]
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+            self.flops[self.phase] = self.flops.get(self.phase, 0.0) + flops
+        elif any(made) or func._schema.is_mutable:
+            moved = sum(t.numel() * t.element_size() for t in [*given, *outputs])
+            self.bytes_moved[self.phase] = self.bytes_moved.get(self.phase, 0.0) + moved
+        return out
+
+    def number_of(self, tensor: Tensor) -> int | None:
+        """Under which number a tensor's storage was noted; None where it was there before."""
+        number, _ = self._alive.get(tensor.untyped_storage()._cdata, (None, None))
+        return number
+
+    def _note(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._before or address in self._alive or not size:
+            return False
+        self._count += 1
+        number = self._count
+
+        def forget(_: Any) -> None:
+            self._alive.pop(address, None)
+            self.entries.append(Entry(number, -size, self.phase))
+
+        self.entries.append(Entry(number, size, self.phase))
+        self._alive[address] = (number, weakref.ref(storage, forget))
+        return True
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    """The same tensor on the meta device; a single number may stay where it is."""
+    if tensor.is_meta or tensor.dim() == 0:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+
+
+def _whole(given: list[Tensor], args: Any, kwargs: Any) -> bool:
+    """Whether an operation with these arguments makes whole numbers."""
+    dtype = kwargs.get("dtype")
+    if dtype is not None:
+        return dtype in WHOLE
+    numbers = [v for v in tree_leaves(args) if isinstance(v, (int, float))]
+    return all(t.dtype in WHOLE for t in given) and not any(isinstance(v, float) for v in numbers)

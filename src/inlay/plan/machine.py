@@ -1,0 +1,169 @@
+"""How fast a machine is: measured in a second or two for this one, known figures for GPUs that are not here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from inlay.core.errors import ConfigError, nearest
+from inlay.plan.setting import Precision, Setting
+
+if TYPE_CHECKING:
+    from inlay.plan.step import Trace
+
+GIGA = 10**9
+# Memory (GiB), dense half-precision products (TFLOP/s, summed in float32), float32 products, bandwidth (GB/s);
+# from the makers' data sheets.
+GPUS: Mapping[str, tuple[int, float, float, float]] = {
+    "T4": (16, 65, 8.1, 320),
+    "V100": (32, 125, 15.7, 900),
+    "RTX 3060": (12, 51, 12.7, 360),
+    "RTX 3090": (24, 71, 35.6, 936),
+    "RTX 4060 Ti": (16, 88, 22.1, 288),
+    "RTX 4080": (16, 97.5, 48.7, 717),
+    "RTX 4090": (24, 165, 82.6, 1008),
+    "RTX 5090": (32, 210, 104.8, 1792),
+    "A10G": (24, 70, 31.2, 600),
+    "L4": (24, 121, 30.3, 300),
+    "L40S": (48, 362, 91.6, 864),
+    "RTX A6000": (48, 155, 38.7, 768),
+    "A100 40GB": (40, 312, 19.5, 1555),
+    "A100 80GB": (80, 312, 19.5, 2039),
+    "H100": (80, 989, 67, 3350),
+    "H200": (141, 989, 67, 4800),
+}
+REACHED_PRODUCTS, REACHED_BANDWIDTH = 0.45, 0.7  # shares of the data sheet that training steps usually reach
+GPU_OVERHEAD_BYTES = 0.6 * 2**30  # the driver's context and the libraries' workspaces
+SPARE = 0.97  # share of a GPU's memory that can be used: what the allocator rounds up and cannot fill again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Rates of one device.
+
+    Attributes:
+        memory: bytes; None where it is not known.
+        flops: of products a second, by precision.
+        bandwidth: bytes a second of everything else.
+        overhead_bytes: taken before any tensor is there.
+        measured: on this machine, not taken from a data sheet.
+    """
+
+    name: str
+    gpu: bool
+    memory: int | None
+    flops: Mapping[Precision, float]
+    bandwidth: float
+    overhead_bytes: float
+    measured: bool
+
+    def seconds(self, seen: Trace, setting: Setting, trained: int) -> float:
+        """Of a whole step: products, then everything else at the memory's speed, the optimizer's pass over its states."""
+        one = seen.flops / self.flops[setting.precision] + seen.bytes_moved / self.bandwidth
+        return one * setting.accumulate + trained * (16 + setting.optimizer_bytes * 2) / self.bandwidth
+
+
+def machine_named(name: str) -> Machine:
+    """A GPU by its name, in any spelling with the same letters and digits.
+
+    Raises:
+        ConfigError: unknown.
+    """
+    plain = {_plain(known): known for known in GPUS}
+    wanted = _plain(name.lower().removeprefix("nvidia").removeprefix("geforce").strip())
+    wanted = wanted.removeprefix("geforce")
+    found = plain.get(wanted) or next((known for key, known in plain.items() if wanted and key.startswith(wanted)), None)
+    if found is None:
+        raise ConfigError(f"unknown GPU {name!r}{nearest(name, GPUS)}")
+    memory, half, single, bandwidth = GPUS[found]
+    return Machine(
+        name=found,
+        gpu=True,
+        memory=round(memory * 2**30 * SPARE),
+        flops={
+            "fp32": single * 1e12 * REACHED_PRODUCTS,
+            "bf16": half * 1e12 * REACHED_PRODUCTS,
+            "fp16": half * 1e12 * REACHED_PRODUCTS,
+        },
+        bandwidth=bandwidth * GIGA * REACHED_BANDWIDTH,
+        overhead_bytes=GPU_OVERHEAD_BYTES,
+        measured=False,
+    )
+
+
+def calibrate(device: str = "cpu") -> Machine:
+    """Measure this machine: a product of matrices as training has them, and a sum of vectors larger than any cache."""
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is unknown; known: cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here; name the one to plan for with --gpu, or give --device cpu")
+    at = torch.device(device)
+
+    def rate(dtype: torch.dtype) -> float:
+        size = 1024 if at.type == "cpu" else 8192
+        x, w = (torch.ones(size, size, dtype=dtype, device=at) for _ in range(2))
+        return 2 * size**3 / _fastest(lambda: x @ w, at)
+
+    long = torch.ones(2**24 if at.type == "cpu" else 2**27, device=at)
+    moved = _fastest(lambda: torch.add(long, 1.0, out=long), at)
+    half = rate(torch.bfloat16)
+    return Machine(
+        name=torch.cuda.get_device_name(at) if at.type == "cuda" else "this machine's CPU",
+        gpu=at.type == "cuda",
+        memory=_memory(at),
+        flops={"fp32": rate(torch.float32), "bf16": half, "fp16": half},
+        bandwidth=2 * long.numel() * long.element_size() / moved,
+        overhead_bytes=GPU_OVERHEAD_BYTES if at.type == "cuda" else resident_bytes(),
+        measured=True,
+    )
+
+
+def resident_bytes() -> float:
+    """Of this process now: on a CPU, what interpreter and libraries take before there is a model."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as lines:
+            return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+    except (OSError, StopIteration):
+        import resource
+
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _memory(at: object) -> int | None:
+    import os
+
+    import torch
+
+    if getattr(at, "type", "cpu") == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    try:
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            text = limit.read().strip()
+    except OSError:
+        text = "max"
+    return min(whole, int(text)) if text.isdigit() else whole
+
+
+def _fastest(work: object, at: object) -> float:
+    import torch
+
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        work()  # type: ignore[operator]
+        if getattr(at, "type", "cpu") == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _plain(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())

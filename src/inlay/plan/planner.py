@@ -1,0 +1,242 @@
+"""Memory and work of training one method on one base, for any setting, from the base's configuration.
+
+Weights and adapter are counted on the whole model, without values. The step is run (`step.py`) on two models of
+few layers, and every phase and role grows by what one more layer adds: the plan of 80 layers takes as long as that
+of 4. Where an adapter does not grow evenly with the layers, the step is run on all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+import inlay.bases  # registers the layer types that can be read
+from inlay.core.adapter import Adapter
+from inlay.core.build import build
+from inlay.core.install import install
+from inlay.core.method import Method
+from inlay.core.select import Places, Where
+from inlay.plan.machine import Machine
+from inlay.plan.setting import BYTES_PER_WEIGHT, ROLES, Memory, Precision, Setting
+from inlay.plan.skeleton import Skeleton
+from inlay.plan.standins import quantisable
+from inlay.plan.step import PHASES, Trace, trace
+
+FEW_LAYERS = 4
+FEW_ROWS = (2, 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What training needs.
+
+    Attributes:
+        trainable: trained numbers.
+        base_parameters: of the frozen base.
+        memory: at the worst moment of a step.
+        phase: in which that is.
+        disk_bytes: of the saved adapter.
+        seconds: of a step on the machine planned for, None without one.
+    """
+
+    method: str
+    setting: Setting
+    trainable: int
+    base_parameters: int
+    memory: Memory
+    phase: str
+    disk_bytes: int
+    seconds: float | None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        setting = self.setting
+        return None if not self.seconds else setting.batch * setting.length * setting.accumulate / self.seconds
+
+
+class Planner:
+    """Plans of one method at its places.
+
+    Args:
+        where, layers, modules_to_save: as for `attach`.
+        machine: planned for; None estimates no speed.
+
+    Raises (on the first plan):
+        SelectionError, UnsupportedError: the method cannot be put on this base.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, method: Method, *, where: Where | None = None, layers: Sequence[int] | None = None,
+        modules_to_save: Sequence[str] = (), machine: Machine | None = None, whole: bool = False,
+    ) -> None:  # fmt: skip
+        self.skeleton, self.method, self.machine, self.whole = skeleton, method, machine, whole or layers is not None
+        self._places, self._saved = Places.of(where, layers), tuple(modules_to_save)
+        self._attached: dict[tuple[Precision, int | None], _Attached] = {}
+        self._traces: dict[tuple[Setting, int | None], Trace] = {}
+
+    def plan(self, setting: Setting, *, by_batch: bool = False) -> Plan:
+        """The needs of one setting.
+
+        Args:
+            by_batch: take large batches to grow evenly from small ones, which a search is faster with.
+        """
+        full = self._model(setting.precision, None)
+        sizes, seen = full.sizes, self._seen_by_batch(setting) if by_batch else self._seen(setting)
+        trained = sum(p.numel() for p in full.adapter.parameters() if p.requires_grad)
+        phase, memory = self._worst(setting, seen, self._weights(setting), sizes.adapter, trained)
+        return Plan(
+            method=self.method.name,
+            setting=setting,
+            trainable=trained,
+            base_parameters=sizes.base_parameters,
+            memory=memory,
+            phase=phase,
+            disk_bytes=sizes.stored,
+            seconds=None if self.machine is None else self.machine.seconds(seen, setting, trained),
+        )
+
+    # -- sizes --------------------------------------------------------------------------------
+
+    def _model(self, precision: Precision, layers: int | None) -> _Attached:
+        key = (precision, layers)
+        if key not in self._attached:
+            model = self.skeleton.build(precision, layers)
+            frozen = list(model.parameters())
+            adapter = build(model, self.method, name="planned", places=self._places, modules_to_save=self._saved)
+            install(model, adapter, trainable=True)
+            self._attached[key] = _Attached(model, adapter, frozen)
+        return self._attached[key]
+
+    def _weights(self, setting: Setting) -> float:
+        """Bytes of the base, with what is quantised at its bits."""
+        full = self._model(setting.precision, None)
+        if setting.quantisation is None:
+            return full.sizes.weights
+        packed = full.linears
+        saved = sum(p.numel() * (p.element_size() - BYTES_PER_WEIGHT[setting.quantisation]) for p in packed)
+        return full.sizes.weights - saved
+
+    # -- the step -----------------------------------------------------------------------------
+
+    def _seen(self, setting: Setting) -> Trace:
+        """The step's trace at the base's depth."""
+        depth, period = self.skeleton.layers, self.skeleton.period
+        few = max(FEW_LAYERS, 2 * period)
+        if self.whole or depth <= few + period or not self._even(setting.precision, few - period, few, depth):
+            return self._trace(setting, None)
+        first, second = self._trace(setting, few - period), self._trace(setting, few)
+        return _extrapolated(first, second, (depth - few) / period)
+
+    def _seen_by_batch(self, setting: Setting) -> Trace:
+        if setting.batch <= max(FEW_ROWS):
+            return self._seen(setting)
+        first, second = (self._seen(replace(setting, batch=rows)) for rows in FEW_ROWS)
+        return _extrapolated(first, second, (setting.batch - FEW_ROWS[1]) / (FEW_ROWS[1] - FEW_ROWS[0]))
+
+    def _even(self, precision: Precision, fewer: int, few: int, depth: int) -> bool:
+        """Whether every layer adds the same to the adapter."""
+        a, b, all_ = (self._model(precision, n).sizes.adapter for n in (fewer, few, None))
+        return math.isclose(b + (b - a) * (depth - few) / (few - fewer), all_, rel_tol=1e-3)
+
+    def _trace(self, setting: Setting, layers: int | None) -> Trace:
+        plain = replace(setting, accumulate=1, optimizer_bytes=8.0, padded=setting.padded and setting.batch > 1)
+        key = (replace(plain, quantisation=plain.quantisation and "nf4"), layers)
+        if key not in self._traces:
+            at = self._model(setting.precision, layers)
+            quantised = {id(p) for p in at.linears} if setting.quantisation else set()
+            gpu = self.machine is not None and self.machine.gpu
+            self._traces[key] = trace(
+                at.model, at.adapter, setting, task=self.skeleton.task, gpu=gpu, quantised=quantised
+            )
+        return self._traces[key]
+
+    def _worst(
+        self, setting: Setting, seen: Trace, weights: float, adapter: float, trained: int
+    ) -> tuple[str, Memory]:
+        """The phase that needs most, and how much of it is what."""
+        found: list[tuple[str, Memory]] = []
+        for phase in PHASES:
+            roles = dict(seen.peaks.get(phase, {}))
+            if phase != "trial":
+                roles["optimizer"] = trained * setting.optimizer_bytes
+                if setting.accumulate > 1:  # the sum of earlier passes is there; a new gradient is added and let go
+                    roles["gradients"] = seen.gradients
+                    if phase.startswith("backward"):
+                        roles["temporary"] = roles.get("temporary", 0.0) + seen.largest_gradient
+            found.append((phase, Memory.of({**roles, "weights": weights, "adapter": adapter})))
+        return max(found, key=lambda pair: pair[1].total)
+
+
+class _Sizes(NamedTuple):
+    weights: float
+    base_parameters: int
+    adapter: float
+    stored: int
+
+
+class _Attached:
+    """A weightless model with its adapter."""
+
+    def __init__(self, model: Any, adapter: Adapter, frozen: list[nn.Parameter]) -> None:
+        self.model, self.adapter = model, adapter
+        self._frozen = frozen
+
+    @cached_property
+    def linears(self) -> list[Tensor]:
+        """Weights that quantisation takes; what an adapter trains as a copy is left alone."""
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        saved = self.adapter.modules_to_save
+        return [
+            layer._parameters["weight"]
+            for path, layer in quantisable(self.model, head)
+            if not any(path == s or path.startswith(f"{s}.") for s in saved)
+        ]
+
+    @cached_property
+    def sizes(self) -> _Sizes:
+        own = {id(t) for t in _parts(self.adapter)}
+        buffers = [b for b in self.model.buffers() if id(b) not in own]
+        tensors = self.adapter.tensors().values()
+        return _Sizes(
+            weights=_bytes([*self._frozen, *buffers]),
+            base_parameters=sum(p.numel() for p in self._frozen),
+            adapter=_bytes(_parts(self.adapter)),
+            stored=int(sum(t.numel() * t.element_size() for t in tensors)),
+        )
+
+
+def _parts(adapter: Adapter) -> list[Tensor]:
+    modules = adapter.modules()
+    return [*adapter.parameters(), *(b for m in modules for b in m.buffers())]
+
+
+def _bytes(tensors: list[Any]) -> float:
+    """Of the distinct storages of tensors."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    return float(sum(s.nbytes() for s in storages.values()))
+
+
+def _extrapolated(first: Trace, second: Trace, times: float) -> Trace:
+    """`second` plus `times` what it has more than `first`."""
+
+    def more(a: float, b: float) -> float:
+        return b + (b - a) * times
+
+    peaks = {
+        phase: {
+            role: more(first.peaks.get(phase, {}).get(role, 0.0), second.peaks[phase].get(role, 0.0)) for role in ROLES
+        }
+        for phase in second.peaks
+    }
+    return Trace(
+        peaks=peaks,
+        gradients=more(first.gradients, second.gradients),
+        largest_gradient=second.largest_gradient,
+        flops=more(first.flops, second.flops),
+        bytes_moved=more(first.bytes_moved, second.bytes_moved),
+    )

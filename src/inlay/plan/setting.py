@@ -1,0 +1,121 @@
+"""What is planned, what comes out, and how amounts of memory are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from inlay.core.errors import ConfigError
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+Quantisation: TypeAlias = Literal["nf4", "fp4", "int8", "int4"]
+
+BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Bytes a weight. 4 bits and one float32 in a block of 64; with double quantisation that float is kept in 8 bits,
+# with a float32 of its own for every 256 of them (QLoRA, arXiv:2305.14314, §3: 0.127 bits a weight).
+BYTES_PER_WEIGHT: Mapping[Quantisation, float] = {
+    "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8,
+    "fp4": (4 + 8 / 64 + 32 / (64 * 256)) / 8,
+    "int8": 1.0,
+    "int4": (4 + 32 / 128) / 8,
+}
+ROLES = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporary")
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a step is run.
+
+    Attributes:
+        precision: of the base's weights; where quantised, of what is computed.
+        quantisation: of the linear layers in the base's blocks; None is none.
+        checkpointing: layers keep their input only and compute the rest again in the backward pass.
+        batch: rows in a pass.
+        length: tokens in each row.
+        accumulate: passes in a step.
+        padded: whether rows have different lengths, so that masks are needed; a single row never does.
+        optimizer_bytes: of the optimizer's states, a trained number: AdamW keeps two in float32.
+    """
+
+    precision: Precision = "bf16"
+    quantisation: Quantisation | None = None
+    checkpointing: bool = False
+    batch: int = 1
+    length: int = 512
+    accumulate: int = 1
+    padded: bool = True
+    optimizer_bytes: float = 8.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "length", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    @property
+    def weights(self) -> str:
+        """What the base's weights are kept in."""
+        return self.quantisation or self.precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes in use at the worst moment of a step, by role.
+
+    Attributes:
+        weights: the frozen base, its buffers included.
+        adapter: everything an adapter stores, trained or not.
+        gradients, optimizer: of what is trained.
+        activations: made in the forward pass and needed in the backward pass.
+        logits: what the output head and the loss make.
+        temporary: made and freed within an operation or a layer.
+    """
+
+    weights: float = 0.0
+    adapter: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    logits: float = 0.0
+    temporary: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, role) for role in ROLES)
+
+    @classmethod
+    def of(cls, values: Mapping[str, float]) -> Memory:
+        return cls(**{role: max(0.0, values.get(role, 0.0)) for role in ROLES})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Whole bytes by role, and their ``total``."""
+        return {role: round(value) for role, value in dataclasses.asdict(self).items()} | {"total": round(self.total)}
+
+
+def bytes_of(text: str) -> int:
+    """``16GiB``, ``24 GB``, ``800MiB`` or a plain number of bytes.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"memory {text!r} is not an amount: give a number and a unit, such as 16GiB or 24GB")
+    amount = round(float(match[1]) * unit)
+    if amount < 1:
+        raise ConfigError(f"memory {text!r} is nothing: give an amount such as 16GiB")
+    return amount
+
+
+def told_bytes(amount: float) -> str:
+    """In the unit in which it is easiest to read: ``3.42 GiB``."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(amount) >= size:
+            digits = 2 if abs(amount) < 10 * size else 1 if abs(amount) < 100 * size else 0
+            return f"{amount / size:.{digits}f} {unit}"
+    return f"{amount:.0f} B"
