@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,20 @@ class Adapter:
     copies: dict[str, nn.Parameter] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     clock: Clock | None = None
+
+    @cached_property
+    def prompts(self) -> tuple[PromptPiece, ...]:
+        return tuple(p for p in self.pieces if isinstance(p, PromptPiece))
+
+    @cached_property
+    def changes_base(self) -> bool:
+        """Whether it changes the base's own weights, which all rows of a batch share."""
+        return any(isinstance(p, SubsetPiece) for p in self.pieces)
+
+    @cached_property
+    def reads_span(self) -> bool:
+        """Whether some delta acts at positions of the prompt (`core/span.py`)."""
+        return any(isinstance(p, DeltaPiece) and p.delta.reads_span for p in self.pieces)
 
     @property
     def where(self) -> Where:

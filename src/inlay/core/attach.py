@@ -77,6 +77,7 @@ def detach(model: nn.Module, name: str) -> None:
     if roster.merged is not None:
         raise UnsupportedError(f"adapter {roster.merged.name!r} is merged into this model; call unmerge() first")
     uninstall(roster, adapter)
+    roster.kept.clear()
 
 
 @contextmanager

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from inlay.core.prompt import KeyValues
 from inlay.core.route import Route
+
+if TYPE_CHECKING:
+    from inlay.core.grouped import Stacks
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Call:
         prompt: tokens that generation started from, while it is under way.
         span: first token of each row's prompt in this forward, and the one behind its last, (rows, 2); only
             where some delta reads it.
+        stacks: what mixed rows are computed with at once, where no gradients flow.
         capture: where attention modules leave their own keys and values while a prompt is prefilled.
     """
 
@@ -42,6 +47,7 @@ class Call:
     order: Tensor | None = None
     prompt: int | None = None
     span: Tensor | None = None
+    stacks: Stacks | None = None
     capture: KeyValues | None = None
 
     @property

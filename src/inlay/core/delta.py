@@ -10,9 +10,11 @@ because some methods (DoRA) need the frozen weight itself.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from inlay.core.layer import Kind
@@ -21,6 +23,7 @@ from inlay.core.select import Places, select
 from inlay.core.site import Site
 
 if TYPE_CHECKING:
+    from inlay.core.grouped import Grouped
     from inlay.core.pieces import Piece
     from inlay.core.view import ModelView
 
@@ -60,6 +63,19 @@ class Delta(nn.Module):
     def post_into(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """`post`, where nobody else holds y: a fast path may write it. `post` stays as its oracle."""
         return self.post(x, y, site)
+
+    @classmethod
+    def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:
+        """Deltas of this very class, of several adapters, as one object that computes them all, one a segment.
+
+        Args:
+            deltas: one a segment, in evaluation mode; one may stand for several segments.
+            dtype: of the activations.
+
+        Returns:
+            None where these cannot be stacked; their rows are then computed one adapter after another.
+        """
+        return None
 
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The layer's new weight and bias, in canonical layout (`core/layer.py`) and the weight's dtype.

@@ -22,6 +22,7 @@ from inlay.core.route import Route
 from inlay.core.subset import Difference
 
 if TYPE_CHECKING:
+    from inlay.core.grouped import Group
     from inlay.core.roster import Roster
 
 Forward = Callable[..., Any]
@@ -129,13 +130,21 @@ class Host:
         if not names and not copied:
             return forward(*args, **kwargs)
         x = _first(args, kwargs)
-        rows = {n: self._rows(route, n, x) for n in dict.fromkeys(route.names)}
+        groups, grouped = self._groups(route, x, copied)
+        left = [n for n in names if n not in grouped]
+        rows = {n: self._rows(route, n, x) for n in dict.fromkeys(route.names) if copied or n in left}
         entering = x
         seen: dict[str, list[Tensor]] = {}
-        for name in names:
+        for name in left:
             own, seen[name] = enter(self.deltas[name], x[rows[name]])
             if changes_input(self.deltas[name]):
                 entering = _put_rows(entering, rows[name], own)
+        together = []
+        for group in groups:
+            ours, inside = group.enter(x)
+            together.append(inside)
+            if group.changes_input:
+                entering = group.segments.put(entering.clone() if entering is x else entering, ours)
         if copied:
             y = self._split(route, forward, args, kwargs, entering, rows)
         else:
@@ -146,15 +155,29 @@ class Host:
         captured = self.captured.pop(thread(), {})
 
         def post(t: Tensor) -> Tensor:
-            out = t.clone()
-            for name in names:
+            out = t if self.owns and grouped and t.is_contiguous() else t.clone(memory_format=torch.contiguous_format)
+            for name in left:
                 at = rows[name] if t.shape[0] == x.shape[0] else self._rows(route, name, t)
                 fed = {p: t[self._rows(route, name, t)] for p, t in captured.items()}
                 with self._alone(name, rows[name]):
                     out[at] = leave(self.deltas[name], seen[name], fed, t[at], owned=True)
+            for group, inside in zip(groups, together, strict=True):
+                for value in (t, *captured.values()):
+                    self._repeats(route, value)
+                out = group.leave(inside, captured, out)
             return out
 
         return _on_tensor(y, post)
+
+    def _groups(self, route: Route, x: Any, copied: bool) -> tuple[tuple[Group, ...], frozenset[str]]:
+        """The adapters here whose rows are computed at once, and their names."""
+        call = self.roster.call.get()
+        if call is None or call.stacks is None or copied or torch.is_autocast_enabled(x.device.type):
+            return (), frozenset()
+        if not x.is_floating_point() or torch.is_grad_enabled():
+            return (), frozenset()
+        self._repeats(route, x)
+        return call.stacks.groups(self, x.dtype, x.device)
 
     def _alone(self, name: str, rows: Tensor) -> AbstractContextManager[object]:
         """While an adapter's rows are at work by themselves, the call knows the spans of those only."""
@@ -165,13 +188,25 @@ class Host:
 
     def _rows(self, route: Route, name: str | None, like: Tensor) -> Tensor:
         """The indices of an adapter's rows in a tensor that enters or leaves this module."""
+        return route.index(name, like, tokens=self._tokens(), pooled=self.pooled)
+
+    def _repeats(self, route: Route, like: Tensor) -> int:
+        """How many leading entries of a tensor that enters or leaves this module belong to each row."""
+        return route.repeats(like, tokens=self._tokens(), pooled=self.pooled)
+
+    def _tokens(self) -> int | None:
+        """Tokens a row of this call.
+
+        Raises:
+            RouteError: what enters this module is no batch of rows.
+        """
         if not self.by_row:
             raise RouteError(
                 f"{self.path} does not see the batch row by row, so it cannot serve several adapters in one batch; "
                 "run them one after another, or choose other places"
             )
         call = self.roster.call.get()
-        return route.index(name, like, tokens=None if call is None else call.tokens, pooled=self.pooled)
+        return None if call is None else call.tokens
 
     def _split(
         self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor,

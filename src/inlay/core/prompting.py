@@ -142,7 +142,8 @@ def root(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
             return inner(*args, **kwargs)
         call = prepare(roster, route) if prompted else Call(route)
     given = {**dict(zip(_names(host), args, strict=False)), **kwargs}
-    call = replace(call, rows=rows, tokens=tokens, padding=_padding(call, given))
+    stacks = None if route.single or not _stackable() else roster.kept.of(route)
+    call = replace(call, rows=rows, tokens=tokens, padding=_padding(call, given), stacks=stacks)
     if rows is not None and tokens is not None and not _encoder_decoder(roster) and _reads_span(roster, route):
         call = replace(call, span=span_of(given, rows, tokens, call.prompt))
     if not (call.block and _encoder_decoder(roster)):
@@ -263,6 +264,8 @@ def rotary(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
 
 # What stands around the model's own forward inside `root`: fast paths put themselves here (`inlay.kernels`).
 AROUND: list[Callable[..., Any]] = []
+# Feature of `WRAPPERS` → which modules of an attached model get it, for fast paths of the base's own modules.
+RECOGNISED: dict[str, Callable[[nn.Module], bool]] = {}
 # Innermost first: a module may be root and stack at once.
 WRAPPERS: dict[str, Callable[..., Any]] = {
     "rotary": rotary, "weighing": weighing, "pooler": pooler, "stack": stack, "source": source, "root": root,
@@ -324,6 +327,11 @@ def _copies(model: Any, kwargs: dict[str, Any]) -> int:
 
 def _reads_span(roster: Roster, route: Route) -> bool:
     return any(roster.reads_span(n) for n in route.used)
+
+
+def _stackable() -> bool:
+    """Whether mixed rows may be computed at once: not where a gradient flows or a graph is traced."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 # -- small parts ------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from torch import nn
 from inlay.core.adapter import Adapter
 from inlay.core.call import Call
 from inlay.core.errors import AdapterNameError, RouteError, UnsupportedError, nearest
+from inlay.core.grouped import Kept
 from inlay.core.host import Host
-from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
 from inlay.core.route import Route
 from inlay.core.scope import Scoped
 
@@ -34,6 +34,7 @@ class Roster:
         active: the adapter used where no `use` block says otherwise; None is the base.
         requires_grad: the base's flags before the first attach, by parameter name.
         merged: the merge in effect, if any.
+        kept: what mixed batches are computed with.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Roster:
     merged: Merged | None = None
     selected: Scoped[Route] = field(default_factory=Scoped)
     call: Scoped[Call] = field(default_factory=Scoped)
+    kept: Kept = field(default_factory=Kept)
     encoder: bool = False  # whether virtual tokens join an encoder's sequence instead of a decoder's cache
 
     def current(self) -> Route:
@@ -88,7 +90,7 @@ class Roster:
             self.require(name)
         self.check_merged(route)
         if not route.single:
-            whole = [n for n in route.used if any(isinstance(p, SubsetPiece) for p in self.adapters[n].pieces)]
+            whole = [n for n in route.used if self.adapters[n].changes_base]
             if whole:
                 raise RouteError(
                     f"{', '.join(map(repr, whole))} changes the base's own weights ("
@@ -105,13 +107,11 @@ class Roster:
             )
 
     def has_prompt(self, name: str | None) -> bool:
-        return name is not None and any(isinstance(p, PromptPiece) for p in self.require(name).pieces)
+        return name is not None and bool(self.require(name).prompts)
 
     def reads_span(self, name: str | None) -> bool:
         """Whether some delta of an adapter acts at positions of the prompt (`core/span.py`)."""
-        return name is not None and any(
-            isinstance(p, DeltaPiece) and p.delta.reads_span for p in self.require(name).pieces
-        )
+        return name is not None and self.require(name).reads_span
 
 
 def held_by_others(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:

@@ -13,7 +13,7 @@ Any other count raises: a wrong guess would serve one user's adapter to another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -30,11 +30,15 @@ class Route:
         names: a single entry that holds for all rows, or one entry a row; None is the base.
         per_row: whether `names` is one a row.
         expand: copies of each row that generation makes (beams, samples), 1 elsewhere.
+        single: whether all rows share one adapter (or the base).
+        used: the adapters that some row uses, in order of first appearance.
     """
 
     names: tuple[str | None, ...]
     per_row: bool = False
     expand: int = 1
+    single: bool = field(init=False, compare=False)
+    used: tuple[str, ...] = field(init=False, compare=False)
 
     @staticmethod
     def of(choice: str | None | Sequence[str | None]) -> Route:
@@ -44,15 +48,10 @@ class Route:
             raise RouteError("use(model, []) names no row: give one adapter name (or None) for each row of the batch")
         return Route(tuple(choice), per_row=True)
 
-    @property
-    def single(self) -> bool:
-        """Whether all rows share one adapter (or the base)."""
-        return len(set(self.names)) == 1
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """The adapters that some row uses, in order of first appearance."""
-        return tuple(dict.fromkeys(n for n in self.names if n is not None))
+    def __post_init__(self) -> None:
+        # Asked at every layer of every forward, so found once.
+        object.__setattr__(self, "single", len(set(self.names)) == 1)
+        object.__setattr__(self, "used", tuple(dict.fromkeys(n for n in self.names if n is not None)))
 
     def check_rows(self, rows: int) -> None:
         """Raise unless a batch of `rows` is one that this route was made for."""
@@ -69,7 +68,14 @@ class Route:
         return tuple(n for n in self.names for _ in range(rows // len(self.names)))
 
     def index(self, name: str | None, like: Tensor, *, tokens: int | None = None, pooled: bool = True) -> Tensor:
-        """The indices along `like`'s leading dimension that belong to `name`.
+        """The indices along `like`'s leading dimension that belong to `name`; the rest as `repeats`."""
+        repeat = self.repeats(like, tokens=tokens, pooled=pooled)
+        owned = tuple(r for r, n in enumerate(self.names) if n == name)
+        make = _row_index.__wrapped__ if torch.compiler.is_compiling() else _row_index
+        return make(owned, repeat, like.device)
+
+    def repeats(self, like: Tensor, *, tokens: int | None = None, pooled: bool = True) -> int:
+        """How many entries along `like`'s leading dimension each name stands for.
 
         Args:
             tokens: of each row of this call, where the model was told; rows that a model flattened are
@@ -88,9 +94,7 @@ class Route:
                 "there, so a mixed batch cannot be routed exactly; run the adapters one after another, or choose "
                 "other places"
             )
-        owned = tuple(r for r, n in enumerate(self.names) if n == name)
-        make = _row_index.__wrapped__ if torch.compiler.is_compiling() else _row_index
-        return make(owned, count // rows, like.device)
+        return count // rows
 
 
 @lru_cache(maxsize=256)

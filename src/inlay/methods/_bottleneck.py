@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.delta import Delta, cast
+from inlay.core.grouped import Grouped
 from inlay.core.method import Method
 from inlay.core.site import Site
+from inlay.kernels.grouped import Bottlenecks
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -64,3 +67,13 @@ class BottleneckDelta(Delta):
         inner = self.function(F.linear(entering, cast(self.down, entering), cast(self.down_bias, entering)))
         outer = F.linear(inner, cast(self.up, inner), cast(self.up_bias, inner))
         return y.add(outer, alpha=self.scale)
+
+    @classmethod
+    def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:
+        first = deltas[0]
+        if any((d.function, d.beside) != (first.function, first.beside) for d in deltas):
+            return None
+        return Bottlenecks(
+            [d.down for d in deltas], [d.down_bias for d in deltas], [d.up for d in deltas],
+            [d.up_bias for d in deltas], [d.scale for d in deltas], first.function, dtype, beside=first.beside,
+        )  # fmt: skip

@@ -6,14 +6,18 @@ x ── dropout ── A ── B ── · scale ── + y          A (rank, 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.delta import Delta, cast
 from inlay.core.errors import UnsupportedError
+from inlay.core.grouped import Grouped
 from inlay.core.site import Site
+from inlay.kernels.grouped import LowRanks
 from inlay.kernels.low_rank import add_low_rank, applies
 
 
@@ -61,6 +65,10 @@ class LowRank(Delta):
         if not applies(x, y, dropout):
             return self.post(x, y, site)
         return add_low_rank(y, x, self.a, self.b, self.scale, dropout, owned=True)
+
+    @classmethod
+    def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:
+        return LowRanks([d.a for d in deltas], [d.b for d in deltas], [d.scale for d in deltas], dtype)
 
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (self.b @ self.a), bias

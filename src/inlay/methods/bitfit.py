@@ -10,16 +10,20 @@ A model without biases (Llama) has nothing to train, and is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from inlay.core.delta import Delta, DeltaMethod, cast
 from inlay.core.errors import SelectionError, problems
+from inlay.core.grouped import Grouped
 from inlay.core.layer import Kind
 from inlay.core.method import Recipe
 from inlay.core.site import Site
+from inlay.kernels.grouped import Offsets
 
 CHANNELS_FIRST = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -61,6 +65,10 @@ class BiasDelta(Delta):
         if self.channels_first:
             offset = offset.reshape(-1, *(1,) * (y.dim() - 2))  # (out, 1, ...) beside (batch, out, ...)
         return y + offset
+
+    @classmethod
+    def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:
+        return None if deltas[0].channels_first else Offsets([d.offset for d in deltas], dtype)
 
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert bias is not None

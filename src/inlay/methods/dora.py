@@ -15,18 +15,20 @@ Dropout acts on what enters base and update alike, as in the authors' code: m mu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inlay.core.delta import Delta, DeltaMethod, cast
+from inlay.core.grouped import Grouped
 from inlay.core.method import Recipe
 from inlay.core.pattern import Pattern
 from inlay.core.site import Site
+from inlay.kernels.grouped import LowRanks, Turned
 from inlay.methods._patterns import check_used, rank_and_alpha, settle
 
 if TYPE_CHECKING:
@@ -120,6 +122,13 @@ class DoRADelta(Delta):
         plain = y if bias is None else y - bias
         turned = plain.add(update, alpha=self.scale) * cast(self.magnitude / norm, y)
         return turned if bias is None else turned + bias
+
+    @classmethod
+    def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:
+        weight, bias = site.read_weight()
+        gains = [(d.magnitude / d.norm(weight)).detach() for d in deltas]
+        update = LowRanks([d.a for d in deltas], [d.b for d in deltas], [d.scale for d in deltas], dtype)
+        return Turned(update, gains, bias, dtype)
 
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         turned = weight + self.scale * (self.b @ self.a)

@@ -11,14 +11,18 @@ All vectors start at one. Query projections, attention outputs and other layers 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from inlay.core.delta import Delta, DeltaMethod, cast
+from inlay.core.grouped import Grouped
 from inlay.core.method import Recipe
 from inlay.core.site import Site
+from inlay.kernels.grouped import EnteringScales, LeavingScales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,10 @@ class InputDelta(Delta):
     def pre(self, x: Tensor) -> Tensor:
         return x * cast(self.scale, x)
 
+    @classmethod
+    def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:
+        return EnteringScales([d.scale for d in deltas], dtype)
+
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight * self.scale, bias
 
@@ -78,6 +86,10 @@ class OutputDelta(Delta):
 
     def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         return y * cast(self.scale, y)
+
+    @classmethod
+    def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:
+        return LeavingScales([d.scale for d in deltas], dtype)
 
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight * self.scale[:, None], None if bias is None else bias * self.scale

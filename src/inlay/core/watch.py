@@ -1,0 +1,65 @@
+"""Whether modules are as they were: what was computed from them may be used again only then.
+
+Every tensor is compared with what it was: the same object, storage and version (`Tensor._version`, by which
+autograd notices as well that something it saved has been written).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+VERSION = operator.attrgetter("_version")
+TRAINING = operator.attrgetter("training")
+POINTER = Tensor.data_ptr
+
+
+class Watch:
+    """The parameters, buffers and modes of modules at the time they were added."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.owners: list[dict[str, Any]] = []
+        self.held: list[Tensor] = []
+        self.versions: list[int] = []
+        self.pointers: list[int] = []
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Watch these very modules, without what is below them."""
+        fresh = list(modules)
+        owners = [o for m in fresh for o in (m._parameters, m._buffers) if o]
+        held = _held(owners)
+        self.modules += fresh
+        self.owners += owners
+        self.held += held
+        self.versions += map(VERSION, held)
+        self.pointers += map(POINTER, held)  # `p.data = other` changes the storage only
+
+    def unchanged(self) -> bool:
+        """Whether everything is as it was, and in evaluation mode."""
+        held = _held(self.owners)
+        return (
+            len(held) == len(self.held)
+            and all(map(operator.is_, held, self.held))
+            and list(map(VERSION, held)) == self.versions
+            and list(map(POINTER, held)) == self.pointers
+            and not any(map(TRAINING, self.modules))
+        )
+
+
+def watchable(module: nn.Module) -> bool:
+    """Whether a module's own tensors are plain ones, in evaluation mode: a shard or a stand-in tells nothing."""
+    tensors = _held([module._parameters, module._buffers])
+    return not module.training and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+
+
+def _held(owners: Iterable[dict[str, Any]]) -> list[Tensor]:
+    return list(filter(_given, chain.from_iterable(map(dict.values, owners))))
+
+
+def _given(tensor: Tensor | None) -> bool:
+    return tensor is not None
