@@ -67,7 +67,7 @@ def made_again_linear(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         x: (..., in).
         make: gives (out, in) in x's dtype, the same each time.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
         return F.linear(x, make())
     made: Tensor = _MadeAgain.apply(x, make)  # type: ignore[no-untyped-call]
     return made
