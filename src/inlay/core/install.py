@@ -77,6 +77,8 @@ def _enlist(roster: Roster) -> None:
             grant(roster, path, "checkpoint")
         if module is head:
             grant(roster, path, "head")
+        for feature in [name for name, fits in prompting.RECOGNISED.items() if fits(module)]:
+            grant(roster, path, feature)
 
 
 def _dismiss(roster: Roster) -> None:

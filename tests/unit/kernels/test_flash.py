@@ -1,0 +1,79 @@
+"""Attention's own backward pass against torch's, and where it is not taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inlay.kernels import flash
+from inlay.kernels.flash import FasterBackward
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def attended(tokens: int, keys: int, mask: Tensor | None, causal: bool) -> list[Tensor]:
+    """Output and gradients of queries, keys and values that are views, as models make them."""
+    sizes = (tokens, keys, keys)
+    leaves = [drawn(2, n, 3, 16, seed=i).requires_grad_() for i, n in enumerate(sizes)]
+    q, k, v = (t.transpose(1, 2) for t in leaves)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=0.3)
+    grads: Any = torch.autograd.grad(out, leaves, drawn(2, 3, tokens, 16, seed=9))
+    return [out, *grads]
+
+
+def padded(tokens: int) -> Tensor:
+    mask = torch.ones(2, 1, tokens, tokens, dtype=torch.bool).tril()
+    mask[1, :, 5:, :5] = False
+    return mask
+
+
+@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize(
+    ("tokens", "keys", "mask", "causal"),
+    [
+        (11, 11, None, True),
+        (11, 11, None, False),
+        (7, 11, None, False),
+        (11, 11, padded(11), False),
+        (11, 11, torch.zeros(1, 1, 11, 11).bfloat16().masked_fill_(~padded(11)[:1], -1e4), False),
+        (11, 11, drawn(2, 3, 11, 11, seed=5), False),
+    ],
+)
+def test_the_same_gradients(
+    tokens: int, keys: int, mask: Tensor | None, causal: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash, "BLOCK", block)
+    theirs = attended(tokens, keys, mask, causal)
+    with FasterBackward():
+        ours = attended(tokens, keys, mask, causal)
+    assert torch.equal(ours[0], theirs[0])  # the very kernel
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        assert one.dtype == other.dtype
+        assert float((one - other).float().norm()) <= 0.015 * float(other.float().norm())
+
+
+def test_a_row_that_sees_nothing_gets_no_gradient_that_is_not_a_number() -> None:
+    mask = padded(6)
+    mask[0, :, 2] = False
+    with FasterBackward():
+        ours = attended(6, 6, mask, False)
+    theirs = attended(6, 6, mask, False)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
+@pytest.mark.parametrize(
+    "given", [{"dropout_p": 0.1}, {"is_causal": True, "dropout_p": 0.5}, {"attn_mask": torch.zeros(5, 5)}]
+)
+def test_what_is_left_to_torch(given: dict[str, Any]) -> None:
+    q = drawn(1, 2, 5, 16, seed=0).requires_grad_()
+    assert not flash.applies(q, q, q, **given)
+    assert flash.applies(q, q, q)
+    assert not flash.applies(q.float(), q.float(), q.float())
+    assert not flash.applies(q.detach(), q.detach(), q.detach())
