@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import inlay
-from inlay import IA3, BitFit, DoRA, Houlsby, LoRA, NormTuning, ParallelAdapter, Pfeiffer, PrefixTuning, PromptTuning
+from inlay import (
+    IA3,
+    MAM,
+    BitFit,
+    DoRA,
+    Houlsby,
+    LLaMAAdapter,
+    LoRA,
+    NormTuning,
+    ParallelAdapter,
+    Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
+)
 from inlay.core import prompting
 from inlay.core.grouped import Segments, groups_itself
 from inlay.core.roster import roster_of
@@ -33,6 +46,8 @@ METHODS = st.one_of(
     st.just(NormTuning()),
     st.builds(PrefixTuning, length=ranks, projection=st.sampled_from([None, 3])),
     st.builds(PromptTuning, length=ranks, init=st.just("random")),
+    st.builds(LLaMAAdapter, length=ranks),
+    st.just(MAM(length=2, bottleneck=2, projection=None)),
 )
 # Of the outputs' standard deviation.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +31,9 @@ class Adapter:
         copies: full parameter name → the adapter's own values (`modules_to_save`).
         modules_to_save: the module paths those belong to.
         clock: what happens around an optimizer's steps, where the method has something to do there.
+        prompts: those of the pieces that are prompts.
+        changes_base: whether it changes the base's own weights, which all rows of a batch share.
+        reads_span: whether some delta acts at positions of the prompt (`core/span.py`).
     """
 
     name: str
@@ -41,20 +43,15 @@ class Adapter:
     copies: dict[str, nn.Parameter] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     clock: Clock | None = None
+    prompts: tuple[PromptPiece, ...] = field(init=False)
+    changes_base: bool = field(init=False)
+    reads_span: bool = field(init=False)
 
-    @cached_property
-    def prompts(self) -> tuple[PromptPiece, ...]:
-        return tuple(p for p in self.pieces if isinstance(p, PromptPiece))
-
-    @cached_property
-    def changes_base(self) -> bool:
-        """Whether it changes the base's own weights, which all rows of a batch share."""
-        return any(isinstance(p, SubsetPiece) for p in self.pieces)
-
-    @cached_property
-    def reads_span(self) -> bool:
-        """Whether some delta acts at positions of the prompt (`core/span.py`)."""
-        return any(isinstance(p, DeltaPiece) and p.delta.reads_span for p in self.pieces)
+    def __post_init__(self) -> None:
+        # Asked in every forward, so found once; a cached property is nothing that Dynamo can trace.
+        self.prompts = tuple(p for p in self.pieces if isinstance(p, PromptPiece))
+        self.changes_base = any(isinstance(p, SubsetPiece) for p in self.pieces)
+        self.reads_span = any(isinstance(p, DeltaPiece) and p.delta.reads_span for p in self.pieces)
 
     @property
     def where(self) -> Where:

@@ -15,8 +15,10 @@ for masks alike: without the second, the mask would arrive as None and padded ro
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +27,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from inlay.core.call import Call
 from inlay.core.errors import UnsupportedError
+from inlay.core.grouped import Segments
 from inlay.core.host import Host, thread
+from inlay.core.prompt import KeyValues
 
 PREFIX = "inlay_"
 Attended: TypeAlias = tuple[Tensor, Tensor | None]
@@ -71,8 +75,12 @@ def attend(
         return _base(original, module)(module, query, key, value, mask, **kwargs)
     if call.capture is not None:
         call.capture[host.path] = (key[0], value[0])
-    prefixes = _prefixes(host, call, query)
-    if not prefixes:
+    together = _together(host, call, query, value, kwargs)
+    prefixes = _prefixes(host, call, query) if together is None else []
+    if together is not None:
+        _refuse(host, call, key, kwargs)
+        out, weights = fused(module, query, key, value, mask, together, **kwargs), None
+    elif not prefixes:
         out, weights = _base(original, module)(module, query, key, value, mask, **kwargs)
     else:
         _refuse(host, call, key, kwargs)
@@ -89,6 +97,11 @@ def _with_gated(
 ) -> Tensor:  # fmt: skip
     """The text's attention plus each gated prompt's own, times its gate a head: (rows, tokens, heads, size)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    together = None if dropout and module.training else _stacked(host, call, query, call.gated, 3)
+    if together is not None:
+        own, _lse = together.attention(query, scale, softcap)
+        added = (own * together.gates_by_row()[:, :, None, None]).transpose(1, 2)
+        return out.index_add(0, together.segments.rows, added)
     for name in call.route.used:
         held = call.gated.get(name, {}).get(host.path)
         if held is None:
@@ -106,6 +119,94 @@ def _with_gated(
 
 Prefix: TypeAlias = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 """Row indices (None for all), keys and values (key heads, length, head size), weights (rows, tokens, length)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """The prompts of many rows' adapters at one attention module, as one; without gradients.
+
+    Attributes:
+        sources: what they were made of: while these are the same objects, so is this.
+        keys, values: (segments, heads, longest length, head size).
+        ends: 0 where there is a pair and -∞ where a shorter prompt has none, (segments, 1, 1, longest length).
+        gates: (segments, heads), where gated.
+    """
+
+    sources: tuple[Tensor, ...]
+    segments: Segments
+    keys: Tensor
+    values: Tensor
+    ends: Tensor
+    gates: Tensor | None
+
+    @staticmethod
+    def of(names: Sequence[str | None], held: Mapping[str, tuple[Tensor, ...]], query: Tensor) -> Together:
+        """The prompts `held` by adapters, for rows with these names."""
+        segments = Segments.of(names, held, query.device)
+        repeat = query.shape[1] // next(iter(held.values()))[0].shape[0]
+        keys, values = (
+            [held[n][i].detach().to(query.dtype).repeat_interleave(repeat, 0) for n in segments.owners] for i in (0, 1)
+        )
+        lengths = torch.tensor([k.shape[1] for k in keys], device=query.device)
+        longest = max(k.shape[1] for k in keys)
+        ends = torch.zeros((len(keys), 1, 1, longest), device=query.device)
+        ends = ends.masked_fill(
+            torch.arange(longest, device=query.device) >= lengths[:, None, None, None], float("-inf")
+        )
+        pads = [(0, 0, 0, longest - k.shape[1]) for k in keys]
+        keys, values = (
+            [nn.functional.pad(t, p) for t, p in zip(tensors, pads, strict=True)] for tensors in (keys, values)
+        )
+        gated = all(len(pair) == 3 for pair in held.values())
+        gates = torch.stack([held[n][2].detach().to(query.dtype) for n in segments.owners]) if gated else None
+        sources = tuple(t for pair in held.values() for t in pair)
+        return Together(sources, segments, torch.stack(keys), torch.stack(values), ends, gates)
+
+    def attention(self, query: Tensor, scale: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
+        """Of the covered rows over their prompts, (rows, heads, tokens, size), and its log-sum-exp, without size."""
+        segments, tokens = self.segments, query.shape[2]
+        count, width = len(segments.owners), segments.width
+        slots = query if segments.slots is None else query.index_select(0, segments.slots)
+        own = (
+            slots.unflatten(0, (count, width)).transpose(1, 2).flatten(2, 3)
+        )  # (segments, heads, width * tokens, size)
+        scores = _capped(_scores(own, self.keys, scale), cap) + self.ends
+        lse = scores.logsumexp(-1)
+        out = (scores - lse[..., None]).exp().to(query.dtype) @ self.values
+
+        def by_row(t: Tensor) -> Tensor:
+            rows: Tensor = t.unflatten(2, (width, tokens)).transpose(1, 2).flatten(0, 1)
+            return rows if segments.back is None else rows.index_select(0, segments.back)
+
+        return by_row(out), by_row(lse)
+
+    def gates_by_row(self) -> Tensor:
+        """(rows, heads)."""
+        assert self.gates is not None
+        each = self.gates.repeat_interleave(self.segments.width, 0)
+        return each if self.segments.back is None else each.index_select(0, self.segments.back)
+
+
+def _together(host: Host, call: Call, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Together | None:
+    """The prefixes of a mixed batch here, where one small attention serves them all."""
+    if call.stacks is None or not fusible(query, value, [], kwargs):
+        return None
+    return _stacked(host, call, query, call.prefixes, 2)
+
+
+def _stacked(host: Host, call: Call, query: Tensor, prompts: Mapping[str, KeyValues], parts: int) -> Together | None:
+    """Prompts of a mixed batch at a module, with `parts` tensors each; None where there are none, or some have more."""
+    if call.stacks is None or torch.is_grad_enabled():
+        return None
+    held = {n: own[host.path] for n in call.route.used if (own := prompts.get(n)) is not None and host.path in own}
+    if not held or any(len(pair) != parts for pair in held.values()):
+        return None
+    key = (host.path, parts, query.shape[:2], query.dtype)
+    found: Together | None = call.stacks.beside.get(key)
+    sources = [t for pair in held.values() for t in pair]
+    if found is None or len(found.sources) != len(sources) or not all(map(operator.is_, found.sources, sources)):
+        found = call.stacks.beside[key] = Together.of(call.route.names_for(query.shape[0]), held, query)
+    return found
 
 
 def _prefixes(host: Host, call: Call, query: Tensor) -> list[Prefix]:
@@ -217,7 +318,7 @@ def _is_causal(module: nn.Module, tokens: int, kwargs: dict[str, Any]) -> bool:
 
 
 def fusible(query: Tensor, value: Tensor, prefixes: list[Prefix], kwargs: dict[str, Any]) -> bool:
-    """Whether `fused` computes this: on the CPU (or without values), without dropout, soft-capping or trained biases."""
+    """Whether `fused` computes this: on the CPU (or without values), no dropout, soft-capping or trained biases."""
     bias = kwargs.get("position_bias")
     return (
         query.device.type in ("cpu", "meta")
@@ -233,21 +334,37 @@ def fusible(query: Tensor, value: Tensor, prefixes: list[Prefix], kwargs: dict[s
 
 
 def fused(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prefixes: list[Prefix],
-    *, scaling: float | None = None, **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    prefixes: list[Prefix] | Together, *, scaling: float | None = None, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """The flash kernel on the text, a small attention on each prefix, merged by log-sum-exp."""
+    """The flash kernel on the text, a small attention on each prefix or one on all, merged by log-sum-exp."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = mask is None and _is_causal(module, query.shape[2], kwargs) and kwargs.get("position_bias") is None
     added = None
     if not causal and (mask is not None or kwargs.get("position_bias") is not None):
         added = _additive(module, query, key, mask, kwargs).to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
     repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    if repeat > 1:
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    if isinstance(prefixes, Together):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=added, scale=scale
+        )
+        return _merged(out, lse, prefixes.segments.rows, *prefixes.attention(query, scale))[0].transpose(1, 2)
     rows = [r for r, *_ in prefixes]
     pairs = [t.repeat_interleave(repeat, 0) for _, k, v, _ in prefixes for t in (k, v)]
-    out: Tensor = MergedAttention.apply(query, key, value, added, causal, scale, rows, *pairs)  # type: ignore[no-untyped-call]
-    return out.transpose(1, 2)
+    out = MergedAttention.apply(query, key, value, added, causal, scale, rows, *pairs)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _merged(out: Tensor, lse: Tensor, at: Any, prefix: Tensor, lse_prefix: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over text and prefix, and its log-sum-exp; the first two are written."""
+    merged = torch.logaddexp(lse[at], lse_prefix)
+    text_share = (lse[at] - merged).exp()[..., None]
+    prefix_share = (lse_prefix - merged).exp()[..., None]
+    out[at] = (out[at] * text_share + prefix * prefix_share).to(out.dtype)
+    lse[at] = merged
+    return out, lse
 
 
 class MergedAttention(torch.autograd.Function):
@@ -265,11 +382,7 @@ class MergedAttention(torch.autograd.Function):
             scores = _scores(query[at], pairs[2 * i], scale)
             lse_prefix = scores.logsumexp(-1)  # (rows, heads, tokens)
             prefix = (scores - lse_prefix[..., None]).exp().to(query.dtype) @ pairs[2 * i + 1]
-            merged = torch.logaddexp(lse[at], lse_prefix)
-            text_share = (lse[at] - merged).exp()[..., None]
-            prefix_share = (lse_prefix - merged).exp()[..., None]
-            out[at] = (out[at] * text_share + prefix * prefix_share).to(out.dtype)
-            lse[at] = merged
+            _merged(out, lse, at, prefix, lse_prefix)
         ctx.save_for_backward(query, key, value, mask, out, lse, *pairs)
         ctx.causal, ctx.scale, ctx.rows = causal, scale, rows
         return out  # type: ignore[no-any-return]

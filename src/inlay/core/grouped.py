@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inlay.core.chain import Chain, Fork, Placed, changes_input, enter, leave, leaves
 from inlay.core.delta import Delta
@@ -26,9 +26,11 @@ from inlay.core.site import Site
 from inlay.core.watch import Watch, watchable
 
 if TYPE_CHECKING:
+    from inlay.core.call import Call
     from inlay.core.host import Host
     from inlay.core.route import Route
 
+KEPT_PROMPTS = 128
 KEPT_ROUTES = 4  # a server alternates between few: the batch it decodes, the ones it prefills
 
 
@@ -145,6 +147,7 @@ class Stacks:
     names: tuple[str | None, ...]
     at: dict[tuple[str, torch.dtype], tuple[tuple[Group, ...], frozenset[str]]] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
+    beside: dict[Any, Any] = field(default_factory=dict)  # what else belongs to the route (`core/attention.py`)
 
     def groups(self, host: Host, dtype: torch.dtype, device: torch.device) -> tuple[tuple[Group, ...], frozenset[str]]:
         """The groups at a host, and the adapters that are in one."""
@@ -179,10 +182,12 @@ class Stacks:
 
 
 class Kept:
-    """The stacks of the last few routes of a model."""
+    """What forwards without gradients leave for the next ones: the last few routes' stacks, computed prompts."""
 
     def __init__(self) -> None:
         self.routes: dict[tuple[str | None, ...], Stacks] = {}
+        self.prompted: dict[str, tuple[Watch, Call]] = {}
+        self.base = Watch()
 
     def of(self, route: Route) -> Stacks:
         """The stacks of a route, as they are or, where some parameter has changed, empty."""
@@ -194,8 +199,33 @@ class Kept:
             self.routes.pop(old, None)
         return found
 
+    def prompts(self, name: str) -> Call | None:
+        """An adapter's prompts from an earlier forward, if neither it nor the base has changed since."""
+        held = self.prompted.pop(name, None)
+        if held is None or not held[0].unchanged():
+            return None
+        if not self.base.unchanged():  # prompts may be prefilled through it, or projected by it
+            self.prompted, self.base = {}, Watch()
+            return None
+        self.prompted[name] = held
+        return held[1]
+
+    def keep(self, name: str, prompts: Call, modules: Iterable[nn.Module], base: Iterable[nn.Module]) -> None:
+        """Keep prompts that were computed from these modules, where it can be told whether they change."""
+        own, below = [m for module in modules for m in module.modules()], list(base)
+        if not all(map(watchable, (*own, *below))):
+            return
+        if not self.base.modules:
+            self.base.add(below)
+        watch = Watch()
+        watch.add(own)
+        self.prompted[name] = watch, prompts
+        for old in list(self.prompted)[:-KEPT_PROMPTS]:
+            self.prompted.pop(old, None)
+
     def clear(self) -> None:
-        self.routes = {}
+        """Forget everything."""
+        self.routes, self.prompted, self.base = {}, {}, Watch()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
         return Kept()

@@ -26,51 +26,67 @@ from torch import Tensor, nn
 from inlay.core.call import Call
 from inlay.core.errors import UnsupportedError
 from inlay.core.host import Host, thread
-from inlay.core.pieces import PromptPiece
 from inlay.core.prompt import KeyValues, TokenPrompt
 from inlay.core.roster import Roster
 from inlay.core.route import Route
 from inlay.core.span import span_of
+from inlay.core.view import ModelView
 
 Forward = Callable[..., Any]
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "inputs", "attention_mask", "input_values")
 
 
 def prepare(roster: Roster, route: Route) -> Call:
-    """Compute the prompts of every adapter on the route."""
+    """Compute the prompts of every adapter on the route, or take those of the last time where nothing has changed."""
     call = Call(route)
-    prefilled = set()
+    prefilled: frozenset[str] = frozenset()
     for name in route.used:
-        pairs: list[KeyValues] = []
-        gated: list[KeyValues] = []
-        tokens: list[Tensor] = []
-        for piece in roster.require(name).pieces:
-            if not isinstance(piece, PromptPiece):
-                continue
-            prompt = piece.prompt
-            if isinstance(prompt, TokenPrompt) and roster.encoder:
-                before = [call.sequences[name]] if name in call.sequences else []
-                call.sequences[name] = torch.cat([*before, prompt.embeddings()])
-                continue
-            if isinstance(prompt, TokenPrompt):
-                tokens.append(prompt.embeddings())
-                continue
-            (gated if prompt.gated else pairs).append(prompt.keys_values())
-            if not prompt.gated:
-                call.shifts[name] = call.shifts.get(name, 0) + prompt.length
-        if len(gated) > 1:
-            raise UnsupportedError(f"adapter {name!r} has several gated prompts; attach them as adapters of their own")
-        if gated:
-            call.gated[name] = gated[0]
-        if pairs:
-            call.prefixes[name] = _joined(pairs)
-        if tokens:  # they see the key/value pairs, as they do where they join an encoder's sequence
-            embeddings = torch.cat(tokens)
-            pairs.append(_prefill(roster, name, embeddings, call))
-            call.prefixes[name] = _joined(pairs)
-            call.shifts[name] = call.shifts.get(name, 0) + embeddings.shape[0]
-            prefilled.add(name)
-    return replace(call, prefilled=frozenset(prefilled))
+        if not roster.has_prompt(name):
+            continue
+        own = roster.kept.prompts(name) if _stackable() else None
+        if own is None:
+            own = _computed(roster, name)
+            if _stackable():
+                roster.kept.keep(name, own, roster.require(name).modules(), ModelView(roster.model).modules.values())
+        call.prefixes.update(own.prefixes)
+        call.gated.update(own.gated)
+        call.shifts.update(own.shifts)
+        call.sequences.update(own.sequences)
+        prefilled |= own.prefilled
+    return replace(call, prefilled=prefilled)
+
+
+def _computed(roster: Roster, name: str) -> Call:
+    """The prompts of one adapter, as a call of its own."""
+    call = Call(Route((name,)))
+    pairs: list[KeyValues] = []
+    gated: list[KeyValues] = []
+    tokens: list[Tensor] = []
+    for piece in roster.require(name).prompts:
+        prompt = piece.prompt
+        if isinstance(prompt, TokenPrompt) and roster.encoder:
+            before = [call.sequences[name]] if name in call.sequences else []
+            call.sequences[name] = torch.cat([*before, prompt.embeddings()])
+            continue
+        if isinstance(prompt, TokenPrompt):
+            tokens.append(prompt.embeddings())
+            continue
+        (gated if prompt.gated else pairs).append(prompt.keys_values())
+        if not prompt.gated:
+            call.shifts[name] = call.shifts.get(name, 0) + prompt.length
+    if len(gated) > 1:
+        raise UnsupportedError(f"adapter {name!r} has several gated prompts; attach them as adapters of their own")
+    if gated:
+        call.gated[name] = gated[0]
+    if pairs:
+        call.prefixes[name] = _joined(pairs)
+    if not tokens:
+        return call
+    embeddings = torch.cat(tokens)  # they see the key/value pairs, as they do where they join an encoder's sequence
+    pairs.append(_prefill(roster, name, embeddings, call))
+    call.prefixes[name] = _joined(pairs)
+    call.shifts[name] = call.shifts.get(name, 0) + embeddings.shape[0]
+    return replace(call, prefilled=frozenset({name}))
 
 
 def _joined(pairs: list[KeyValues]) -> KeyValues:

@@ -13,6 +13,7 @@ in half precision, because reading them is the other half of the cost. The twins
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return torch.stack([t.detach() for t in tensors]).to(dtype)
     made = tensors[0].new_zeros(len(tensors), *(max(sizes) for sizes in zip(*shapes, strict=True)), dtype=dtype)
     for number, tensor in enumerate(tensors):
-        made[(number, *(slice(size) for size in tensor.shape))] = tensor.detach()
+        at: Any = (number, *(slice(size) for size in tensor.shape))
+        made[at] = tensor.detach()
     return made
 
 
