@@ -48,7 +48,7 @@ def applies(
     plain = all(type(t) is Tensor and t.dtype == torch.bfloat16 and t.dim() == 4 for t in (query, key, value))
     return (
         plain
-        and query.device.type == "cpu"
+        and query.device.type in ("cpu", "meta")
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
         and query.shape[-1] == value.shape[-1]
         and query.numel() > 0
