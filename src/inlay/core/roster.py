@@ -16,6 +16,7 @@ from inlay.core.grouped import Kept
 from inlay.core.host import Host
 from inlay.core.route import Route
 from inlay.core.scope import Scoped
+from inlay.core.shared import shared_in
 
 
 @dataclass
@@ -116,6 +117,8 @@ class Roster:
 
 def held_by_others(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
     """The parameters of an adapter that attached ones hold already: tasks may share a part by identity."""
+    if not any(True for module in adapter.modules() for _ in shared_in(module)):
+        return []  # and the cost of attaching does not grow with the number of adapters
     roster = find_roster(model)
     others = () if roster is None else (a for a in roster.adapters.values() if a is not adapter)
     held = {id(p) for other in others for p in other.parameters()}
