@@ -83,6 +83,10 @@ class Method(ABC):
 
         return Measured(self)
 
+    def foreseen(self, view: ModelView, places: Places) -> Self:
+        """This method as `measure` would leave it, as far as sizes go: what a plan counts before there is data."""
+        return self
+
     def inherit(self, model: nn.Module) -> Measured:
         """Take over what the method is made of from adapters that `model` has already (AdapterFusion)."""
         from inlay.core.measure import Measured

@@ -66,6 +66,11 @@ class FishMask(SubsetMethod):
     def difference(self, name: str, value: Tensor) -> Difference:
         return SparseDifference(value, dict(frozen(self.chosen)).get(name, 0))
 
+    def foreseen(self, view: ModelView, places: Places) -> FishMask:
+        found = dict(view.model.named_parameters())
+        sizes = {name: found[name].numel() for name in candidates(view, places)}
+        return replace(self, chosen={name: max(1, round(self.share * size)) for name, size in sizes.items()})
+
     def measure(self, model: nn.Module, places: Places, data: Batches) -> Measured:
         view = ModelView(model)
         names = candidates(view, places)

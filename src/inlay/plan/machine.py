@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from inlay.core.errors import ConfigError, nearest
@@ -59,8 +59,11 @@ class Machine:
     overhead_bytes: float
     measured: bool
 
+    def to_dict(self) -> dict[str, object]:
+        return {**asdict(self), "flops": dict(self.flops)}
+
     def seconds(self, seen: Trace, setting: Setting, trained: int) -> float:
-        """Of a whole step: products, then everything else at the memory's speed, the optimizer's pass over its states."""
+        """Of a whole step: products, the rest at the memory's speed, and the optimizer's pass over its states."""
         one = seen.flops / self.flops[setting.precision] + seen.bytes_moved / self.bandwidth
         return one * setting.accumulate + trained * (16 + setting.optimizer_bytes * 2) / self.bandwidth
 
@@ -74,7 +77,9 @@ def machine_named(name: str) -> Machine:
     plain = {_plain(known): known for known in GPUS}
     wanted = _plain(name.lower().removeprefix("nvidia").removeprefix("geforce").strip())
     wanted = wanted.removeprefix("geforce")
-    found = plain.get(wanted) or next((known for key, known in plain.items() if wanted and key.startswith(wanted)), None)
+    found = plain.get(wanted) or next(
+        (known for key, known in plain.items() if wanted and key.startswith(wanted)), None
+    )
     if found is None:
         raise ConfigError(f"unknown GPU {name!r}{nearest(name, GPUS)}")
     memory, half, single, bandwidth = GPUS[found]

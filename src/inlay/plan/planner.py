@@ -7,20 +7,22 @@ of 4. Where an adapter does not grow evenly with the layers, the step is run on 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-import inlay.bases  # registers the layer types that can be read
+import inlay.bases  # registers the layer types that can be read  # noqa: F401
 from inlay.core.adapter import Adapter
 from inlay.core.build import build
 from inlay.core.install import install
 from inlay.core.method import Method
 from inlay.core.select import Places, Where
+from inlay.core.view import ModelView
 from inlay.plan.machine import Machine
 from inlay.plan.setting import BYTES_PER_WEIGHT, ROLES, Memory, Precision, Setting
 from inlay.plan.skeleton import Skeleton
@@ -52,6 +54,21 @@ class Plan:
     phase: str
     disk_bytes: int
     seconds: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, bytes in whole numbers."""
+        speed = self.tokens_per_second
+        return {
+            "method": self.method,
+            "setting": dataclasses.asdict(self.setting),
+            "trainable": self.trainable,
+            "base_parameters": self.base_parameters,
+            "memory_bytes": self.memory.to_dict(),
+            "worst_phase": self.phase,
+            "disk_bytes": self.disk_bytes,
+            "step_seconds": self.seconds,
+            "tokens_per_second": None if speed is None else round(speed, 1),
+        }
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -100,6 +117,11 @@ class Planner:
             seconds=None if self.machine is None else self.machine.seconds(seen, setting, trained),
         )
 
+    def forget(self) -> None:
+        """Let go of models and traces."""
+        self._attached.clear()
+        self._traces.clear()
+
     # -- sizes --------------------------------------------------------------------------------
 
     def _model(self, precision: Precision, layers: int | None) -> _Attached:
@@ -107,7 +129,8 @@ class Planner:
         if key not in self._attached:
             model = self.skeleton.build(precision, layers)
             frozen = list(model.parameters())
-            adapter = build(model, self.method, name="planned", places=self._places, modules_to_save=self._saved)
+            method = self.method.foreseen(ModelView(model), self._places)
+            adapter = build(model, method, name="planned", places=self._places, modules_to_save=self._saved)
             install(model, adapter, trainable=True)
             self._attached[key] = _Attached(model, adapter, frozen)
         return self._attached[key]
@@ -147,6 +170,7 @@ class Planner:
         plain = replace(setting, accumulate=1, optimizer_bytes=8.0, padded=setting.padded and setting.batch > 1)
         key = (replace(plain, quantisation=plain.quantisation and "nf4"), layers)
         if key not in self._traces:
+            self._warm(setting, layers)
             at = self._model(setting.precision, layers)
             quantised = {id(p) for p in at.linears} if setting.quantisation else set()
             gpu = self.machine is not None and self.machine.gpu
@@ -155,9 +179,15 @@ class Planner:
             )
         return self._traces[key]
 
-    def _worst(
-        self, setting: Setting, seen: Trace, weights: float, adapter: float, trained: int
-    ) -> tuple[str, Memory]:
+    def _warm(self, setting: Setting, layers: int | None) -> None:
+        """A small step first: what fast paths try once is small beside a step, and would blur the difference of two."""
+        at = self._model(setting.precision, layers)
+        if not at.warm:
+            small = replace(setting, batch=1, length=8, padded=False, checkpointing=False)
+            trace(at.model, at.adapter, small, task=self.skeleton.task, gpu=False, quantised=set())
+            at.warm = True
+
+    def _worst(self, setting: Setting, seen: Trace, weights: float, adapter: float, trained: int) -> tuple[str, Memory]:
         """The phase that needs most, and how much of it is what."""
         found: list[tuple[str, Memory]] = []
         for phase in PHASES:
@@ -184,7 +214,7 @@ class _Attached:
 
     def __init__(self, model: Any, adapter: Adapter, frozen: list[nn.Parameter]) -> None:
         self.model, self.adapter = model, adapter
-        self._frozen = frozen
+        self._frozen, self.warm = frozen, False
 
     @cached_property
     def linears(self) -> list[Tensor]:
@@ -192,7 +222,7 @@ class _Attached:
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         saved = self.adapter.modules_to_save
         return [
-            layer._parameters["weight"]
+            cast(Tensor, layer._parameters["weight"])
             for path, layer in quantisable(self.model, head)
             if not any(path == s or path.startswith(f"{s}.") for s in saved)
         ]

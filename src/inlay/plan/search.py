@@ -47,8 +47,7 @@ def search(
         quantisations: from the most to the least faithful.
     """
     found = [
-        _largest(planner, memory, setting, batches)
-        for setting in _ways(start, quantisations, lengths, checkpointing)
+        _largest(planner, memory, setting, batches) for setting in _ways(start, quantisations, lengths, checkpointing)
     ]
     order = {quantisation: place for place, quantisation in enumerate(quantisations)}
 

@@ -85,7 +85,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, role) for role in ROLES)
+        return float(sum(getattr(self, role) for role in ROLES))
 
     @classmethod
     def of(cls, values: Mapping[str, float]) -> Memory:

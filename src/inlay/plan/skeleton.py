@@ -40,12 +40,20 @@ class Skeleton:
     def precision(self) -> Precision:
         """In which the base's files are."""
         stated = getattr(self.config, "dtype", None)
-        return next((name for name, dtype in DTYPES.items() if stated in (dtype, str(dtype).rpartition(".")[2])), "fp32")
+        return next(
+            (name for name, dtype in DTYPES.items() if stated in (dtype, str(dtype).rpartition(".")[2])), "fp32"
+        )
 
     @property
     def layers(self) -> int:
         """The depth of the deepest stack."""
         return max((int(getattr(self._text, name)) for name in self._depths), default=0)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the configuration says the base can read; None where it states no limit."""
+        stated = getattr(self._text, "max_position_embeddings", None)
+        return stated if isinstance(stated, int) and stated > 0 else None
 
     @cached_property
     def period(self) -> int:
@@ -53,7 +61,9 @@ class Skeleton:
         for name in PER_LAYER:
             kinds = getattr(self._text, name, None)
             if kinds:
-                fitting = (p for p in range(1, len(kinds)) if all(kinds[i] == kinds[i - p] for i in range(p, len(kinds))))
+                fitting = (
+                    p for p in range(1, len(kinds)) if all(kinds[i] == kinds[i - p] for i in range(p, len(kinds)))
+                )
                 return next(fitting, len(kinds))
         return 1
 
@@ -94,7 +104,13 @@ class Skeleton:
 def guess_task(config: Any) -> str:
     """What a configuration's base is for: its architecture's name, or whether it has a decoder."""
     named = " ".join(getattr(config, "architectures", None) or ())
-    if "SequenceClassification" in named or config.model_type in ("bert", "roberta", "distilbert", "deberta-v2", "electra"):
+    if "SequenceClassification" in named or config.model_type in (
+        "bert",
+        "roberta",
+        "distilbert",
+        "deberta-v2",
+        "electra",
+    ):
         return "classification"
     return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
 
@@ -109,9 +125,13 @@ def read_config(source: str | Path) -> Any:
 
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"base {source} has no config.json. Give a transformers model folder, its config.json, or a hub id")
+        raise ConfigError(
+            f"base {source} has no config.json. Give a transformers model folder, its config.json, or a hub id"
+        )
     if not path.exists() and (str(source).startswith((".", "/", "~")) or str(source).count("/") > 1):
-        raise ConfigError(f"base {source}: there is no such folder. Give a transformers model folder, or a hub id (owner/name)")
+        raise ConfigError(
+            f"base {source}: there is no such folder. Give a transformers model folder, or a hub id (owner/name)"
+        )
     try:
         try:
             return AutoConfig.from_pretrained(str(path if path.exists() else source), local_files_only=True)

@@ -1,12 +1,15 @@
 """What a step on tensors without values must do otherwise, so that it allocates what the real one does.
 
-    attention     the meta device has no fused kernel and would keep every probability; the CPU's and the GPU's
-                  kernels keep query, key, value, output and one number a query
-    quantised     a 4-bit layer makes its weight in full precision for each product and frees it after it
+attention     the meta device has no fused kernel and would keep every probability; the CPU's and the GPU's
+              kernels keep query, key, value, output and one number a query
+quantised     a 4-bit layer makes its weight in full precision for each product and frees it after it
+autocast      torch raises when it is asked about the meta device; the answer is the CPU's
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +77,23 @@ class QuantisedProduct(torch.autograd.Function):
 
 def _made(weight: Tensor, like: Tensor) -> Tensor:
     return like.new_empty(weight.shape)
+
+
+@contextmanager
+def answering_autocast() -> Iterator[None]:
+    """While `torch.is_autocast_enabled` answers for the meta device instead of raising."""
+    asked = torch.is_autocast_enabled
+
+    def answer(device_type: str | None = None) -> bool:
+        if device_type is None:
+            return asked()
+        return asked("cpu" if device_type == "meta" else device_type)
+
+    torch.is_autocast_enabled = answer
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = asked
 
 
 def quantisable(model: nn.Module, head: nn.Module | None) -> list[tuple[str, nn.Linear]]:

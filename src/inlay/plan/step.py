@@ -1,9 +1,9 @@
 """One training step without values: its peak by phase and role, and its work.
 
-    trial       the output head's two ways are compared, once, before any gradient or optimizer state is there
-    forward     the trunk                        loss     head, scores and their gradient
-    backward    in two halves, because activations become fewer and gradients more
-    step        gradients only: the optimizer works in place
+trial       the output head's two ways are compared, once, before any gradient or optimizer state is there
+forward     the trunk                        loss     head, scores and their gradient
+backward    in two halves, because activations become fewer and gradients more
+step        gradients only: the optimizer works in place
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from inlay.core.adapter import Adapter
 from inlay.kernels import labelled_head
 from inlay.plan.ledger import Entry, Ledger
 from inlay.plan.setting import Setting
-from inlay.plan.standins import Standins
+from inlay.plan.standins import Standins, answering_autocast
 
 PHASES = ("trial", "forward", "loss", "backward, first half", "backward, second half", "step")
 IGNORED = -100
@@ -59,7 +59,7 @@ def trace(model: Any, adapter: Adapter, setting: Setting, *, task: str, gpu: boo
 
     hook = trunk.register_forward_hook(trunk_is_over) if trunk is not model else None
     try:
-        with ledger:
+        with answering_autocast(), ledger:
             with Standins(gpu=gpu, quantised=quantised):
                 ledger.phase = "trial"
                 labelled_head.forget(model)
@@ -132,4 +132,6 @@ def inputs(model: Any, setting: Setting, task: str) -> dict[str, Tensor]:
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = 0
         return batch | {"labels": torch.zeros(rows, dtype=torch.int64)}
+    if task == "seq2seq" and getattr(model.config, "decoder_start_token_id", None) is None:
+        model.config.decoder_start_token_id = 0
     return batch | {"labels": ids.masked_fill(mask == 0, IGNORED)}

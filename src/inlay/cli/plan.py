@@ -1,0 +1,281 @@
+"""`inlay plan`: what training would need, and which settings fit, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from inlay.plan import Fit, Machine, Plan, Planner, Setting, Skeleton
+
+LENGTH, BATCH = 512, 16  # tokens and rows, where nothing is said
+ATTEMPTS = 8  # rows of the table of settings that do not fit
+
+
+def plan(
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Transformers folder, config.json or hub id; no weights are read. Default: the embedded base."
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Methods, with commas. Default: all; with --memory, lora.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Hyper-parameter of the one method. Repeatable."),
+    ] = None,
+    where: Annotated[str | None, typer.Option(help="Places, as for inlay train. Default: the method's.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="causal, seq2seq, classification or regression. Default: the base's.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 weights. Default: the base's own.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="nf4, fp4, int8 or int4; none for --memory to try no other.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows in a pass. Default: 16; with --memory, searched.")
+    ] = None,
+    accumulate: Annotated[int, typer.Option(min=1, help="Passes in a step.")] = 1,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a row. Default: 512; with --memory, searched.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Search the settings that fit into this much, e.g. 16GiB.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help='Plan for this GPU, e.g. "RTX 4090": its speed, and its memory for --memory gpu.')
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda: this machine, measured in a moment. Default: cpu.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a chart to this HTML file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Say what training would need, by role, and which settings fit."""
+    from inlay.core.errors import ConfigError
+    from inlay.plan import bytes_of
+
+    if gpu is not None and device is not None:
+        raise ConfigError("--gpu and --device exclude each other: one is a GPU that need not be here, one this machine")
+    limit = None if memory is None or memory == "gpu" else bytes_of(memory)
+    if plot is not None:
+        from inlay.plan.chart import check_chart
+
+        check_chart(plot)
+    skeleton = _skeleton(base, task)
+    start = _start(skeleton, precision, quantize, gradient_checkpointing, batch_size, accumulate, max_length)
+    methods = _methods(method or ("lora" if memory is not None else None), set_)
+    machine = _machine(gpu, device)
+    if memory == "gpu":
+        limit = machine.memory if gpu is not None else None
+        if limit is None:
+            raise ConfigError("--memory gpu needs --gpu with a name; or give an amount such as 16GiB")
+    planners = {m.name: _planner(skeleton, m, where, machine) for m in methods}
+    name = base or "the embedded base"
+    if limit is None:
+        rows, refused = _each(planners, start, as_json)
+        _show_plans(rows, refused, machine, name, as_json)
+        shown = rows
+    else:
+        fits = _search(
+            planners, limit - machine.overhead_bytes, start, quantize, batch_size, max_length, gradient_checkpointing
+        )
+        _show_fits(fits, limit, machine, name, as_json)
+        shown = [fit.fits for fit in fits if fit.fits is not None]
+    if plot is not None:
+        from inlay.plan.chart import write_chart
+
+        write_chart(shown, plot, title=f"Training on {name}", limit=limit, overhead=machine.overhead_bytes)
+
+
+def _skeleton(base: str | None, task: str | None) -> Skeleton:
+    from inlay.plan import Skeleton, read_config
+
+    if base is None:
+        from inlay.assets import base_path
+
+        base = str(base_path())
+    return Skeleton(read_config(base), task=task)
+
+
+def _start(
+    skeleton: Skeleton, precision: str | None, quantize: str | None, checkpointing: bool,
+    batch_size: int | None, accumulate: int, max_length: int | None,
+) -> Setting:  # fmt: skip
+    from inlay.core.errors import ConfigError, nearest
+    from inlay.plan import Setting
+    from inlay.plan.setting import BYTES, BYTES_PER_WEIGHT
+
+    if precision is not None and precision not in BYTES:
+        raise ConfigError(f"precision {precision!r} is unknown{nearest(precision, BYTES)}")
+    if quantize not in (None, "none", *BYTES_PER_WEIGHT):
+        raise ConfigError(f"quantisation {quantize!r} is unknown{nearest(str(quantize), [*BYTES_PER_WEIGHT, 'none'])}")
+    context = skeleton.context
+    if max_length is not None and context is not None and max_length > context:
+        raise ConfigError(f"max_length is {max_length}, but the base reads {context} tokens. Give at most {context}")
+    chosen: Any = precision or skeleton.precision
+    kept: Any = None if quantize == "none" else quantize
+    return Setting(
+        precision="bf16" if kept in ("nf4", "fp4") and precision is None else chosen,
+        quantisation=kept,
+        checkpointing=checkpointing,
+        batch=batch_size or BATCH,
+        length=max_length or min(LENGTH, context or LENGTH),
+        accumulate=accumulate,
+    )
+
+
+def _methods(words: str | None, set_: list[str] | None) -> list[Any]:
+    from inlay.core.errors import ConfigError
+    from inlay.methods import method_named, registry
+    from inlay.train.hyper import build_method, parse_settings
+
+    names = list(registry()) if words is None else [w.strip() for w in words.split(",") if w.strip()]
+    if set_ and len(names) != 1:
+        raise ConfigError("--set is for one method: give its name with --method")
+    if set_:
+        return [build_method(names[0], parse_settings(names[0], set_))]
+    return [method_named(name)() for name in names]
+
+
+def _machine(gpu: str | None, device: str | None) -> Machine:
+    from inlay.plan import calibrate, machine_named
+
+    return machine_named(gpu) if gpu is not None else calibrate(device or "cpu")
+
+
+def _planner(skeleton: Skeleton, method: Any, where: str | None, machine: Machine) -> Planner:
+    import re
+
+    from inlay.core.errors import ConfigError
+    from inlay.plan import Planner
+
+    places: Any = where
+    if where is not None and where.startswith("re:"):
+        try:
+            places = re.compile(where.removeprefix("re:"))
+        except re.error as error:
+            raise ConfigError(f"--where {where!r} is not a regular expression: {error}") from error
+    elif where is not None and "," in where:
+        places = [part.strip() for part in where.split(",") if part.strip()]
+    return Planner(skeleton, method, where=places, machine=machine)
+
+
+def _each(planners: dict[str, Planner], setting: Setting, quiet: bool) -> tuple[list[Plan], dict[str, str]]:
+    """A plan a method; what one method alone asks for is an error, among many it is told."""
+    from inlay.cli.output import stages
+    from inlay.core.errors import UserError
+
+    plans, refused = [], {}
+    with stages(quiet) as report:
+        for done, (name, planner) in enumerate(planners.items(), 1):
+            try:
+                plans.append(planner.plan(setting))
+            except UserError as error:
+                if len(planners) == 1:
+                    raise
+                refused[name] = str(error)
+            planner.forget()
+            report("planning", done, len(planners))
+    return plans, refused
+
+
+def _search(
+    planners: dict[str, Planner], room: float, start: Setting, quantize: str | None, batch_size: int | None,
+    max_length: int | None, checkpointing: bool,
+) -> list[Fit]:  # fmt: skip
+    from inlay.core.errors import ConfigError
+    from inlay.plan.search import BATCHES, LENGTHS, search
+
+    if room <= 0:
+        raise ConfigError("the process alone needs more than --memory; give more")
+    found: list[Fit] = []
+    for planner in planners.values():
+        context = planner.skeleton.context
+        lengths = [n for n in LENGTHS if context is None or n <= context] or [context or LENGTHS[0]]
+        found += search(
+            planner,
+            room,
+            start=start,
+            quantisations=[start.quantisation] if quantize is not None else [None, "nf4"],
+            lengths=[max_length] if max_length else lengths[:3],
+            batches=[batch_size] if batch_size else BATCHES,
+            checkpointing=[True] if checkpointing else [False, True],
+        )
+    return found
+
+
+def _show_plans(plans: list[Plan], refused: dict[str, str], machine: Machine, base: str, as_json: bool) -> None:
+    from inlay.cli.output import show_table, write_json
+    from inlay.plan import told_bytes
+    from inlay.plan.chart import told_setting
+
+    if as_json:
+        rows = [plan.to_dict() for plan in plans]
+        write_json({"base": base, "machine": machine.to_dict(), "plans": rows, "refused": refused})
+        return
+    roles = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporary")
+    columns = ("method", "trained", *roles, "total", "tokens/s", "disk")
+    cells = [
+        [
+            plan.method, f"{plan.trainable:,}", *(told_bytes(getattr(plan.memory, role)) for role in roles),
+            told_bytes(plan.memory.total), _speed(plan), told_bytes(plan.disk_bytes),
+        ]
+        for plan in plans
+    ]  # fmt: skip
+    setting = f": {told_setting(plans[0])}" if plans else ""
+    show_table(f"Training on {base}{setting}", columns, cells, numbers=columns[1:])
+    for name, reason in refused.items():
+        typer.echo(f"{name} cannot be planned: {reason}")
+    typer.echo(_footnote(machine))
+
+
+def _show_fits(fits: list[Fit], limit: int, machine: Machine, base: str, as_json: bool) -> None:
+    from inlay.cli.output import show_table, write_json
+    from inlay.plan import told_bytes
+
+    fitting = [fit for fit in fits if fit.fits is not None]
+    if as_json:
+        rows = [
+            {"fits": fit.fits and fit.fits.to_dict(), "beyond": fit.beyond and fit.beyond.to_dict()} for fit in fits
+        ]
+        write_json({"base": base, "machine": machine.to_dict(), "memory": limit, "settings": rows})
+        return
+    columns = ("method", "weights", "checkpointing", "length", "batch", "total", "tokens/s", "next batch", "would need")
+    cells = []
+    for fit in fits:
+        shown = fit.fits or fit.beyond
+        assert shown is not None, "a batch either fits or does not"
+        beyond = (
+            ["–", "–"] if fit.beyond is None else [str(fit.beyond.setting.batch), told_bytes(fit.beyond.memory.total)]
+        )
+        fit_cells = (
+            ["none", "–", "–"]
+            if fit.fits is None
+            else [str(shown.setting.batch), told_bytes(shown.memory.total), _speed(shown)]
+        )
+        setting = shown.setting
+        kept = "yes" if setting.checkpointing else "no"
+        cells.append([shown.method, setting.weights, kept, str(setting.length), *fit_cells, *beyond])
+    show_table(f"Training on {base} within {told_bytes(limit)}", columns, cells, numbers=columns[3:])
+    if not fitting:
+        typer.echo("Nothing fits: give a smaller base, or shorter rows with --max-length.")
+    typer.echo(_footnote(machine))
+
+
+def _speed(plan: Plan) -> str:
+    speed = plan.tokens_per_second
+    return "–" if speed is None else f"{speed:,.0f}"
+
+
+def _footnote(machine: Machine) -> str:
+    from inlay.plan import told_bytes
+
+    how = "measured just now" if machine.measured else "from its data sheet, at the shares of it that training reaches"
+    return (
+        f"Speed: {machine.name}, {how}. The process itself takes {told_bytes(machine.overhead_bytes)} besides, "
+        "before there is a model."
+    )
