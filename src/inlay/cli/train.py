@@ -67,6 +67,12 @@ def train(
         float | None, typer.Option(help="Share of the steps in which the rate rises. Default: the method's.")
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Default: the method's.")] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="adamw, adafactor or sgd; from bitsandbytes: adamw8bit, paged-adamw, paged-adamw8bit, lion, lion8bit."
+        ),
+    ] = None,
     max_grad_norm: Annotated[
         float | None, typer.Option(help="Gradients are scaled down to this norm. Default: 1; 0 leaves them.")
     ] = None,
@@ -80,7 +86,8 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of every random draw. Default: 0.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 or fp32 weights of the base. Default: its own.")] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
+        bool | None,
+        typer.Option("--gradient-checkpointing", "--checkpointing", help="Recompute activations to save memory."),
     ] = None,
     eval_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations. Default: an epoch, or a quarter of a short run.")

@@ -42,6 +42,7 @@ class Metrics(TrainerCallback):
     Attributes:
         seconds: spent in training (evaluations and checkpoints left out), by earlier parts of a resumed run too.
         tokens_per_second: in the steps of this part.
+        micro_batch: rows of a pass since memory ran out; None where it did not.
     """
 
     def __init__(self, folder: RunFolder, earlier: list[dict[str, Any]]) -> None:
@@ -49,6 +50,7 @@ class Metrics(TrainerCallback):
         self.earlier_seconds: float = earlier[-1]["seconds"] if earlier else 0.0
         self.spent = self.step_seconds = self.started = 0.0
         self.tokens = self.step_tokens = self.tokens_before = 0
+        self.micro_batch: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -82,6 +84,7 @@ class Metrics(TrainerCallback):
             line |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
             speed = self.step_tokens / max(self.step_seconds, 1e-9)
             line |= {"tokens": self.step_tokens, "tokens_per_second": round(speed, 1)}
+            line |= {} if self.micro_batch is None else {"micro_batch": self.micro_batch}
         elif "eval_loss" in logs:
             line |= {key: value for key, value in logs.items() if key in ("eval_loss", "eval_accuracy")}
         else:

@@ -9,7 +9,7 @@ from inlay.train.config import RunConfig
 from inlay.train.record import TrainingRecord
 
 _HYPER = (
-    "epochs", "steps", "batch_size", "accumulate", "learning_rate", "schedule", "warmup", "weight_decay",
+    "epochs", "steps", "batch_size", "accumulate", "learning_rate", "schedule", "warmup", "weight_decay", "optimizer",
     "max_grad_norm", "max_length", "on_long", "precision", "gradient_checkpointing", "early_stopping", "seed",
 )  # fmt: skip
 _CLASSES = {

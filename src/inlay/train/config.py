@@ -15,6 +15,7 @@ from inlay.train.sizes import parse_bytes
 Task = Literal["causal", "seq2seq", "classification", "regression"]
 Precision = Literal["bf16", "fp32"]
 OnLong = Literal["error", "truncate", "drop", "split"]
+Optimizer = Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "adafactor", "sgd"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
@@ -44,6 +45,7 @@ class RunConfig(BaseModel):
         batch_size: rows in one forward pass.
         accumulate: forward passes in one step.
         learning_rate, schedule, warmup, weight_decay: None is the method's recipe; warmup is a share of the steps.
+        optimizer: over the adapter's parameters; Lion, 8 bits and pages come from bitsandbytes.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         max_length: tokens a row may have; None is what the base can read.
         on_long: what happens to longer rows; None splits plain text and refuses the rest.
@@ -87,6 +89,7 @@ class RunConfig(BaseModel):
     schedule: Schedule | None = None
     warmup: float | None = Field(default=None, ge=0, lt=1)
     weight_decay: float | None = Field(default=None, ge=0)
+    optimizer: Optimizer = "adamw"
     max_grad_norm: float = Field(default=1.0, ge=0)
     max_length: int | None = Field(default=None, ge=2)
     on_long: OnLong | None = None

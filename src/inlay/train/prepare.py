@@ -13,8 +13,9 @@ from inlay.core.errors import ConfigError, DataError
 from inlay.core.method import Method
 from inlay.train.config import RunConfig, Task
 from inlay.train.hyper import build_method, check_fields
-from inlay.train.packing import PackingCollator, packs
 from inlay.train.loading import Base, base_source, load_base, read_config
+from inlay.train.optimizers import check_optimizer
+from inlay.train.packing import PackingCollator, packs
 from inlay.train.record import TrainingRecord, versions
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def prepare(config: RunConfig) -> Prepared:
 
     method = build_method(config.method, config.settings)
     _check_reporters(config)
+    check_optimizer(config.optimizer)
     source = absolute(base_source(config.base))
     rows, held, layout = read_rows(config)
     task = config.task or guess_task(layout, source)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class RunResult:
         trainable: trained numbers, a head included.
         peak_memory_bytes: of the device, or of this process on a CPU.
         tokens_per_second: not counting padding.
+        micro_batch: rows a pass had at the end, where memory ran out and `batch_size` did not fit; else None.
     """
 
     out: Path
@@ -54,6 +56,7 @@ class RunResult:
     trainable: int
     peak_memory_bytes: int
     tokens_per_second: float
+    micro_batch: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "out": str(self.out), "adapter": str(self.adapter)}
@@ -162,11 +165,11 @@ def _check_identity(folder: RunFolder, prepared: Prepared) -> None:
 
 
 def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progress: bool) -> RunResult:
-    import torch
     from transformers import PrinterCallback
     from transformers.trainer_callback import TrainerState
 
     from inlay.train.callbacks import Metrics, Pace, Progress, say
+    from inlay.train.passes import ran_out
     from inlay.train.trainer import STATE_FILE, AdapterTrainer, patience_used_up, read_tensors
     from inlay.train.trunk import open_trunk
 
@@ -174,6 +177,8 @@ def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progr
     state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     metrics = Metrics(folder, folder.keep_metrics(state.global_step if state else 0))
     bar = Progress(metrics) if progress else None
+    if config.gradient_checkpointing:
+        _recompute(prepared.base.model)
     trunk = open_trunk(prepared, say if progress else lambda _: None)
     trainer = AdapterTrainer(
         adapter=prepared.adapter,
@@ -181,6 +186,7 @@ def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progr
         task=prepared.task,
         patience=config.early_stopping,
         told=bar.evaluating if bar else None,
+        shrunk=partial(_shrunk, metrics, config.batch_size),
         serving=_serving(trunk),
         model=prepared.base.model,
         args=_arguments(prepared, folder),
@@ -203,10 +209,12 @@ def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progr
         return _finish(prepared, folder, trainer.state, metrics)
     except Stopped:
         raise _stopped(folder, request) from None
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
         raise ConfigError(
-            f"out of memory with {config.batch_size} rows a pass. Lower --batch-size and raise --accumulate, give "
-            "--gradient-checkpointing or a smaller --max-length, and --overwrite"
+            f"out of memory with {metrics.micro_batch or config.batch_size} rows a pass. Lower --batch-size and raise "
+            "--accumulate, give --gradient-checkpointing or a smaller --max-length, and --overwrite"
         ) from error
     finally:
         if trunk:
@@ -227,6 +235,26 @@ def _serving(trunk: TrunkCache | None) -> Any:
     return serving
 
 
+def _recompute(model: Any) -> None:
+    """Checkpoint the layers that gradients flow through.
+
+    transformers makes the embeddings' output require gradients as well, for reentrant checkpoints of a frozen model;
+    then every layer would be computed again, and gradients would flow to the bottom. An attached model needs neither.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
+def _shrunk(metrics: Any, asked: int, rows: int) -> None:
+    """Note that passes have fewer rows from now on, and say so the first time."""
+    if metrics.micro_batch is None:
+        sys.stderr.write(
+            f"warning: out of memory with {asked} rows a pass; the step is done again with fewer, which changes "
+            f"its time but not its batch (--batch-size {rows} with more --accumulate would start there)\n"
+        )
+    metrics.micro_batch = rows
+
+
 def _over(state: Any, prepared: Prepared, patience_used_up: Any) -> bool:
     return bool(state.global_step >= prepared.total_steps or patience_used_up(state, prepared.config.early_stopping))
 
@@ -241,6 +269,8 @@ def _stopped(folder: RunFolder, request: StopRequest) -> Stopped:
 def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
     import torch
     from transformers import TrainingArguments
+
+    from inlay.train.optimizers import optimizer_options
 
     config = prepared.config
     evaluates = "no" if prepared.held_out is None else "steps"
@@ -257,9 +287,8 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
         warmup_steps=math.ceil(config.warmup * prepared.total_steps),
         weight_decay=config.weight_decay or 0.0,
         max_grad_norm=config.max_grad_norm,
+        **optimizer_options(config.optimizer),
         seed=config.seed,
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -299,6 +328,7 @@ def _finish(prepared: Prepared, folder: RunFolder, state: Any, metrics: Any) -> 
         trainable=sum(p.numel() for p in prepared.adapter.parameters()),
         peak_memory_bytes=peak_memory_bytes(),
         tokens_per_second=round(metrics.tokens_per_second, 1),
+        micro_batch=metrics.micro_batch,
     )
     write_beside(folder.adapter, lambda part: _write_adapter(prepared, result, part))
     write_text(folder.result, json.dumps(result.to_dict(), indent=2) + "\n")

@@ -6,10 +6,12 @@ What differs from the plain Trainer, and nothing else:
     loss          the mean over all scored items of a step, however they are cut into passes
     evaluation    the mean over all scored items, without keeping logits; it draws no random numbers
     rows          in `order.LengthGroupedOrder`
+    memory        a step that runs out of it is done again in smaller passes (`passes.py`)
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,10 +26,12 @@ from inlay.core.adapter import Adapter
 from inlay.core.errors import ConfigError
 from inlay.train.folder import RunFolder, write_beside
 from inlay.train.order import LengthGroupedOrder
+from inlay.train.passes import Passes
 
 IGNORED = -100
 ADAPTER_FILE = "adapter.safetensors"
 STATE_FILE = "trainer_state.json"
+PASSES_FILE = "passes.json"
 
 
 class AdapterTrainer(Trainer):
@@ -39,6 +43,7 @@ class AdapterTrainer(Trainer):
         task: decides what a scored item is: a token or a row.
         patience: evaluations without a better score after which training ends; None is never.
         told: called with (rows done, all rows) during evaluations.
+        shrunk: called with the rows a pass has from now on, when memory ran out.
         serving: gives what the model is called with for a batch, and lasts until its backward pass is over.
     """
 
@@ -50,11 +55,14 @@ class AdapterTrainer(Trainer):
         task: str,
         patience: int | None = None,
         told: Callable[[int, int], None] | None = None,
+        shrunk: Callable[[int], None] | None = None,
         serving: Callable[[dict[str, Tensor]], AbstractContextManager[dict[str, Tensor]]] = nullcontext,
         **options: Any,
     ) -> None:
         self.adapter, self.folder, self.task, self.patience, self.told = adapter, folder, task, patience, told
         self.serving = serving
+        self.passes = Passes(discard=self._drop_gradients, told=shrunk or (lambda rows: None))
+        self.scoring = Passes(discard=lambda: None, told=lambda rows: None)
         self.control: Any
         self.optimizer: Any
         super().__init__(**options)
@@ -72,6 +80,7 @@ class AdapterTrainer(Trainer):
         items = torch.tensor(sum(self.items(batch) for batch in batches), device=device)
         if self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
+        self.passes.begin()
         return batches, items
 
     def items(self, batch: dict[str, Tensor]) -> int:
@@ -83,10 +92,19 @@ class AdapterTrainer(Trainer):
         return int((labels[:, 1:] if self.task == "causal" else labels).ne(IGNORED).sum())
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One pass, forward and backward."""
-        with self.serving(self._prepare_inputs(inputs)) as given:
-            loss: Tensor = super().training_step(model, given, num_items_in_batch)
-        return loss
+        """One pass, forward and backward; in parts where memory ran out before."""
+        step = super().training_step
+
+        def run(part: dict[str, Any]) -> Tensor:
+            with self.serving(self._prepare_inputs(part)) as given:
+                loss: Tensor = step(model, given, num_items_in_batch)
+            return loss
+
+        return torch.stack(self.passes.run(inputs, run)).sum()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.adapter.parameters():
+            parameter.grad = None
 
     # -- loss ---------------------------------------------------------------------------------------
 
@@ -113,7 +131,7 @@ class AdapterTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """AdamW over the adapter, each parameter at the rate that its method asks for."""
+        """Over the adapter alone, each parameter at the rate that its method asks for."""
         if self.optimizer is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = self.adapter.parameter_groups(self.args.learning_rate, self.args.weight_decay)
@@ -147,18 +165,24 @@ class AdapterTrainer(Trainer):
         total = len(self.eval_dataset)
         for raw in self.get_eval_dataloader():
             batch = self._prepare_inputs(raw)
-            count = self.items(batch)
-            with torch.no_grad(), self.serving(batch) as given:
-                outputs = self.model(**given)
-            loss += float(outputs["loss"]) * count
-            items += count
-            if self.task == "classification":
-                right += int((outputs["logits"].argmax(-1) == batch["labels"]).sum())
+            self.scoring.begin()
+            for part_loss, part_items, part_right in self.scoring.run(batch, self._scored):
+                loss, items, right = loss + part_loss, items + part_items, right + part_right
             done += int(batch["position_ids"].eq(0).sum()) if "position_ids" in batch else len(batch["labels"])
             if self.told is not None:
                 self.told(done, total)
         scores = {"loss": loss / max(items, 1)}
         return scores | ({"accuracy": right / items} if self.task == "classification" else {})
+
+    def _scored(self, batch: dict[str, Any]) -> tuple[float, int, int]:
+        """Loss summed over the scored items, their number, and how many rows a classifier has right."""
+        count = self.items(batch)
+        with torch.no_grad(), self.serving(batch) as given:
+            outputs = self.model(**given)
+        right = 0
+        if self.task == "classification":
+            right = int((outputs["logits"].argmax(-1) == batch["labels"]).sum())
+        return float(outputs["loss"]) * count if count else 0.0, count, right
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; steps are kept in metrics.jsonl, and only evaluations in the state."""
@@ -184,9 +208,14 @@ class AdapterTrainer(Trainer):
         self._save_optimizer_and_scheduler(str(part))
         self._save_rng_state(str(part))
         self.state.save_to_json(str(part / STATE_FILE))
+        (part / PASSES_FILE).write_text(json.dumps({"rows": self.passes.rows}), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        read_tensors(self.adapter, Path(resume_from_checkpoint) / ADAPTER_FILE)
+        folder = Path(resume_from_checkpoint)
+        read_tensors(self.adapter, folder / ADAPTER_FILE)
+        self.passes.rows = json.loads((folder / PASSES_FILE).read_text(encoding="utf-8"))["rows"]
+        if self.passes.rows is not None:
+            self.passes.told(self.passes.rows)
 
     def _keep_best(self) -> None:
         write_beside(self.folder.best, lambda part: write_tensors(self.adapter, part))

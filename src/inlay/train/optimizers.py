@@ -1,0 +1,38 @@
+"""Optimizers by the names of `--optimizer`, and what each of them needs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from inlay.core.errors import ConfigError
+
+# Our name → that of `transformers.TrainingArguments.optim`; None is its default, AdamW of torch.
+NAMES: dict[str, str | None] = {
+    "adamw": None,
+    "adamw8bit": "adamw_8bit",
+    "paged-adamw": "paged_adamw_32bit",
+    "paged-adamw8bit": "paged_adamw_8bit",
+    "lion": "lion_32bit",
+    "lion8bit": "lion_8bit",
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+OWN = ("adamw", "adafactor", "sgd")  # that need no further package
+
+
+def check_optimizer(name: str) -> None:
+    """Raise one `ConfigError` if the optimizer cannot run here."""
+    import torch
+
+    if name not in OWN and find_spec("bitsandbytes") is None:
+        raise ConfigError(f"optimizer {name!r} comes from bitsandbytes: pip install 'inlay[quant]'")
+    if name.startswith("paged") and not torch.cuda.is_available():
+        without = name.removeprefix("paged-")
+        raise ConfigError(f"optimizer {name!r} moves its states between a GPU and memory; on a CPU give {without!r}")
+
+
+def optimizer_options(name: str) -> dict[str, Any]:
+    """For `TrainingArguments`."""
+    chosen = NAMES[name]
+    return {} if chosen is None else {"optim": chosen}
