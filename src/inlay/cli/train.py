@@ -109,16 +109,25 @@ def train(
     trunk_cache_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Of the trunk cache. Default: 4GiB.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="run.yaml of these options; flags override it.")] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option(help="run.yaml of these options; flags override it. Repeatable: several runs.")
+    ] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Train several runs on one copy of the base, in turns.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, exactly.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")] = False,
 ) -> None:
     """Fine-tune a frozen base on your data and save the adapter."""
     flags = {key: value for key, value in locals().items() if value is not None}
-    for own in ("config", "resume", "overwrite", "as_json"):
+    for own in ("config", "together", "resume", "overwrite", "as_json"):
         flags.pop(own, None)
-    asked = _values(flags, config)
+    files: list[Path | None] = [*config] if config else [None]
+    runs = [values for path in files for values in _runs(_values(dict(flags), path), path)]
+    if len(runs) > 1:
+        return _several(runs, together=together, resume=resume, overwrite=overwrite, as_json=as_json)
+    asked, file = runs[0], files[0]
     from inlay.core.errors import ConfigError
     from inlay.train.config import RunConfig
 
@@ -127,7 +136,7 @@ def train(
     if "data" not in asked and not resume:
         raise ConfigError("--data is missing: give a file of rows, e.g. --data rows.jsonl")
     if not resume:
-        checked = RunConfig.of(asked, origin="options" if config is None else f"options and {config}")
+        checked = RunConfig.of(asked, origin="options" if file is None else f"options and {file}")
     from inlay.train.running import resumed_config
 
     wanted = resumed_config(asked["out"], asked) if resume else checked
@@ -175,6 +184,38 @@ def _values(flags: dict[str, Any], config: Path | None) -> dict[str, Any]:
             raise ConfigError(f"settings is {earlier!r}, expected `name: value` lines")
         values["settings"] = {**earlier, **_settings(str(values.get("method", "lora")), words)}
     return values
+
+
+def _runs(values: dict[str, Any], file: Path | None) -> list[dict[str, Any]]:
+    """The runs that a file describes: one, or those of its list ``runs``, each on top of what they share."""
+    from inlay.core.errors import ConfigError
+
+    own = values.pop("runs", None)
+    if own is None:
+        return [values]
+    if not isinstance(own, list) or not own or not all(isinstance(run, dict) for run in own):
+        raise ConfigError(f"runs in {file} is {own!r}, expected a list of `name: value` blocks, one a run")
+    folder = Path(str(values.pop("out", "runs")))
+    return [{**values, "out": str(folder / str(run.get("name", place))), **run} for place, run in enumerate(own, 1)]
+
+
+def _several(runs: list[dict[str, Any]], *, together: bool, resume: bool, overwrite: bool, as_json: bool) -> None:
+    """Several runs, in turns on one base or one after another."""
+    from inlay.train.several import checked, run_several
+
+    configs = checked(runs, resume=resume)
+    trained = [config for config in configs if not _is_baseline(config.method)]
+    if together and len(trained) < len(configs):
+        from inlay.core.errors import ConfigError
+
+        raise ConfigError("a baseline trains nothing of the base, so it is not run --together with others")
+    results = run_several(configs, _runner, together=together, resume=resume, overwrite=overwrite)
+    if as_json:
+        from inlay.cli.output import write_json
+
+        write_json([result.to_dict() for result in results])
+        return
+    sys.stdout.write("".join(map(_told, results)))
 
 
 def _settings(method: str, words: list[str]) -> dict[str, Any]:

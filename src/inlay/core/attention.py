@@ -37,11 +37,11 @@ Attended: TypeAlias = tuple[Tensor, Tensor | None]
 
 def implementation(original: str) -> str:
     """The registered name that stands before `original` (``sdpa``, ``eager``, …)."""
-    if original.startswith(PREFIX):
+    if PREFIX in original:
         return original
     name = PREFIX + original
     if name not in AttentionInterface._global_mapping:
-        if original not in ("sdpa", "eager"):
+        if original.removeprefix("packed_") not in ("sdpa", "eager"):
             raise UnsupportedError(
                 f"prompts work with the attention implementations sdpa and eager, not {original!r}: load the model "
                 "with attn_implementation='sdpa'"

@@ -38,10 +38,18 @@ def build(
     _check_forks(pieces)
     copies = {}
     for path in saved:
-        for parameter_name, value in view.modules[path].named_parameters(prefix=path):
+        for parameter_name, value in _own_parameters(view, path).items():
             dtype = value.dtype if value.dtype == torch.float64 else torch.float32
             copies[parameter_name] = nn.Parameter(value.detach().to(dtype, copy=True))
     return Adapter(name, method, _storable(places, pieces), pieces, copies, tuple(saved))
+
+
+def _own_parameters(view: ModelView, path: str) -> dict[str, nn.Parameter]:
+    """The base's parameters in a module by full name, each once; what another adapter keeps there is not the base's."""
+    inside = [(p, m) for p, m in view.modules.items() if _covered(p, [path])]
+    named = [(f"{p}.{n}", v) for p, m in inside for n, v in m._parameters.items() if v is not None]
+    first = {id(value): name for name, value in reversed(named)}
+    return {name: value for name, value in named if first[id(value)] == name}
 
 
 def check_free(model: nn.Module, name: str) -> None:

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from inlay.core import prompting
 from inlay.core.attention import PREFIX, _base
 from inlay.core.errors import UnsupportedError
+from inlay.core.host import Host
 from inlay.core.view import ModelView
 
 NAME = "packed_"
@@ -50,16 +52,32 @@ def serving(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     if positions is None:
         yield batch
         return
-    token = _RUNS.set(runs_of(positions) if positions.device.type == "cpu" else None)
-    try:
+    with _among(runs_of(positions) if positions.device.type == "cpu" else None):
         yield {name: value for name, value in batch.items() if name != "attention_mask"}
+
+
+@contextmanager
+def _among(runs: tuple[Run, ...] | None) -> Iterator[None]:
+    token = _RUNS.set(runs)
+    try:
+        yield
     finally:
         _RUNS.reset(token)
 
 
+def around(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The model's own forward, called with a part of the packed batch by who only tries something."""
+    runs, positions = _RUNS.get(), kwargs.get("position_ids")
+    if runs is None or positions is None or sum(r.count * r.length for r in runs) == positions.shape[1]:
+        return inner(*args, **kwargs)
+    with _among(runs_of(positions)):
+        return inner(*args, **kwargs)
+
+
 def runs_of(positions: Tensor) -> tuple[Run, ...]:
-    """The texts in packed positions, (1, tokens)."""
-    starts = [*(positions[0] == 0).nonzero().squeeze(1).tolist(), positions.shape[1]]
+    """The texts in packed positions, (1, tokens); one may begin at another position than zero, where it was cut."""
+    breaks = (positions[0].diff() != 1).nonzero().squeeze(1) + 1
+    starts = [0, *breaks.tolist(), positions.shape[1]]
     texts = [(a, b - a) for a, b in pairwise(starts)]
     grouped = [list(group) for _, group in groupby(texts, key=lambda text: text[1])]
     return tuple(Run(group[0][0], len(group), group[0][1]) for group in grouped)
@@ -77,9 +95,9 @@ def prepare(model: nn.Module) -> Callable[[], None]:
     for config in configs.values():
         original = config._attn_implementation or "eager"
         layers = set(getattr(config, "layer_types", None) or _KNOWN_LAYERS)
-        if original.startswith(NAME):
+        if NAME in original:
             continue
-        if original not in ("sdpa", "eager") or original.startswith(PREFIX):
+        if original.removeprefix(PREFIX) not in ("sdpa", "eager"):  # prompts of other adapters stand before it
             raise UnsupportedError(f"packing works with the attention implementations sdpa and eager, not {original!r}")
         if layers - _KNOWN_LAYERS:
             raise UnsupportedError(f"packing does not know the layers {', '.join(sorted(layers - _KNOWN_LAYERS))}")
@@ -109,7 +127,7 @@ def _registered(original: str) -> str:
             return base(module, query, key, value, mask, **kwargs)
         if kwargs.get("position_bias") is not None:
             raise UnsupportedError("attention with a bias by position cannot be packed")
-        window, needed = kwargs.get("sliding_window"), original == "eager"
+        window, needed = kwargs.get("sliding_window"), original.endswith("eager")
         parts = []
         for run in runs:
             q, k, v = (_apart(t, run) for t in (query, key, value))
@@ -167,3 +185,6 @@ def isolates(model: nn.Module, texts: list[list[int]], tolerance: float) -> bool
     first = len(texts[0])
     apart = (packed - alone).float().norm(dim=-1) <= tolerance * alone.float().norm(dim=-1)
     return bool(apart.all()) and torch.equal(packed[first:], moved[first:])
+
+
+prompting.AROUND.insert(0, around)

@@ -13,6 +13,7 @@ the same on this way (`agrees`), is the caller's matter.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,32 +36,6 @@ FEATURE = "trunk"
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
-@dataclass
-class Asked:
-    """What the blocks below the cut are to do.
-
-    Attributes:
-        last: path of the uppermost of them.
-        states: what they hand over, (rows, tokens, hidden); None is to compute.
-        enough: whether the forward ends behind the last of them.
-        seen: the states that left the last one.
-    """
-
-    last: str
-    states: Tensor | None = None
-    enough: bool = False
-    seen: list[Tensor] = field(default_factory=list)
-
-
-class _Enough(Exception):
-    """Ends a forward whose upper part nobody needs."""
-
-
-_ASKED: ContextVar[Asked | None] = ContextVar("inlay_trunk", default=None)
-# How many things a block was seen to return beside hidden states; what they were (attention weights) is left out.
-_BESIDE: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
-
-
 @dataclass(frozen=True)
 class Cut:
     """Where a model's stack is cut.
@@ -76,6 +51,34 @@ class Cut:
     @property
     def depth(self) -> int:
         return len(self.blocks)
+
+
+@dataclass
+class Asked:
+    """What the blocks below the cut are to do.
+
+    Attributes:
+        cut: says which blocks.
+        states: what they hand over, (rows, tokens, hidden); None is to compute.
+        enough: whether the forward ends behind the last of them.
+        seen: the states that left the last one.
+    """
+
+    cut: Cut
+    states: Tensor | None = None
+    enough: bool = False
+    seen: list[Tensor] = field(default_factory=list)
+
+
+class _Enough(Exception):
+    """Ends a forward whose upper part nobody needs."""
+
+
+_ASKED: ContextVar[Asked | None] = ContextVar("inlay_trunk", default=None)
+# Model → how many cuts a block listens for.
+_LISTEN: weakref.WeakKeyDictionary[nn.Module, Counter[str]] = weakref.WeakKeyDictionary()
+# How many things a block was seen to return beside hidden states; what they were (attention weights) is left out.
+_BESIDE: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
 
 
 def find_cut(model: nn.Module, adapter: Adapter, batch: dict[str, Any]) -> Cut:
@@ -165,19 +168,22 @@ def random_parts(model: nn.Module, cut: Cut) -> list[str]:
 def open_cut(model: nn.Module, cut: Cut) -> None:
     """Make the blocks below the cut listen to the contexts here."""
     for path in cut.blocks:
+        _LISTEN.setdefault(model, Counter())[path] += 1
         grant(roster_of(model), path, FEATURE)
 
 
 def close_cut(model: nn.Module, cut: Cut) -> None:
     """The inverse of `open_cut`."""
     for path in cut.blocks:
-        revoke(roster_of(model), path, FEATURE)
+        _LISTEN[model][path] -= 1
+        if not _LISTEN[model][path]:
+            revoke(roster_of(model), path, FEATURE)
 
 
 @contextmanager
 def recording(cut: Cut) -> Iterator[Asked]:
     """Note the states that leave the last block below the cut."""
-    asked = Asked(cut.blocks[-1])
+    asked = Asked(cut)
     with _asking(asked):
         yield asked
 
@@ -185,13 +191,13 @@ def recording(cut: Cut) -> Iterator[Asked]:
 @contextmanager
 def replaying(cut: Cut, states: Tensor) -> Iterator[None]:
     """Let the blocks below the cut hand over `states`, (rows, tokens, hidden), in the place of their own."""
-    with _asking(Asked(cut.blocks[-1], states=states)):
+    with _asking(Asked(cut, states=states)):
         yield
 
 
 def states_of(model: nn.Module, cut: Cut, batch: dict[str, Tensor], *, training: bool = False) -> Tensor:
     """The states behind the cut, (rows, tokens, hidden), without running what lies above it."""
-    asked = Asked(cut.blocks[-1], enough=True)
+    asked = Asked(cut, enough=True)
     with quietly(model, training=training), _asking(asked):
         try:
             model(**batch)
@@ -225,14 +231,14 @@ def _asking(asked: Asked) -> Iterator[None]:
 def trunk(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a block below the cut."""
     asked = None if torch.compiler.is_compiling() else _ASKED.get()
-    if asked is None:
+    if asked is None or host.path not in asked.cut.blocks:  # another run on the same base has another cut
         return inner(*args, **kwargs)
     if asked.states is not None and all(kwargs.get(name) is None for name in _CACHES):
         beside = _BESIDE.get(host.module)
         return asked.states if beside is None else (asked.states, *[None] * beside)
     out = inner(*args, **kwargs)
     _BESIDE[host.module] = len(out) - 1 if isinstance(out, tuple) else None
-    if host.path == asked.last:
+    if host.path == asked.cut.blocks[-1]:
         asked.seen.append((out[0] if isinstance(out, tuple) else out).detach())
         if asked.enough:
             raise _Enough

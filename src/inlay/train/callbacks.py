@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -34,6 +35,16 @@ class Pace(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved_at = time.monotonic()
+
+
+class Turn(TrainerCallback):
+    """Lets other runs have a turn before each step of this one."""
+
+    def __init__(self, pass_on: Callable[[], None]) -> None:
+        self.pass_on = pass_on
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pass_on()
 
 
 class Metrics(TrainerCallback):

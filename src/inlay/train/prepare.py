@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from inlay.core.errors import ConfigError, DataError
+from inlay.core.errors import ConfigError, DataError, problems
 from inlay.core.method import Method
 from inlay.train.config import RunConfig, Task
 from inlay.train.hyper import build_method, check_fields
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from inlay.core.adapter import Adapter
     from inlay.data import Layout
 
+SHARED = tuple(n for n in ("precision", "quantize", "gradient_checkpointing") if n in RunConfig.model_fields)
 USUAL_EPOCHS, MOST_EPOCHS, FEWEST_STEPS = 3, 20, 250
 FEWEST_TO_SPLIT = 20  # rows; holding one out of fewer says nothing and costs too much
 UNBOUNDED_CONTEXT = 1024  # tokens, where a base states no limit
@@ -54,8 +58,12 @@ class Prepared:
     identity: dict[str, Any]
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
     """Read, check, load and encode; nothing is written.
+
+    Args:
+        beside: a run that is prepared already. This one shares its base, with an adapter of its own there, and
+            everything drawn at random is what it would be alone.
 
     Raises:
         UserError: whatever is wrong with configuration, data or base.
@@ -75,13 +83,16 @@ def prepare(config: RunConfig) -> Prepared:
     labels = _labels(rows, layout, task)
     rows, held = split_rows(rows, held, config)
     set_seed(config.seed)  # a fresh head and the adapter are drawn from it
-    base = load_base(source if config.base else None, task=task, label_names=labels, dtype=dtype_of(config))
+    own = _loader(beside)(source if config.base else None, task=task, label_names=labels, dtype=dtype_of(config))
+    base = own if beside is None else beside.base
+    if beside is not None:
+        _check_beside(config, task, labels, beside)
     if layout.kind == "chat" and not base.tokenizer.chat_template:
         raise ConfigError(
             f"{config.data} holds chats, but the tokenizer of the base {source} has no chat template. Give a base "
             "that was trained on chats, or data with `prompt` and `completion`"
         )
-    base_parameters = sum(p.numel() for p in base.model.parameters())
+    base_parameters = beside.base_parameters if beside else sum(p.numel() for p in base.model.parameters())
     # What is initialised from data needs the rows first; what takes room in the context is attached before them.
     adapter = None if method.needs_data else _attach(base, method, config)
     config = config.changed(max_length=_max_length(config, layout, base, adapter), on_long=_on_long(config, layout))
@@ -89,6 +100,8 @@ def prepare(config: RunConfig) -> Prepared:
     collator: Any = collate(base.tokenizer, task)
     if adapter is None:
         adapter = _attach(base, method, config, _batches(train, collator, config))
+    if own is not base:
+        _take_heads(adapter, own.model)
     config = config.changed(packing=packs(config, task, base.model, adapter, train))
     collator = PackingCollator(collator) if config.packing else collator
     held_out = None if held is None else _by_length(_encode(held, layout, base, task, labels, config))
@@ -130,15 +143,60 @@ def prepare(config: RunConfig) -> Prepared:
 def _attach(base: Base, method: Method, config: RunConfig, data: list[Any] | None = None) -> Adapter:
     import inlay
 
+    there = inlay.adapters(base.model)
+    with inlay.use(base.model, None) if there else nullcontext():  # what is read of the base is the base's
+        return _attached(base, method, config, _free_name(config.name, there), data)
+
+
+def _attached(base: Base, method: Method, config: RunConfig, name: str, data: list[Any] | None) -> Adapter:
+    import inlay
+
     return inlay.attach(
         base.model,
         method,
-        name=config.name,
+        name=name,
         where=_where(config),
         layers=config.layers,
         modules_to_save=list(dict.fromkeys([*config.modules_to_save, *base.fresh])),
         data=data,
     )
+
+
+def _free_name(name: str, there: Collection[str]) -> str:
+    """The adapter's name, or one like it where another run on the same base has that."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if free not in there)
+
+
+def _loader(beside: Prepared | None) -> Callable[..., Base]:
+    """`load_base`, unless there is nothing in the base that is drawn afresh for each run."""
+    if beside is None or beside.base.fresh:
+        return load_base
+    return lambda *_, **__: beside.base
+
+
+def _take_heads(adapter: Adapter, own: Any) -> None:
+    """Heads that were made afresh for this run, in the place of those of the base that it shares."""
+    import torch
+
+    values = dict(own.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, copy in adapter.copies.items():
+            copy.copy_(values[name])
+
+
+def _check_beside(config: RunConfig, task: str, labels: list[str] | None, beside: Prepared) -> None:
+    """Whether a run can share the base of another."""
+    other = beside.config
+    pairs: dict[str, tuple[Any, Any]] = {
+        "base": (absolute(base_source(config.base)), absolute(base_source(other.base))),
+        "task": (task, beside.task),
+        "labels": (labels, None if beside.record.labels is None else list(beside.record.labels)),
+        **{name: (getattr(config, name), getattr(other, name)) for name in SHARED},
+    }
+    wrong = [f"{name} is {a!r}, but {b!r} in {other.out}" for name, (a, b) in pairs.items() if a != b]
+    if wrong:
+        raise ConfigError(problems(f"{config.out} cannot share a base with the runs it is trained with", wrong))
 
 
 def _batches(rows: Dataset, collator: Any, config: RunConfig) -> list[Any]:

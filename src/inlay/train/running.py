@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -96,10 +96,10 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, pro
     with listening() as request, folder.claimed(), quiet_libraries():
         prepared = prepare(config)
         if resume:
-            _check_identity(folder, prepared)
+            check_identity(folder, prepared)
         else:
-            _start(folder, prepared)
-        return _train(prepared, folder, request, progress=progress)
+            start_folder(folder, prepared)
+        return train_prepared(prepared, folder, request, progress=progress)
 
 
 def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
@@ -135,7 +135,7 @@ def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
     return saved
 
 
-def _start(folder: RunFolder, prepared: Prepared) -> None:
+def start_folder(folder: RunFolder, prepared: Prepared) -> None:
     """Make room, and write what a resumed run needs to know."""
     folder.clear()
     try:
@@ -146,7 +146,7 @@ def _start(folder: RunFolder, prepared: Prepared) -> None:
         raise
 
 
-def _check_identity(folder: RunFolder, prepared: Prepared) -> None:
+def check_identity(folder: RunFolder, prepared: Prepared) -> None:
     """Refuse to resume on other rows or another base."""
     path = folder.checkpoints / IDENTITY
     try:
@@ -164,7 +164,10 @@ def _check_identity(folder: RunFolder, prepared: Prepared) -> None:
         raise BaseMismatchError(f"{base} changed since the run began, so it cannot go on. Start again with --overwrite")
 
 
-def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progress: bool) -> RunResult:
+def train_prepared(
+    prepared: Prepared, folder: RunFolder, request: StopRequest, *, progress: bool, callbacks: Sequence[Any] = ()
+) -> RunResult:
+    """Train what is prepared, in a folder that is started; `callbacks` stand before the run's own."""
     from transformers import PrinterCallback
     from transformers.trainer_callback import TrainerState
 
@@ -193,7 +196,7 @@ def _train(prepared: Prepared, folder: RunFolder, request: StopRequest, *, progr
         train_dataset=prepared.train,
         eval_dataset=prepared.held_out,
         data_collator=prepared.collator,
-        callbacks=[metrics, Pace(request), *([bar] if bar else [])],
+        callbacks=[*callbacks, metrics, Pace(request), *([bar] if bar else [])],
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -337,10 +340,11 @@ def _finish(prepared: Prepared, folder: RunFolder, state: Any, metrics: Any) -> 
 
 
 def _write_adapter(prepared: Prepared, result: RunResult, part: Path) -> None:
-    import inlay
+    from inlay.formats import native
     from inlay.train.card import card
 
-    inlay.save(prepared.base.model, prepared.config.name, part)
+    named = dataclasses.replace(prepared.adapter, name=prepared.config.name)  # whatever it is called beside others
+    native.write(prepared.base.model, named, part)
     prepared.record.write(part)
     facts = {
         "rows": len(prepared.train),

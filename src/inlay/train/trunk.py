@@ -18,9 +18,9 @@ import json
 import os
 import secrets
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 4096
 FEWEST_PASSES = 1.5  # over the rows; in one pass there is nothing to reuse
 CLOSENESS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # relative, of a row's states in a batch
-Serve = Callable[[dict[str, Tensor]], Any]
+# Model → its open caches: runs that share a base share the states of the same rows.
+_LIVE: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[TrunkCache]] = weakref.WeakKeyDictionary()
 
 
 class TrunkCache:
@@ -57,6 +58,7 @@ class TrunkCache:
         below = [p for path, m in _below(model, cut) for p in m._parameters.values() if p is not None]
         self._weights, self._versions = below, [p._version for p in below]
         trunk.open_cut(model, cut)
+        _LIVE.setdefault(model, weakref.WeakSet()).add(self)
 
     def close(self) -> None:
         """Give the model its whole stack back, and the memory."""
@@ -188,8 +190,9 @@ def spans_of(batch: dict[str, Tensor]) -> Iterator[tuple[int, slice]]:
     """Where each row of a padded or packed batch stands: row of the tensors, and its tokens there."""
     mask, positions = batch["attention_mask"].cpu(), batch.get("position_ids")
     if positions is not None:  # packed: every row begins at position zero
-        starts = [*(positions[0] == 0).nonzero().squeeze(1).tolist(), positions.shape[1]]
-        yield from ((0, slice(a, b)) for a, b in pairwise(starts))
+        for run in packed.runs_of(positions):
+            for start in range(run.start, run.start + run.count * run.length, run.length):
+                yield 0, slice(start, start + run.length)
         return
     for row, kept in enumerate(mask.bool()):
         first = int(kept.int().argmax())
@@ -238,6 +241,10 @@ def _check_room(size: int, limit: str, folder: Path | None) -> None:
 
 def _fill(cache: TrunkCache, rows: dict[bytes, dict[str, list[int]]], like: Tensor, folder: Path | None) -> None:
     hidden = like.shape[-1]
+    for other in _LIVE[cache.model]:  # all of them or none: a row's last bit depends on the rows it was computed with
+        if other.cut == cache.cut and other.states.keys() == rows.keys():
+            cache.states.update(other.states)
+            return
     if folder is None:
         numbers = sum(len(row["input_ids"]) for row in rows.values()) * hidden
         cache.fill(rows, torch.empty(numbers, dtype=like.dtype).view(-1, hidden))
