@@ -2,4 +2,5 @@
 
 from inlay.kernels import flash as flash
 from inlay.kernels import labelled_head as labelled_head
+from inlay.kernels import norm as norm
 from inlay.kernels import trunk as trunk

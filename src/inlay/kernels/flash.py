@@ -92,7 +92,7 @@ def _row(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of one row of the batch: (heads, tokens, size) each, keys' and values' in float32."""
     query, key, value, grad = (t.contiguous() for t in (query, key, value, grad))
-    heads, tokens, size = query.shape
+    tokens = query.shape[1]
     total = (grad.float() * out).sum(-1, keepdim=True)  # (heads, tokens, 1)
     d_query = torch.empty_like(query)
     d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32) for t in (key, value))

@@ -30,7 +30,7 @@ from inlay.kernels.lazy import LazyTensor
 
 IGNORED = -100
 SCORES_AT_ONCE = 2**23  # numbers in a chunk's scores, float32: 32 MiB
-FEWEST_ROWS = 64  # below, a matrix product does not reach its speed
+FEWEST_ROWS = 128  # below, a matrix product does not reach its speed: 0.21 ms a row at 64, 0.17 here, 0.16 at 512
 AGREEMENT = 2e-3  # relative, between the two losses: half precision sums in another order
 
 
@@ -238,6 +238,7 @@ class LabelledLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         rows = max(FEWEST_ROWS, SCORES_AT_ONCE // weight.shape[0])
+        rows = -(-hidden.shape[0] // max(1, -(-hidden.shape[0] // rows))) or 1  # chunks of one size
         for start in range(0, hidden.shape[0], rows):
             piece, labels = hidden[start : start + rows], target[start : start + rows, None]
             scores = F.linear(piece, weight, bias).float()  # (rows, vocabulary)
