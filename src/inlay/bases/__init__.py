@@ -1,5 +1,32 @@
-"""Layer types whose weights inlay can read and write. Importing this package registers all of them."""
+"""Layer types whose weights inlay can read and write.
+
+dense.py          torch's own layers; registered when this package is imported
+bitsandbytes.py   NF4, FP4 and int8 layers; registered once bitsandbytes is imported, by whomever
+torchao.py        int8 and int4 weights; the same for torchao
+loading.py        a base from its files, quantised layer by layer while they are read
+
+Neither library is imported by inlay before a base needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
 
 from inlay.bases import dense
+from inlay.core.layer import LATE
 
-__all__ = ["dense"]
+__all__ = ["dense", "register"]
+
+_ROOMS = ("bitsandbytes", "torchao")
+
+
+def register() -> None:
+    """Register the layers of the libraries that are there by now."""
+    for library in _ROOMS:
+        room = f"{__name__}.{library}"
+        if library in sys.modules and room not in sys.modules:
+            import_module(room)
+
+
+LATE.append(register)

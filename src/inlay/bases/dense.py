@@ -6,10 +6,15 @@ Writing replaces the `Parameter` object instead of its values, so undoing is bit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import singledispatch
+
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from inlay.core.layer import Kind, LayerShape, Undo, read_weight, shape_of, write_weight
+from inlay.core.layer import Kind, LayerShape, Undo, read_weight, settle, shape_of, unsettle, write_weight
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -17,6 +22,28 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def raw(layer: nn.Module, name: str) -> Tensor | None:
     """The registered parameter itself, past any adapter that answers for the attribute."""
     return layer._parameters.get(name)
+
+
+@singledispatch
+def values_of(weight: Tensor) -> Tensor:
+    """A parameter's values as a plain tensor; another room reads the tensor types that pack theirs."""
+    return weight
+
+
+def replace(layer: nn.Module, values: Mapping[str, Tensor | None], dtype: torch.dtype) -> Undo:
+    """Put new frozen parameters in the place of old ones; the result puts the very same old objects back."""
+    old = {name: raw(layer, name) for name in values}
+    for name, value in values.items():
+        if value is not None:
+            before = old[name]
+            wanted = dtype if before is None or not before.is_floating_point() else before.dtype
+            layer._parameters[name] = nn.Parameter(value.detach().to(wanted), requires_grad=False)
+
+    def undo() -> None:
+        for name, parameter in old.items():
+            layer._parameters[name] = parameter  # type: ignore[assignment]
+
+    return undo
 
 
 def _shape(layer: nn.Module, kind: Kind, out_features: int, in_features: int) -> LayerShape | None:
@@ -71,21 +98,26 @@ def _transposed(layer: nn.Module) -> bool:
 def _(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight = raw(layer, "weight")
     assert weight is not None, "shape_of() answers None for a layer without a weight"
+    weight = values_of(weight)
     return (weight.t() if _transposed(layer) else weight), raw(layer, "bias")
 
 
 @write_weight.register
 def _(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Undo:
-    old = {name: raw(layer, name) for name in ("weight", "bias")}
+    before = raw(layer, "weight")
+    assert before is not None, "shape_of() answers None for a layer without a weight"
     new = {"weight": weight.t().contiguous() if _transposed(layer) else weight, "bias": bias}
-    for name, value in new.items():
-        before = old[name]
-        if value is not None:
-            dtype = before.dtype if before is not None else value.dtype
-            layer._parameters[name] = nn.Parameter(value.detach().to(dtype), requires_grad=False)
+    return replace(layer, new, before.dtype)
 
-    def undo() -> None:
-        for name, parameter in old.items():
-            layer._parameters[name] = parameter  # type: ignore[assignment]
 
-    return undo
+@settle.register
+def _(layer: PreTrainedModel, dtype: torch.dtype) -> None:
+    """transformers' Trainer refuses a model that says it is quantised, unless PEFT has put adapters on it."""
+    if layer.__dict__.get("is_quantized"):
+        layer.__dict__["_inlay_settled"], layer.__dict__["is_quantized"] = True, False
+
+
+@unsettle.register
+def _(layer: PreTrainedModel) -> None:
+    if layer.__dict__.pop("_inlay_settled", False):
+        layer.__dict__["is_quantized"] = True

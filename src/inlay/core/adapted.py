@@ -72,6 +72,24 @@ def release(host: Host) -> None:
         module.__dict__["_gradient_checkpointing_func"] = function
 
 
+def exchange(module: nn.Module, cls: type[nn.Module]) -> Callable[[], None]:
+    """Give a module another class of its own, beneath what a host has made of it; the result gives the old one back."""
+    host: Host | None = module.__dict__.get("_inlay_host")
+    old = type(module) if host is None else host.original_class
+
+    def put(wanted: type[nn.Module]) -> None:
+        host: Host | None = module.__dict__.get("_inlay_host")
+        if host is not None:
+            host.original_class = wanted
+        if host is None or not getattr(type(module), "inlay_adapted", False):
+            module.__class__ = wanted
+        else:
+            adopt(host, host.features)
+
+    put(cls)
+    return lambda: put(old)
+
+
 @functools.cache
 def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) -> type[nn.Module]:
     body: dict[str, Any] = {

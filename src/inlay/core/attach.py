@@ -16,6 +16,7 @@ from inlay.core.adapter import Adapter
 from inlay.core.build import build, initialise
 from inlay.core.errors import SelectionError, UnsupportedError
 from inlay.core.install import install, uninstall
+from inlay.core.layer import settle_all, unsettle_all
 from inlay.core.measure import Batches, check_data
 from inlay.core.method import Method
 from inlay.core.roster import find_roster, roster_of
@@ -59,7 +60,14 @@ def attach(
         places = measured.places or places
     else:
         build(model, method, name=name, places=places, modules_to_save=modules_to_save)  # refuse before measuring
-        measured = method.measure(model, places, data)
+        fresh = find_roster(model) is None
+        try:
+            if fresh:
+                settle_all(model)
+            measured = method.measure(model, places, data)
+        finally:
+            if fresh:
+                unsettle_all(model)
     adapter = build(model, measured.method, name=name, places=places, modules_to_save=modules_to_save)
     initialise(model, adapter, measured.values)
     install(model, adapter, trainable=True)

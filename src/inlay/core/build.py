@@ -14,6 +14,7 @@ from inlay.core.adapter import Adapter
 from inlay.core.chain import arranged, check_fork
 from inlay.core.delta import Delta
 from inlay.core.errors import AdapterNameError, SelectionError, UnsupportedError, problems
+from inlay.core.layer import store_of
 from inlay.core.method import Method
 from inlay.core.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
 from inlay.core.roster import find_roster, held_by_others
@@ -38,6 +39,12 @@ def build(
     _check_forks(pieces)
     copies = {}
     for path in saved:
+        packed = [p for p, m in view.modules.items() if _covered(p, [path]) and store_of(m) is not None]
+        if packed:
+            raise UnsupportedError(
+                f"modules_to_save: {packed[0]} is quantised, so a trained copy of it would be another layer. Load the "
+                "base without quantisation, or adapt the layer"
+            )
         for parameter_name, value in _own_parameters(view, path).items():
             dtype = value.dtype if value.dtype == torch.float64 else torch.float32
             copies[parameter_name] = nn.Parameter(value.detach().to(dtype, copy=True))

@@ -11,6 +11,7 @@ from inlay.core.attention import implementation
 from inlay.core.chain import Chain, arranged, leaves
 from inlay.core.errors import UnsupportedError
 from inlay.core.host import Host, Storage
+from inlay.core.layer import settle_all, unsettle_all
 from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
 from inlay.core.prompt import KeyValuePrompt, TokenPrompt
 from inlay.core.roster import Roster, find_roster, held_by_others
@@ -70,6 +71,7 @@ def _enlist(roster: Roster) -> None:
     """Make a model a host of adapters: freeze it, wrap its root and its checkpointed layers."""
     roster.model.requires_grad_(False)
     roster.model.__dict__["_inlay_roster"] = roster
+    settle_all(roster.model)
     grant(roster, "", "root")
     head = ModelView(roster.model).output_head if "head" in prompting.WRAPPERS else None
     for path, module in roster.model.named_modules():
@@ -85,6 +87,7 @@ def _dismiss(roster: Roster) -> None:
     """The inverse of `_enlist`, once no adapter is left."""
     for host in roster.hosts.values():
         release(host)
+    unsettle_all(roster.model)
     _unwrap_attention(roster, 0)
     roster.model.__dict__.pop("_inlay_roster", None)
     _thaw(roster)

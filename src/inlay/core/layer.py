@@ -1,7 +1,8 @@
-"""How the core reads a layer, whatever stores its weight: three functions dispatched on the layer's type.
+"""How the core reads a layer, whatever stores its weight: functions dispatched on the layer's type.
 
 The rooms under `bases/` register an implementation for each type they know; nothing else in the project
 asks what a layer is made of, so a method that works on a dense base works on every base that can be read.
+A room whose library is imported later than inlay registers when a model is looked at (`LATE`).
 
 Canonical layouts:
 
@@ -25,6 +26,8 @@ from inlay.core.errors import UnsupportedError
 
 Kind = Literal["linear", "embedding", "conv", "norm", "output"]
 Undo = Callable[[], None]
+# Called before a model is looked at, so that rooms can register types of libraries that have come since.
+LATE: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,23 @@ class LayerShape:
     bias: bool
     dtype: torch.dtype
     device: torch.device
+
+
+@dataclass(frozen=True)
+class Store:
+    """How a quantised layer keeps its weight.
+
+    Attributes:
+        name: of the format, as `inlay train --quantize` calls it.
+        tensors: everything it keeps.
+    """
+
+    name: str
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors)
 
 
 @singledispatch
@@ -68,3 +88,44 @@ def read_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 def write_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Undo:
     """Put new values in, canonical layout; the returned function puts the very same old objects back."""
     raise UnsupportedError(f"a {type(layer).__name__} cannot be written, so nothing can be merged into it")
+
+
+@singledispatch
+def store_of(layer: nn.Module) -> Store | None:
+    """How the layer keeps its weight, or None where it keeps the weight itself."""
+    return None
+
+
+@singledispatch
+def requantise_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Undo:
+    """`write_weight` that leaves a quantised layer quantised, in its own format; a dense one is simply written."""
+    return write_weight(layer, weight, bias)
+
+
+@singledispatch
+def settle(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Keep a layer from changing its own values while adapters are on its model; what that takes stays on the layer.
+
+    Args:
+        dtype: of the model's computation.
+
+    Raises:
+        UnsupportedError: it has changed them already in a way that cannot be trained through.
+    """
+
+
+@singledispatch
+def unsettle(layer: nn.Module) -> None:
+    """The inverse of `settle`; nothing where the layer was not settled."""
+
+
+def settle_all(model: nn.Module) -> None:
+    """`settle` for every module of a model that has no adapters yet."""
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    for module in model.modules():
+        settle(module, dtypes[0] if dtypes else torch.get_default_dtype())
+
+
+def unsettle_all(model: nn.Module) -> None:
+    for module in model.modules():
+        unsettle(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from inlay.core.adapter import Adapter
 from inlay.core.chain import weights
 from inlay.core.errors import UnsupportedError, problems
-from inlay.core.layer import Undo, read_weight, write_weight
+from inlay.core.layer import Undo, read_weight, requantise_weight, write_weight
 from inlay.core.pieces import DeltaPiece, PromptPiece
 from inlay.core.roster import Merged, Roster, roster_of
 
@@ -23,11 +23,14 @@ class MergeReport:
     Attributes:
         layers: path → largest absolute difference between the merged weight and the value the base's
             type could hold; 0 where the type lost nothing.
+        lost: path → size of that difference as a share of the adapter's own change to the weight (Frobenius norms):
+            at 1 the rounding is as large as what was learnt.
         untied: whether an input embedding and an output head that shared a matrix no longer do.
     """
 
     layers: dict[str, float]
     untied: bool = False
+    lost: dict[str, float] = field(default_factory=dict)
 
     @property
     def worst(self) -> float:
@@ -35,12 +38,16 @@ class MergeReport:
         return max(self.layers.values(), default=0.0)
 
 
-def merge(model: nn.Module, name: str) -> MergeReport:
+def merge(model: nn.Module, name: str, *, requantize: bool = False) -> MergeReport:
     """Fold adapter `name` into the base, in place. The model then costs what the base costs.
 
     Until `unmerge` the merged adapter is the active one, and choosing another raises.
 
-    The sum is formed in float32 and rounded once to the base's type; the report says what that cost.
+    The sum is formed in float32 and rounded once to the base's type; the report says what that cost. A quantised
+    layer becomes a dense one of the sum.
+
+    Args:
+        requantize: leave quantised layers quantised: the sum is rounded to their format, which costs more.
 
     Raises:
         AdapterNameError: there is no such adapter.
@@ -60,10 +67,11 @@ def merge(model: nn.Module, name: str) -> MergeReport:
         raise UnsupportedError(problems(f"adapter {name!r} ({adapter.method.name}) has no weights to merge", wrong[:8]))
     undo: list[Undo] = []
     errors: dict[str, float] = {}
+    lost: dict[str, float] = {}
     try:
         with torch.no_grad():
             _merge_parameters(roster, adapter, undo, errors)
-            _merge_deltas(roster, adapter, undo, errors)
+            _merge_deltas(roster, adapter, undo, errors, lost, requantize)
             untied = _untie(roster, undo)
     except BaseException:
         for step in reversed(undo):
@@ -71,7 +79,7 @@ def merge(model: nn.Module, name: str) -> MergeReport:
         raise
     undo.append(_activator(roster, roster.active))
     roster.merged, roster.active = Merged(name, undo), name
-    return MergeReport(errors, untied)
+    return MergeReport(errors, untied, lost)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -88,18 +96,23 @@ def unmerge(model: nn.Module) -> None:
     roster.merged = None
 
 
-def _merge_deltas(roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> None:
+def _merge_deltas(
+    roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float], lost: dict[str, float],
+    requantize: bool,
+) -> None:  # fmt: skip
     for host in roster.hosts.values():
         placed = host.deltas.get(adapter.name)
         if not placed:
             continue
         weight, bias = read_weight(host.module)
-        dtype = weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        exact, exact_bias = weight.to(wide), None if bias is None else bias.to(wide)
-        exact, exact_bias = weights(placed, exact, exact_bias)
-        errors[host.path] = _loss(exact, dtype)
-        undo.append(write_weight(host.module, exact, exact_bias))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        before, exact_bias = weight.to(wide), None if bias is None else bias.to(wide)
+        exact, exact_bias = weights(placed, before, exact_bias)
+        undo.append((requantise_weight if requantize else write_weight)(host.module, exact, exact_bias))
+        error = read_weight(host.module)[0].to(wide) - exact
+        errors[host.path] = float(error.abs().max()) if error.numel() else 0.0
+        change = float((exact - before).norm())
+        lost[host.path] = float(error.norm()) / change if change else 0.0
 
 
 def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> None:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from inlay.core.errors import UnsupportedError
+from inlay.core.layer import store_of
 from inlay.core.method import Method
 from inlay.core.select import Places
 
@@ -84,5 +86,12 @@ class SubsetMethod(Method, ABC):
             path, _, parameter = name.rpartition(".")
             value = view.modules[path]._parameters[parameter]
             assert value is not None
+            store = store_of(view.modules[path])
+            if store is not None and (parameter == "weight" or not value.is_floating_point()):
+                raise UnsupportedError(
+                    f"method {self.name!r} trains the base's own weights, but {name} is quantised ({store.name}), so "
+                    "no small step of it can be taken. Load the base without quantisation, or choose a method that "
+                    "adds to it (lora)"
+                )
             found.append(SubsetPiece(path, parameter, self.difference(name, value)))
         return found

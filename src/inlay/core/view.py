@@ -13,7 +13,7 @@ from torch import nn
 
 from inlay.core import roles
 from inlay.core.errors import UnsupportedError
-from inlay.core.layer import LayerShape, shape_of
+from inlay.core.layer import LATE, LayerShape, shape_of
 from inlay.core.part import Part
 from inlay.core.site import Site
 
@@ -62,6 +62,8 @@ class ModelView:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        for register in LATE:
+            register()
         self.model = model
         self.config: Any = getattr(model, "config", None)
 

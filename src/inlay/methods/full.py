@@ -41,7 +41,7 @@ def parameter_names(view: ModelView) -> list[str]:
     names = []
     for path, module in view.modules.items():
         for name, value in module._parameters.items():
-            if value is not None and id(value) not in seen and value.is_floating_point():
+            if value is not None and id(value) not in seen:
                 seen.add(id(value))
                 names.append(f"{path}.{name}" if path else name)
     return names

@@ -15,7 +15,7 @@ import inlay
 from inlay.core import install
 from inlay.core.errors import AdapterFileError, AdapterNameError, BaseMismatchError, ConfigError
 from inlay.core.method import Method
-from inlay.testing.laws.scaffold import Broken, attached, census, forward, hold, put, same, train
+from inlay.testing.laws.scaffold import Broken, attached, census, forward, hold, parts, put, same, train
 from inlay.testing.specimen import Specimen
 
 
@@ -73,7 +73,8 @@ def storage(specimen: Specimen, method: Method) -> None:
         other = specimen.build()
         with torch.no_grad():
             for parameter in other.parameters():
-                parameter.mul_(1.25)
+                if parameter.is_floating_point() and not parts(parameter):
+                    parameter.mul_(1.25)
         _refused(other, folder, BaseMismatchError, "an adapter of another base")
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
@@ -96,7 +97,7 @@ def detach_restores(specimen: Specimen, method: Method) -> None:
     """Detaching restores classes, keys, flags, attributes and outputs, in whatever order adapters go."""
     model, batch = specimen.build(), specimen.batch(2, 7)
     for i, parameter in enumerate(model.parameters()):
-        parameter.requires_grad_(i % 3 != 0)
+        parameter.requires_grad_(parameter.is_floating_point() and i % 3 != 0)
     before, outputs = census(model), forward(specimen, model, batch)
     train(put(specimen, model, method))
     train(put(specimen, model, inlay.LoRA(rank=2), "two"))

@@ -34,8 +34,18 @@ def close(one: Tensor, other: Tensor, message: str, tolerance: float = TOLERANCE
     hold(worst <= tolerance * scale, f"{message}: differs by {worst:.2e}, tolerance {tolerance * scale:.0e}")
 
 
+def parts(tensor: Tensor) -> list[Tensor]:
+    """What a tensor of a packed type consists of; nothing of a plain one."""
+    flatten = getattr(tensor.detach(), "__tensor_flatten__", None)
+    return [] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
+
+
 def same(one: Tensor, other: Tensor, message: str) -> None:
     one, other = one.detach(), other.detach()
+    if packed := parts(one):
+        for mine, its in zip(packed, parts(other), strict=True):
+            same(mine, its, message)
+        return
     hold(torch.equal(one, other), f"{message}: differs by {float((one.float() - other.float()).abs().max()):.2e}")
 
 

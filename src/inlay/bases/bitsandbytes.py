@@ -1,0 +1,205 @@
+"""Layers of bitsandbytes: 4 bits a weight (NF4, FP4; QLoRA, arXiv:2305.14314) and 8 (LLM.int8(), arXiv:2208.07339).
+
+    4 bits   blocks of 64 weights, each a number of 16 levels times its block's constant; with double quantisation
+             the constants are kept in 8 bits, in blocks of 256
+    8 bits   a row of the weight is whole numbers times the row's constant
+
+Merging makes such a layer an `nn.Linear` of the dequantised weight, as long as the merge lasts.
+
+On CPUs with AVX512-BF16 a 4-bit layer repacks itself in its first forward without gradients: its constants are
+rounded to bfloat16, and from then on no gradient passes through it. `settle` forbids that.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+from inlay.bases.dense import raw, replace
+from inlay.core.adapted import exchange
+from inlay.core.errors import UnsupportedError
+from inlay.core.layer import (
+    LayerShape,
+    Store,
+    Undo,
+    read_weight,
+    requantise_weight,
+    settle,
+    shape_of,
+    store_of,
+    unsettle,
+    write_weight,
+)
+
+Linear4bit, Linear8bitLt = bnb.nn.Linear4bit, bnb.nn.Linear8bitLt
+# Says with every forward of an 8-bit layer that it rounds what enters it, which is what such a layer does.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def _shape(layer: Any, dtype: torch.dtype) -> LayerShape:
+    weight, has_bias = raw(layer, "weight"), raw(layer, "bias") is not None
+    assert weight is not None
+    return LayerShape("linear", layer.in_features, layer.out_features, has_bias, dtype, weight.device)
+
+
+def _written(layer: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Undo:
+    """A dense layer in the place of a quantised one; the result brings that back, its very objects."""
+    back = exchange(layer, nn.Linear)
+    undo = replace(layer, {"weight": weight, "bias": bias}, dtype)
+
+    def restore() -> None:
+        undo()
+        back()
+
+    return restore
+
+
+# -- 4 bits -------------------------------------------------------------------------------------
+
+
+def _state(layer: Any) -> Any:
+    """The constants of a 4-bit layer; None before it is quantised."""
+    state = getattr(raw(layer, "weight"), "quant_state", None) or layer.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        raise UnsupportedError(
+            "bitsandbytes has repacked this 4-bit base for inference on the CPU: its constants are rounded, and no "
+            "gradient passes through it. Load the base again and attach before the first forward in evaluation mode, "
+            "or let inlay load it (--quantize nf4)"
+        )
+    return state
+
+
+@shape_of.register(Linear4bit)
+def _(layer: Any) -> LayerShape:
+    state, weight = layer.quant_state, raw(layer, "weight")
+    return _shape(layer, weight.dtype if state is None else state.dtype)  # type: ignore[union-attr]
+
+
+@read_weight.register(Linear4bit)
+def _(layer: Any) -> tuple[Tensor, Tensor | None]:
+    state, weight = _state(layer), raw(layer, "weight")
+    assert weight is not None
+    values = weight if state is None else bnb.functional.dequantize_4bit(weight.data.view(-1, 1), state)
+    return values, raw(layer, "bias")
+
+
+@write_weight.register(Linear4bit)
+def _(layer: Any, weight: Tensor, bias: Tensor | None) -> Undo:
+    return _written(layer, weight, bias, _state(layer).dtype)
+
+
+@store_of.register(Linear4bit)
+def _(layer: Any) -> Store | None:
+    state, weight = _state(layer), raw(layer, "weight")
+    if state is None:
+        return None
+    assert weight is not None
+    nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
+    return Store(state.quant_type, (weight.data, state.absmax, *nested))
+
+
+@requantise_weight.register(Linear4bit)
+def _(layer: Any, weight: Tensor, bias: Tensor | None) -> Undo:
+    state, before = _state(layer), raw(layer, "weight")
+    undo = replace(layer, {"bias": bias}, state.dtype)
+    made = bnb.nn.Params4bit(
+        weight.detach().to(state.dtype),
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        module=layer,
+    )
+    layer._parameters["weight"] = made.to(weight.device)
+
+    def restore() -> None:
+        layer._parameters["weight"], layer.quant_state = before, state
+        undo()
+
+    return restore
+
+
+@settle.register(Linear4bit)
+def _(layer: Any, dtype: torch.dtype) -> None:
+    _state(layer)  # or it is too late
+    layer._inlay_settled, layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu, False
+
+
+@unsettle.register(Linear4bit)
+def _(layer: Any) -> None:
+    if "_inlay_settled" in layer.__dict__:
+        layer.support_avx512bf16_for_cpu = layer.__dict__.pop("_inlay_settled")
+
+
+# -- 8 bits -------------------------------------------------------------------------------------
+
+
+def _rows(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Whole numbers and constants of the rows; they move from the weight to the layer's state in its first forward."""
+    weight: Any = raw(layer, "weight")
+    if layer.state.CB is not None:
+        return layer.state.CB, layer.state.SCB
+    return weight.CB, weight.SCB
+
+
+def _dtype(layer: Any) -> torch.dtype:
+    """Of the layer's computation, which an 8-bit layer does not know itself."""
+    bias = raw(layer, "bias")
+    found: torch.dtype = torch.float32 if bias is None else bias.dtype
+    return layer.__dict__.get("_inlay_dtype", found)  # type: ignore[no-any-return]
+
+
+@shape_of.register(Linear8bitLt)
+def _(layer: Any) -> LayerShape:
+    return _shape(layer, _dtype(layer))
+
+
+@read_weight.register(Linear8bitLt)
+def _(layer: Any) -> tuple[Tensor, Tensor | None]:
+    (whole, constants), weight = _rows(layer), raw(layer, "weight")
+    assert weight is not None
+    if whole is None or constants is None:
+        return weight, raw(layer, "bias")
+    return whole.to(_dtype(layer), copy=True).mul_(constants.unsqueeze(1) * (1 / 127)), raw(layer, "bias")
+
+
+@write_weight.register(Linear8bitLt)
+def _(layer: Any, weight: Tensor, bias: Tensor | None) -> Undo:
+    return _written(layer, weight, bias, _dtype(layer))
+
+
+@store_of.register(Linear8bitLt)
+def _(layer: Any) -> Store | None:
+    whole, constants = _rows(layer)
+    return None if whole is None or constants is None else Store("int8", (whole, constants))
+
+
+@requantise_weight.register(Linear8bitLt)
+def _(layer: Any, weight: Tensor, bias: Tensor | None) -> Undo:
+    before, state = raw(layer, "weight"), layer.state
+    undo = replace(layer, {"bias": bias}, _dtype(layer))
+    layer.state = copy.copy(state)
+    layer.state.reset_grads()
+    made = bnb.nn.Int8Params(weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
+    layer._parameters["weight"] = made.to(weight.device)
+
+    def restore() -> None:
+        layer._parameters["weight"], layer.state = before, state
+        undo()
+
+    return restore
+
+
+@settle.register(Linear8bitLt)
+def _(layer: Any, dtype: torch.dtype) -> None:
+    layer._inlay_dtype = dtype
+
+
+@unsettle.register(Linear8bitLt)
+def _(layer: Any) -> None:
+    layer.__dict__.pop("_inlay_dtype", None)
