@@ -58,10 +58,14 @@ def measure(parts: list[str], *, runs: int, tiny: bool, say: Callable[[str], Non
         say("switching adapters")
         shape = replace(LINEARS_112, layers=2) if tiny else LINEARS_112
         found["switch"] = switching.compare(adapters=3 if tiny else 20, shape=shape, runs=runs)
+        say("attaching adapters")
+        found["attach"] = switching.compare_attaching(adapters=3 if tiny else 20, shape=shape, runs=runs)
     if "mixed" in parts:
         say("mixed batches")
         load = mixed.Load(shape=TINY, rows=4, prompt=8, steps=2) if tiny else mixed.Load()
         found["mixed"] = mixed.compare(load, counts=(1, 2, 4) if tiny else (1, 8, 32), runs=runs)
+        say("mixed batches of five methods")
+        found["methods"] = mixed.compare_methods(replace(load, rows=5) if tiny else load, runs=runs)
     return found
 
 
@@ -71,6 +75,8 @@ def disagreements(found: dict[str, Any]) -> list[str]:
     if "switch" in found:
         checks["switch"] = found["switch"]["outputs"]
     checks |= {f"mixed, {r['adapters']} adapters": r["logits"] for r in found.get("mixed", {}).get("results", [])}
+    if "methods" in found:
+        checks["mixed, five methods"] = found["methods"]["logits"]
     return [f"{name}: {check}" for name, check in checks.items() if not check["agree"]]
 
 
@@ -90,11 +96,24 @@ def table(found: dict[str, Any]) -> Table:
             ratios = {"inlay/peft": found["switch"]["ratios"][f"{key}: inlay/peft"]}
             words = f"switch {words}, {found['switch']['adapters']} loaded, {found['switch']['layers']} layers"
             _add(shown, words, found["switch"][key], ratios, "")
+    if "attach" in found:
+        for which in ("first", "last"):
+            ratios = {"inlay/peft": found["attach"]["ratios"][f"{which}: inlay/peft"]}
+            words = f"attach the {which} of {found['attach']['adapters']}"
+            if which == "last":
+                ours, theirs = (found["attach"]["ratios"][f"{n}: last/first"]["of_medians"] for n in ("inlay", "peft"))
+                words += f" (last / first: {ours:.3g}, PEFT {theirs:.3g})"
+            _add(shown, words, found["attach"][which], ratios, "")
     for row in found.get("mixed", {}).get("results", []):
         for what in ("prefill", "decode"):
             ratios = {k.removeprefix(f"{what}: "): v for k, v in row["ratios"].items() if k.startswith(what)}
             words = f"{what}: {found['mixed']['rows']} rows, {row['adapters']} adapters"
             _add(shown, words, row[what], ratios, "base")
+    if "methods" in found:
+        for what in ("prefill", "decode"):
+            ratios = {"inlay/base": found["methods"]["ratios"][f"{what}: inlay/base"]}
+            words = f"{what}: {found['methods']['adapters']} adapters of {len(found['methods']['methods'])} methods"
+            _add(shown, words, found["methods"][what], ratios, "base")
     return shown
 
 

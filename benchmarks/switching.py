@@ -1,4 +1,4 @@
-"""Changing the active adapter with many of them loaded.
+"""Changing the active adapter with many of them loaded, and adding one more.
 
 inlay binds a choice to the calling context; PEFT visits every adapted layer. What is timed changes nothing
 else:
@@ -6,11 +6,17 @@ else:
     to another adapter     inlay: entering and leaving `use(model, name)`; PEFT: `set_adapter(name)`
     to the base and back   inlay: entering and leaving `use(model, None)`; PEFT: `with
     model.disable_adapter()`
+
+Adding: the last of several adapters, in ratio to the first on the bare model; PEFT: `add_adapter`, in ratio to
+`get_peft_model`.
 """
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +32,7 @@ from benchmarks.contenders import (
     with_inlay,
     with_peft,
 )
-from benchmarks.timing import alternate, ratio
+from benchmarks.timing import Timing, alternate, ratio
 from inlay import LoRA
 
 REPEAT = 200  # calls a run of inlay's; a single one is too short for the clock
@@ -55,6 +61,46 @@ def compare(*, adapters: int = 20, shape: Shape = LINEARS_112, runs: int) -> dic
         "ratios": {
             "to_another: inlay/peft": ratio(to_another["inlay"], to_another["peft"]),
             "to_base_and_back: inlay/peft": ratio(to_base["inlay"], to_base["peft"]),
+        },
+    }
+
+
+def compare_attaching(*, adapters: int = 20, shape: Shape = LINEARS_112, runs: int) -> dict[str, Any]:
+    """The time of attaching the first and the last of `adapters`, on a fresh copy of the model each run."""
+    import peft
+
+    method = LoRA(rank=8)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = shape.build().eval()
+    seconds: dict[str, list[list[float]]] = {"inlay": [], "peft": []}
+    for turn in range(1 + runs):  # the first warms up
+        ours, theirs, wrapped = copy.deepcopy(base), copy.deepcopy(base), None
+        spent: dict[str, list[float]] = {"inlay": [], "peft": []}
+        gc.collect()
+        for number in range(adapters):
+            began = time.perf_counter()
+            inlay.attach(ours, method, name=f"a{number}", where="all-linear")
+            middle = time.perf_counter()
+            if wrapped is None:
+                wrapped = peft.get_peft_model(theirs, config, adapter_name=f"a{number}")
+            else:
+                wrapped.add_adapter(f"a{number}", config)
+            spent["inlay"].append(middle - began)
+            spent["peft"].append(time.perf_counter() - middle)
+        for name, each in spent.items():
+            seconds[name] += [each] if turn else []
+    first = {name: Timing(tuple(each[0] for each in runs_)) for name, runs_ in seconds.items()}
+    last = {name: Timing(tuple(each[-1] for each in runs_)) for name, runs_ in seconds.items()}
+    return {
+        "shape": shape.to_dict(),
+        "adapters": adapters,
+        "first": {name: t.to_dict() for name, t in first.items()},
+        "last": {name: t.to_dict() for name, t in last.items()},
+        "ratios": {
+            "inlay: last/first": ratio(last["inlay"], first["inlay"]),
+            "peft: last/first": ratio(last["peft"], first["peft"]),
+            "first: inlay/peft": ratio(first["inlay"], first["peft"]),
+            "last: inlay/peft": ratio(last["inlay"], last["peft"]),
         },
     }
 

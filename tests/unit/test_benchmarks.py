@@ -62,6 +62,17 @@ def test_switches_serve_what_was_asked_for() -> None:
     assert found["layers"] == 2 * 7
 
 
+def test_attaching_is_timed() -> None:
+    found = switching.compare_attaching(adapters=3, shape=TINY, runs=1)
+    assert set(found["first"]) == set(found["last"]) == {"inlay", "peft"}
+
+
+def test_mixed_methods_equal_rows_alone() -> None:
+    found = mixed.compare_methods(mixed.Load(shape=TINY, rows=5, prompt=6, steps=2), runs=1)
+    assert found["logits"]["agree"], found["logits"]
+    assert len(found["methods"]) == 5
+
+
 def test_mixed_batches_equal_peft() -> None:
     found = mixed.compare(mixed.Load(shape=TINY, rows=4, prompt=6, steps=2), counts=(1, 2, 4), runs=1)
     assert [r["adapters"] for r in found["results"]] == [1, 2, 4]
