@@ -11,6 +11,10 @@ self-attention and its cross-attention have a prefix and an MLP each, as in the 
 decoder the text's positions move on by the length, as they did there. Initialisation: a random P', or (section 7.4,
 where data is scarce) the keys and values that the base computes for real words, repeated to the length; on an
 encoder–decoder both halves read them. The words are the prefix itself, so they need it without the MLP.
+
+The paper trains through the MLP (`projection=512`), since at its rates the prefix itself was unstable (section 7.2).
+With AdamW at 3e-2 the prefix itself is stable, and learns faster: on held-out questions of TREC (MiniLM-L6, 120 steps)
+0.36 nats against 1.19 at the MLP's best rate, 1e-3. So the MLP is an option here, as it is in its successors.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ class PrefixTuning(PromptMethod):
 
     Attributes:
         length: positions; the paper uses 10 for table-to-text and 200 for summarisation.
-        projection: inner size of the reparameterising MLP (512 or 800 in the paper); None trains the prefix itself.
+        projection: inner size of the reparameterising MLP (512 or 800 in the paper), which has a rate of its own;
+            None trains the prefix itself.
         init: ``random`` or ``text``.
         text: for ``text``.
     """
@@ -43,16 +48,18 @@ class PrefixTuning(PromptMethod):
     name: ClassVar[str] = "prefix-tuning"
     paper: ClassVar[str] = "arXiv:2101.00190"
     family: ClassVar[str] = "soft prompt"
-    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-2)
     default_where: ClassVar[str] = "attention"
     expected_failures: ClassVar[dict[str, str]] = {"identity": "a prefix changes the output from the start"}
 
     length: int = 20
-    projection: int | None = 512
+    projection: int | None = None
     init: Literal["random", "text"] = "random"
     text: str = ""
 
     def __post_init__(self) -> None:
+        if self.projection is not None:
+            object.__setattr__(self, "recipe", Recipe(learning_rate=1e-3))
         self.require(
             (self.length >= 1, f"length is {self.length}, expected at least 1"),
             (
