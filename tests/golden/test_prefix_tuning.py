@@ -274,7 +274,7 @@ def test_words_in_an_encoder_decoder(tmp_path: Path) -> None:
 
 def test_words_need_a_prefix_of_their_own() -> None:
     with pytest.raises(ConfigError, match="projection=None"):
-        inlay.PrefixTuning(init="text", text=TEXT)
+        inlay.PrefixTuning(init="text", text=TEXT, projection=8)
     with pytest.raises(ConfigError, match="go together"):
         inlay.PrefixTuning(init="text", projection=None)
     with pytest.raises(ConfigError, match="tokenizer"):
