@@ -54,6 +54,12 @@ def evaluate(
         Path | None,
         typer.Option(help="Write predictions and references to this JSONL file; needs a metric of answers."),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of the base: nf4, fp4, int8, torchao-int8, torchao-int4 or none. Default: as in training."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Score a base, with or without an adapter, on a data file."""
@@ -92,7 +98,7 @@ def evaluate(
         told = {"data": data, "base": scored.base, "adapter": adapter, "seconds": time.monotonic() - began}
         _report(scored.evaluation, told, predictions, more=scored.facts, as_json=as_json)
         return
-    loaded = load_adapted(base, [adapter] if adapter else [], task=task)
+    loaded = load_adapted(base, [adapter] if adapter else [], task=task, quantize=quantize)
     _check_trained(loaded)
     settings = Settings(
         batch_size=batch_size,

@@ -34,6 +34,12 @@ def generate(
         bool | None,
         typer.Option("--chat/--plain", help="With the chat template or without. Default: as in training."),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of the base: nf4, fp4, int8, torchao-int8, torchao-int4 or none. Default: as in training."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Write what follows each prompt."""
@@ -45,7 +51,7 @@ def generate(
     asked, chosen = paired(prompts, adapter or [])
     folders = list(dict.fromkeys(word for word in chosen if word is not None))
     check_writes(folders)
-    loaded = load_adapted(base, folders)
+    loaded = load_adapted(base, folders, quantize=quantize)
     torch.manual_seed(seed)
     with stages(as_json) as report:
         texts = generate_texts(

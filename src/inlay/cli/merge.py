@@ -17,27 +17,57 @@ def merge(
         str | None,
         typer.Option(help="Transformers folder or hub name. Default: the embedded base."),
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of the base: nf4, fp4, int8, torchao-int8, torchao-int4 or none. Default: as in training."
+        ),
+    ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Leave a quantised base quantised; rounds the merged weights to its format."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Fold an adapter into its base and write model and tokenizer; inlay is not needed to use them."""
     check_unused(out)
     import inlay
+    from inlay.bases.loading import dequantise
     from inlay.cli.models import load_adapted
 
-    loaded = load_adapted(base, [str(adapter)])
-    report = inlay.merge(loaded.model, loaded.names[str(adapter)])
+    loaded = load_adapted(base, [str(adapter)], quantize=quantize)
+    check_requantize(loaded.model, requantize)
+    report = inlay.merge(loaded.model, loaded.names[str(adapter)], requantize=requantize)
+    if not requantize:
+        dequantise(loaded.model)
     write_merged(loaded.model, loaded.tokenizer, out)
     facts = {
         "out": str(out),
         "layers": len(report.layers),
         "largest_rounding_error": report.worst,
+        "largest_share_of_the_change_lost": max(report.lost.values(), default=0.0),
         "untied": report.untied,
         "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
     }
     if as_json:
-        write_json({**facts, "rounding_errors": report.layers})
+        write_json({**facts, "rounding_errors": report.layers, "shares_lost": report.lost})
     else:
         show_table(f"Merged {adapter}", ("", ""), [(key.replace("_", " "), value) for key, value in facts.items()])
+
+
+def check_requantize(model: Any, requantize: bool) -> None:
+    """Raise a `ConfigError` where the merged base cannot be written in the format that it has."""
+    from inlay.core.errors import ConfigError
+    from inlay.core.layer import store_of
+
+    formats = {store.name for module in model.modules() if (store := store_of(module)) is not None}
+    if requantize and not formats:
+        raise ConfigError("--requantize: the base is not quantised. Leave it out, or give --quantize nf4")
+    if requantize and any(name.startswith("torchao") for name in formats):
+        raise ConfigError(
+            f"--requantize: {', '.join(sorted(formats))} has no file format that transformers reads back. Leave it "
+            "out, and the merged weights are written dense; they can be quantised when they are loaded"
+        )
 
 
 def check_unused(folder: Path) -> None:

@@ -32,7 +32,9 @@ class Loaded:
     fresh: tuple[str, ...]
 
 
-def load_adapted(base: str | None, folders: Sequence[str], *, task: str | None = None) -> Loaded:
+def load_adapted(
+    base: str | None, folders: Sequence[str], *, task: str | None = None, quantize: str | None = None
+) -> Loaded:
     """Load a base and attach adapters to it.
 
     Args:
@@ -40,6 +42,7 @@ def load_adapted(base: str | None, folders: Sequence[str], *, task: str | None =
             one where that is not recorded.
         folders: of adapters.
         task: None is the one the adapters were trained for; where that is not recorded, to write texts.
+        quantize: format of the base's weights; None is the one in training, ``none`` leaves them as they are.
 
     Raises:
         ConfigError: the adapters disagree about base, task or labels, or the base cannot be loaded.
@@ -59,7 +62,14 @@ def load_adapted(base: str | None, folders: Sequence[str], *, task: str | None =
         base = _agreed("bases", records, lambda record: record.base)
     if task is None:
         task = _agreed("tasks", records, lambda record: record.task) or writing_task(base)
-    loaded = load_base(base, task=task, label_names=labels if task == "classification" else None)
+    if quantize is None:
+        quantize = _agreed("quantisations of the base", records, lambda record: record.quantize)
+    loaded = load_base(
+        base,
+        task=task,
+        label_names=labels if task == "classification" else None,
+        quantize=None if quantize == "none" else quantize,
+    )
     names = {folder: f"adapter{place}" for place, folder in enumerate(records)}
     for folder, name in names.items():
         inlay.load(loaded.model, folder, name=name)

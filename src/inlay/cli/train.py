@@ -85,6 +85,10 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random draw. Default: 0.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16 or fp32 weights of the base. Default: its own.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Weights of the base in nf4, fp4, int8, torchao-int8 or torchao-int4. Default: as they are."),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
         typer.Option("--gradient-checkpointing", "--checkpointing", help="Recompute activations to save memory."),

@@ -14,6 +14,7 @@ from inlay.train.sizes import parse_bytes
 
 Task = Literal["causal", "seq2seq", "classification", "regression"]
 Precision = Literal["bf16", "fp32"]
+Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 OnLong = Literal["error", "truncate", "drop", "split"]
 Optimizer = Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "adafactor", "sgd"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
@@ -50,7 +51,9 @@ class RunConfig(BaseModel):
         max_length: tokens a row may have; None is what the base can read.
         on_long: what happens to longer rows; None splits plain text and refuses the rest.
         seed: of every random draw.
-        precision: of the base's weights; None is the base's own.
+        precision: of the base's weights; None is the base's own, and bf16 beside quantised ones.
+        quantize: format of the weights of the numbered layers (QLoRA: ``nf4``); None leaves them. Low-rank methods
+            are put at every linear layer then, where `where` says nothing.
         gradient_checkpointing: recompute activations instead of keeping them.
         eval_every, save_every: steps between evaluations and between checkpoints.
         early_stopping: evaluations without a better score after which the run ends.
@@ -95,6 +98,7 @@ class RunConfig(BaseModel):
     on_long: OnLong | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Precision | None = None
+    quantize: Quantization | None = None
     gradient_checkpointing: bool = False
     eval_every: int | None = Field(default=None, ge=1)
     save_every: int | None = Field(default=None, ge=1)

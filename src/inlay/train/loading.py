@@ -44,6 +44,7 @@ def load_base(
     num_labels: int | None = None,
     label_names: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
 ) -> Base:
     """Load a base for a task.
 
@@ -54,6 +55,8 @@ def load_base(
         num_labels: outputs of a classification head; those of `label_names` where None.
         label_names: names of the classes, in order. A head trained for other names counts as fresh.
         dtype: of the weights; None is the files' own (float16 on a CPU, where it is slow and coarse, becomes float32).
+        quantize: format of the weights of the numbered layers (`inlay.bases.loading`), made while they are read; all
+            else is bfloat16 then, unless `dtype` says otherwise.
 
     Raises:
         ConfigError: not a model, weights that are missing or damaged, an architecture that cannot do the task,
@@ -64,7 +67,7 @@ def load_base(
         config = read_config(source)
         _check_task(config, source, task)
         labels = _head_options(task, num_labels, label_names)
-        model, info = _read_model(source, task, labels, dtype)
+        model, info = _read_model(source, task, labels, dtype, quantize)
         tokenizer = _read_tokenizer(source)
     fresh = _fresh_modules(model, info, source, task)
     if task == "classification" and label_names is not None and not fresh and _other_labels(config, label_names):
@@ -176,7 +179,7 @@ def _head_options(task: str, num_labels: int | None, label_names: Sequence[str] 
 
 
 def _read_model(
-    source: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None
+    source: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None, quantize: str | None
 ) -> tuple[Any, dict[str, Any]]:
     import torch
     import transformers
@@ -184,6 +187,8 @@ def _read_model(
 
     auto = getattr(transformers, AUTO[task])
     try:
+        if quantize is not None:
+            return _read_quantised(auto, source, labels, dtype or torch.bfloat16, quantize)
         model, info = _cached_first(
             auto.from_pretrained,
             source,
@@ -202,6 +207,26 @@ def _read_model(
         raise ConfigError(f"base {source} cannot be loaded for {task}: {_first_line(error)}") from error
     if dtype is None and model.dtype == torch.float16 and not torch.cuda.is_available():
         model = model.float()
+    return model, info
+
+
+def _read_quantised(
+    auto: Any, source: str, labels: dict[str, Any], dtype: torch.dtype, quantize: str
+) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoConfig, GenerationConfig
+
+    from inlay.bases.loading import check_quantisation, read_quantised, stored_tensors
+
+    check_quantisation(quantize)
+    config = _cached_first(AutoConfig.from_pretrained, source, **labels)
+    tensors: dict[str, Any] = {**stored_tensors(source)}
+    model, info = read_quantised(auto, config, tensors, quantize, dtype, ignore_mismatched_sizes=bool(labels))
+    model.name_or_path = source
+    if model.can_generate():
+        try:
+            model.generation_config = _cached_first(GenerationConfig.from_pretrained, source)
+        except OSError:
+            pass  # the model has none of its own
     return model, info
 
 

@@ -83,7 +83,13 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
     labels = _labels(rows, layout, task)
     rows, held = split_rows(rows, held, config)
     set_seed(config.seed)  # a fresh head and the adapter are drawn from it
-    own = _loader(beside)(source if config.base else None, task=task, label_names=labels, dtype=dtype_of(config))
+    own = _loader(beside)(
+        source if config.base else None,
+        task=task,
+        label_names=labels,
+        dtype=dtype_of(config),
+        quantize=config.quantize,
+    )
     base = own if beside is None else beside.base
     if beside is not None:
         _check_beside(config, task, labels, beside)
@@ -123,6 +129,7 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
         max_length=config.max_length or 0,
         data=digests,
         versions=versions(),
+        quantize=config.quantize,
     )
     return Prepared(
         config=config,
@@ -155,7 +162,7 @@ def _attached(base: Base, method: Method, config: RunConfig, name: str, data: li
         base.model,
         method,
         name=name,
-        where=_where(config),
+        where=_where(config, method),
         layers=config.layers,
         modules_to_save=list(dict.fromkeys([*config.modules_to_save, *base.fresh])),
         data=data,
@@ -327,9 +334,11 @@ def _on_long(config: RunConfig, layout: Layout) -> str:
     return config.on_long or ("split" if layout.kind == "text" else "error")
 
 
-def _where(config: RunConfig) -> Any:
+def _where(config: RunConfig, method: Method) -> Any:
     import re
 
+    if config.where is None and config.quantize and method.family == "low rank":
+        return "all-linear"  # QLoRA: adapters at every linear layer make up for what 4 bits lose
     if isinstance(config.where, str) and config.where.startswith("re:"):
         try:
             return re.compile(config.where.removeprefix("re:"))

@@ -14,6 +14,8 @@ def quiet_libraries() -> Iterator[None]:
     What these notices are about (weights that are missing or of other shapes, special tokens) is checked
     in `loading.py`, which raises instead.
     """
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed
+        python_logging.getLogger(name).setLevel(python_logging.ERROR)
     import datasets
     from transformers.utils import logging
 

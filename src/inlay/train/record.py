@@ -30,6 +30,7 @@ class TrainingRecord:
         max_length: tokens a row could have.
         data: digests of the encoded rows, ``train`` and maybe ``eval``.
         versions: of Python and the libraries.
+        quantize: format of the base's weights; None is as they are.
     """
 
     task: str
@@ -42,6 +43,7 @@ class TrainingRecord:
     max_length: int
     data: dict[str, str]
     versions: dict[str, str] = field(default_factory=dict)
+    quantize: str | None = None
 
     def write(self, folder: Path) -> None:
         write_text(folder / FILE, json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
