@@ -4,8 +4,9 @@
 
 Each combination of method, precision, checkpointing, batch, length and architecture is trained in a fresh process:
 
-    1  everything is imported, and a tiny model of the same architecture, precision and method makes two steps, so
-       that libraries have made what they make once; the resident memory is the *baseline*
+    1  everything is imported, and a model of the same widths with one layer makes two steps and is let go of, so that
+       libraries have made what they make once and keep (code generated for these shapes, buffers for packed
+       panels); the resident memory is the *baseline*
     2  the model is made with random weights, the adapter attached, the optimizer created; the kernel's high-water
        mark of resident memory is set back (`/proc/self/clear_refs`)
     3  two steps: the first compares the head's two ways, the second has the optimizer's states
@@ -14,7 +15,8 @@ Each combination of method, precision, checkpointing, batch, length and architec
 It is the whole process that is measured, with everything that the allocator, oneDNN and torch take on the way. glibc
 is told to take blocks of 64 KiB and more from the kernel and to give them back when they are freed
 (`MALLOC_MMAP_THRESHOLD_`); by default it keeps some of them, by an amount that depends on the order of everything
-before. The same combinations can be measured with the default by `--default-malloc`.
+before. The same combinations can be measured with the default by `--default-malloc`. A run that was cut off goes on
+with the combinations that its results lack.
 """
 
 from __future__ import annotations
@@ -41,11 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8},
     ),
 }  # fmt: skip
-TINY: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1},
-    "gpt2": {"n_embd": 64, "n_layer": 1},
-    "bert": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1},
-}
+ONE_LAYER = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}, "bert": {"num_hidden_layers": 1}}
 METHODS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "lora": ("lora", {"rank": 16}, "all-linear"),
     "lora-dropout": ("lora", {"rank": 16, "dropout": 0.1}, "all-linear"),
@@ -115,7 +113,7 @@ def child(row: dict[str, Any]) -> dict[str, float]:
             optimizer.zero_grad()
             del loss
 
-    train(TINY[row["model"]], 2, 32, 2, mark=False)
+    train(ONE_LAYER[row["model"]], row["batch"], row["length"], 2, mark=False)
     gc.collect()
     before = status("VmRSS")
     train({}, row["batch"], row["length"], 2, mark=True)
@@ -177,12 +175,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help="words that a combination must hold, with commas")
     parser.add_argument("--default-malloc", action="store_true")
     options = parser.parse_args()
+    from benchmarks.provenance import read_json
+
     if options.one:
         print(json.dumps(child(json.loads(options.one))))
         return
     words = [w for w in options.only.split(",") if w]
     rows = [row for row in combinations() if all(w in map(str, row.values()) for w in words)]
-    results: list[dict[str, Any]] = []
+    keys = list(rows[0])
+    results: list[dict[str, Any]] = [] if words else read_json(options.out).get("results", [])
+    done = [[r[k] for k in keys] for r in results]
+    rows = [row for row in rows if [row[k] for k in keys] not in done]
     planners: dict[tuple[str, str], Any] = {}
     for row in rows:
         found = {**row, **planned(row, planners), **measured(row, default_malloc=options.default_malloc)}

@@ -1,0 +1,96 @@
+"""`inlay plan` from a configuration alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config.json and nothing else."""
+    folder = tmp_path_factory.mktemp("config")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaConfig(**sizes, vocab_size=256, max_position_embeddings=512, architectures=["LlamaForCausalLM"]).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_plans_as_json(config: Path, command: Command) -> None:
+    code, out, _ = command("plan", "--base", config, "--method", "lora,bitfit", "--gpu", "RTX 4090", "--json")
+    assert code == 0
+    told = json.loads(out)
+    (plan,) = told["plans"]
+    memory = plan["memory_bytes"]
+    assert plan["method"] == "lora" and plan["trainable"] > 0 and plan["tokens_per_second"] > 0
+    assert memory["total"] == pytest.approx(sum(v for k, v in memory.items() if k != "total"), abs=8)
+    assert "biases" in told["refused"]["bitfit"]
+
+
+def test_a_table(config: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ("--method", "lora", "--set", "rank=2", "--batch-size", 2, "--max-length", 16, "--gpu", "T4")
+    code, out, _ = command("plan", "--base", config, *words)
+    assert code == 0 and "activations" in out and "lora" in out and "T4" in out
+
+
+def test_search(config: Path, command: Command, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    chart = tmp_path / "plan.html"
+    words = ("--memory", "24GiB", "--gpu", "RTX 4090", "--max-length", 64, "--batch-size", 2, "--plot", chart)
+    code, out, _ = command("plan", "--base", config, *words, "--json")
+    assert code == 0
+    settings = json.loads(out)["settings"]
+    assert {row["fits"]["setting"]["quantisation"] for row in settings} == {None, "nf4"}
+    page = chart.read_text(encoding="utf-8")
+    assert "activations" in page and "<script src=" not in page.lower()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--memory", "lots"), "is not an amount"),
+        (("--memory", "0GiB"), "is nothing"),
+        (("--gpu", "RTX 9999"), "unknown GPU"),
+        (("--gpu", "T4", "--device", "cpu"), "exclude each other"),
+        (("--device", "abacus"), "device 'abacus' is unknown"),
+        (("--precision", "bf61"), "did you mean 'bf16'"),
+        (("--quantize", "nf5"), "did you mean 'nf4'"),
+        (("--method", "lorra", "--gpu", "T4"), "lora"),
+        (("--set", "rank=2", "--gpu", "T4"), "--set is for one method"),
+        (("--max-length", 4096, "--gpu", "T4"), "Give at most 512"),
+        (("--method", "bitfit", "--gpu", "T4"), "biases"),
+        (("--memory", "1KiB", "--gpu", "T4"), "needs more than --memory"),
+        (("--plot", "plan.png"), "plan.html"),
+        (("--task", "poetry"), "known: causal"),
+    ],
+)
+def test_mistakes(config: Path, command: Command, words: tuple[object, ...], message: str) -> None:
+    code, out, error = command("plan", "--base", config, *words)
+    assert (code, out) == (2, "") and message in error and "Traceback" not in error
+
+
+def test_no_configuration(command: Command, tmp_path: Path) -> None:
+    code, _, error = command("plan", "--base", tmp_path, "--gpu", "T4")
+    assert code == 2 and "no config.json" in error
+    code, _, error = command("plan", "--base", "./nowhere", "--gpu", "T4")
+    assert code == 2 and "no such folder" in error
+    (tmp_path / "config.json").write_text("{")
+    code, _, error = command("plan", "--base", tmp_path, "--gpu", "T4")
+    assert code == 2 and "cannot be read" in error
+
+
+def test_a_chart_without_plotly(config: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "plotly" else found(name, *a))
+    code, _, error = command("plan", "--base", config, "--plot", "plan.html")
+    assert code == 2 and "pip install 'inlay[report]'" in error

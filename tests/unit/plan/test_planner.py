@@ -1,0 +1,202 @@
+"""The planner against plain counting, against itself, and over the registry."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+
+import inlay
+from inlay.core.errors import ConfigError, UserError
+from inlay.plan import Planner, Setting, Skeleton, bytes_of, machine_named, search, told_bytes
+from inlay.plan.ledger import Entry, Ledger
+from inlay.plan.step import replay
+
+SMALL = LlamaConfig(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=9,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=256,
+)
+SHALLOW = LlamaConfig(
+    hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, vocab_size=256
+)
+# What these need beside a base: tokens, or other adapters.
+NEEDY: dict[str, Any] = {"trainable-tokens": lambda cls: cls(tokens=(3, 5))}
+
+
+@pytest.fixture(scope="module")
+def skeleton() -> Skeleton:
+    return Skeleton(SMALL)
+
+
+# -- every method ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in inlay.methods() if n != "fusion"])
+def test_every_method_has_a_plan(name: str) -> None:
+    config = GPT2Config(n_embd=128, n_head=4, n_layer=2, vocab_size=256) if name == "bitfit" else SHALLOW
+    cls = inlay.methods()[name]
+    method = NEEDY.get(name, lambda c: c())(cls)
+    plan = Planner(Skeleton(config), method).plan(Setting(precision="fp32", batch=2, length=16))
+    assert plan.trainable > 0 and plan.disk_bytes > 0
+    assert plan.memory.optimizer == 8 * plan.trainable or plan.phase == "trial"
+    assert plan.memory.total > plan.memory.weights + plan.memory.adapter
+    assert plan.to_dict()["memory_bytes"]["total"] == round(plan.memory.total)
+
+
+def test_what_a_method_refuses_is_an_error(skeleton: Skeleton) -> None:
+    with pytest.raises(UserError, match="biases"):
+        Planner(skeleton, inlay.BitFit()).plan(Setting())
+
+
+@pytest.mark.parametrize(
+    "config, task",
+    [
+        (
+            BertConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4),
+            "classification",
+        ),
+        (T5Config(d_model=64, d_ff=96, num_layers=6, num_heads=4, d_kv=16, vocab_size=256), "seq2seq"),
+        (GPT2Config(n_embd=64, n_head=4, n_layer=6, vocab_size=256), "causal"),
+    ],
+)
+def test_architectures(config: Any, task: str) -> None:
+    skeleton = Skeleton(config)
+    assert skeleton.task == task
+    plan = Planner(skeleton, inlay.LoRA(rank=2)).plan(Setting(precision="fp32", batch=2, length=16))
+    assert plan.memory.activations > 0
+
+
+# -- sizes -------------------------------------------------------------------------------------------
+
+
+def test_weights_and_states_are_counted(skeleton: Skeleton) -> None:
+    planner = Planner(skeleton, inlay.LoRA(rank=4), where="all-linear")
+    plan = planner.plan(Setting(precision="fp32", batch=2, length=16))
+    model = skeleton.build("fp32")
+    parameters = sum(p.numel() for p in model.parameters())
+    assert plan.base_parameters == parameters
+    assert plan.memory.weights == pytest.approx(4 * parameters, rel=1e-3)  # and the table of rotations
+    assert plan.memory.adapter == 4 * plan.trainable == plan.disk_bytes
+    assert plan.memory.optimizer == 8 * plan.trainable
+
+
+def test_quantised_weights(skeleton: Skeleton) -> None:
+    planner = Planner(skeleton, inlay.LoRA(rank=4), where="all-linear")
+    plain, packed = (planner.plan(Setting(quantisation=q)).memory.weights for q in (None, "nf4"))
+    linears = 9 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    assert plain - packed == pytest.approx(linears * (2 - 4.127 / 8), rel=1e-3)
+
+
+def test_accumulation_keeps_gradients(skeleton: Skeleton) -> None:
+    planner = Planner(skeleton, inlay.LoRA(rank=4), where="all-linear")
+    one, four = (planner.plan(Setting(precision="fp32", batch=2, length=16, accumulate=n)) for n in (1, 4))
+    assert one.memory.total < four.memory.total <= one.memory.total + 2 * one.memory.adapter
+
+
+def test_checkpointing_keeps_less_and_computes_more(skeleton: Skeleton) -> None:
+    planner = Planner(skeleton, inlay.LoRA(rank=4), machine=machine_named("RTX 4090"))
+    plain, again = (planner.plan(Setting(batch=4, length=128, checkpointing=c)) for c in (False, True))
+    assert again.memory.activations < plain.memory.activations / 3
+    assert again.seconds is not None and plain.seconds is not None
+    assert 1.1 < again.seconds / plain.seconds < 1.7
+
+
+# -- the two short cuts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", [inlay.LoRA(rank=4), inlay.FullFineTuning(), inlay.TopLayers()])
+def test_few_layers_tell_of_all(skeleton: Skeleton, method: Any, checkpointing: bool) -> None:
+    setting = Setting(precision="fp32", batch=2, length=32, checkpointing=checkpointing)
+    few = Planner(skeleton, method).plan(setting).memory.total
+    whole = Planner(skeleton, method, whole=True).plan(setting).memory.total
+    assert few == pytest.approx(whole, rel=0.01)
+
+
+def test_few_rows_tell_of_many(skeleton: Skeleton) -> None:
+    planner = Planner(skeleton, inlay.LoRA(rank=4))
+    setting = Setting(precision="fp32", batch=16, length=64)
+    quick, exact = (planner.plan(setting, by_batch=b).memory.total for b in (True, False))
+    assert quick == pytest.approx(exact, rel=0.02)
+
+
+# -- the ledger --------------------------------------------------------------------------------------
+
+
+def test_ledger_counts_what_lives() -> None:
+    weight = torch.empty(64, 64, device="meta")
+    with Ledger([weight]) as ledger:
+        ledger.phase = "forward"
+        x = torch.empty(16, 64, device="meta")
+        y = x @ weight
+        y = y.relu()  # the product is let go of
+        view = y.t()
+        del x, y
+    sizes = [entry.bytes for entry in ledger.entries]
+    assert sizes == [4096, 4096, 4096, -4096, -4096]
+    assert ledger.flops == {"forward": 2 * 16 * 64 * 64}
+    del view
+    assert ledger.entries[-1].bytes == -4096
+
+
+def test_whole_numbers_keep_their_values() -> None:
+    with Ledger([]):
+        assert torch.arange(4, device=torch.device("meta")).sum().item() == 6
+        assert bool((torch.ones(3, device="meta") > 0).all())
+
+
+def test_replay_finds_the_worst_moment_and_its_roles() -> None:
+    steps = [(1, 10, "forward"), (2, 5, "forward"), (2, -5, "forward"), (3, 7, "loss"), (4, 3, "backward"),
+             (1, -10, "backward"), (5, 20, "backward"), (3, -7, "backward")]  # fmt: skip
+    peaks = replay([Entry(*step) for step in steps], {5})
+    assert peaks["forward"] == {"activations": 10, "logits": 0, "temporary": 5, "gradients": 0}
+    assert peaks["loss"]["logits"] == 7
+    assert peaks["backward, second half"] == {"activations": 0, "logits": 7, "temporary": 3, "gradients": 20}
+
+
+# -- words and search --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, amount", [("16GiB", 2**34), ("24 GB", 24 * 10**9), ("1.5MiB", 3 * 2**19), ("100", 100)])
+def test_amounts(text: str, amount: int) -> None:
+    assert bytes_of(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "much", "16 G", "-3GB", "0GiB", "GiB"])
+def test_amounts_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not an amount|is nothing"):
+        bytes_of(text)
+
+
+def test_told_bytes() -> None:
+    assert [told_bytes(n) for n in (5, 3 * 2**20, 2**34)] == ["5 B", "3.00 MiB", "16.0 GiB"]
+
+
+@pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "A100 80GB", "h100"])
+def test_gpus(name: str) -> None:
+    machine = machine_named(name)
+    assert machine.gpu and machine.memory is not None and machine.memory > 20 * 2**30
+
+
+def test_unknown_gpu() -> None:
+    with pytest.raises(ConfigError, match="unknown GPU"):
+        machine_named("RTX 9999")
+
+
+def test_search_gives_the_largest_batch_and_the_next(skeleton: Skeleton) -> None:
+    planner = Planner(skeleton, inlay.LoRA(rank=4))
+    start = Setting(precision="fp32", length=64)
+    room = planner.plan(replace(start, batch=4)).memory.total + 1
+    fits = search(planner, room, start=start, quantisations=[None], lengths=[64], batches=[1, 2, 4, 8])
+    plain = next(f for f in fits if not (f.fits or f.beyond).setting.checkpointing)  # type: ignore[union-attr]
+    assert plain.fits is not None and plain.beyond is not None
+    assert (plain.fits.setting.batch, plain.beyond.setting.batch) == (4, 8)
+    nothing = search(planner, 1000, start=start, quantisations=[None, "nf4"], lengths=[64], batches=[1])
+    assert len(nothing) == 4 and all(f.fits is None and f.beyond is not None for f in nothing)
