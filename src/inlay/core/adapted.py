@@ -105,6 +105,8 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
         body["__setattr__"] = _set_attribute(cls)
     if "root" in features and hasattr(cls, "generate"):
         body["generate"] = _generate(cls)
+    if "root" in features and hasattr(cls, "enable_input_require_grads"):
+        body["enable_input_require_grads"] = _leave_embeddings
     if "checkpoint" in features:
         body["_gradient_checkpointing_func"] = property(_checkpoint_function, _set_checkpoint_function)
     if "positions" in features:
@@ -167,6 +169,14 @@ def _generate(cls: Any) -> Callable[..., Any]:
             return cls.generate(self, *args, **kwargs)
 
     return generate
+
+
+def _leave_embeddings(self: nn.Module) -> None:
+    """transformers calls this when checkpointing is switched on, so that reentrant checkpoints of a frozen model work.
+
+    Layers of an attached model are given an anchor instead (`_checkpointed`): were the embeddings' outputs to require
+    gradients, every layer would be computed again and gradients would flow to the bottom.
+    """
 
 
 def _checkpoint_function(module: nn.Module) -> Callable[..., Any]:

@@ -180,8 +180,6 @@ def train_prepared(
     state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     metrics = Metrics(folder, folder.keep_metrics(state.global_step if state else 0))
     bar = Progress(metrics) if progress else None
-    if config.gradient_checkpointing:
-        _recompute(prepared.base.model)
     trunk = open_trunk(prepared, say if progress else lambda _: None)
     trainer = AdapterTrainer(
         adapter=prepared.adapter,
@@ -238,16 +236,6 @@ def _serving(trunk: TrunkCache | None) -> Any:
     return serving
 
 
-def _recompute(model: Any) -> None:
-    """Checkpoint the layers that gradients flow through.
-
-    transformers makes the embeddings' output require gradients as well, for reentrant checkpoints of a frozen model;
-    then every layer would be computed again, and gradients would flow to the bottom. An attached model needs neither.
-    """
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    model.disable_input_require_grads()
-
-
 def _shrunk(metrics: Any, asked: int, rows: int) -> None:
     """Note that passes have fewer rows from now on, and say so the first time."""
     if metrics.micro_batch is None:
@@ -292,6 +280,8 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
         max_grad_norm=config.max_grad_norm,
         **optimizer_options(config.optimizer),
         seed=config.seed,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
