@@ -17,9 +17,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config.json and nothing else."""
     folder = tmp_path_factory.mktemp("config")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaConfig(**sizes, vocab_size=256, max_position_embeddings=512, architectures=["LlamaForCausalLM"]).save_pretrained(
-        folder
-    )
+    LlamaConfig(
+        **sizes, vocab_size=256, max_position_embeddings=512, architectures=["LlamaForCausalLM"]
+    ).save_pretrained(folder)
     return folder
 
 
