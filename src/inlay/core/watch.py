@@ -58,8 +58,4 @@ def watchable(module: nn.Module) -> bool:
 
 
 def _held(owners: Iterable[dict[str, Any]]) -> list[Tensor]:
-    return list(filter(_given, chain.from_iterable(map(dict.values, owners))))
-
-
-def _given(tensor: Tensor | None) -> bool:
-    return tensor is not None
+    return [t for t in chain.from_iterable(map(dict.values, owners)) if t is not None]

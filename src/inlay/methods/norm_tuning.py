@@ -13,17 +13,20 @@ was while the differences are zero. Norms that keep running statistics tie a bat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from inlay.core.delta import Delta, DeltaMethod
 from inlay.core.errors import SelectionError, problems
+from inlay.core.grouped import Grouped
 from inlay.core.layer import Kind
 from inlay.core.method import Recipe
 from inlay.core.site import Site
+from inlay.kernels.grouped import stacked
 from inlay.methods._twin import twin
 from inlay.methods.bitfit import CHANNELS_FIRST
 
@@ -79,18 +82,42 @@ class NormDelta(Delta):
         out: Tensor = y + change.to(y.dtype)
         return out
 
+    @classmethod
+    def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:
+        return None if isinstance(site.module, CHANNELS_FIRST) else _Norms(deltas, site)
+
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.gain, None if bias is None or self.offset is None else bias + self.offset
+
+
+class _Norms(Grouped):
+    """Many adapters' differences at one norm: n(x) ∘ Δw + Δb, with n(x) found once for each row."""
+
+    def __init__(self, deltas: Sequence[NormDelta], site: Site) -> None:
+        dtype = deltas[0].gain.dtype
+        self.gain = stacked([d.gain for d in deltas], dtype)[:, None]  # (segments, 1, features)
+        offsets = [d.offset for d in deltas if d.offset is not None]
+        self.offset = stacked(offsets, dtype)[:, None] if offsets else None
+        self.unit, self.blank = _Blank(site, site.device, weight=1.0), deltas[0].blank
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        wide = x.to(self.gain.dtype)
+        normal = self.unit(wide) if self.blank is None else self.unit(wide) - self.blank(wide)
+        change = normal * self.gain if self.offset is None else torch.addcmul(self.offset, normal, self.gain)
+        return y.add_(change.to(y.dtype))
+
+    post_into = post
 
 
 class _Blank(nn.Module):
     """The norm with zeros for its weight and bias; they follow the model to its device and are never stored."""
 
-    def __init__(self, site: Site, device: torch.device) -> None:
+    def __init__(self, site: Site, device: torch.device, *, weight: float = 0.0) -> None:
         super().__init__()
-        dtype = site.empty(0).dtype
-        self.register_buffer("zero", torch.zeros(site.out_features, device=device, dtype=dtype), persistent=False)
-        self.norm = twin(site, self, {"weight": "zero"} | ({"bias": "zero"} if site.bias else {}), dtype)
+        zero = torch.zeros(site.out_features, device=device, dtype=site.empty(0).dtype)
+        self.register_buffer("gain", zero + weight, persistent=False)
+        self.register_buffer("zero", zero, persistent=False)
+        self.norm = twin(site, self, {"weight": "gain"} | ({"bias": "zero"} if site.bias else {}), zero.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm(x)
