@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import inlay
+from inlay.bases import trial
 from inlay.bases.loading import LIBRARIES, read_quantised
 from inlay.core.errors import UnsupportedError
 from inlay.core.fingerprint import fingerprint
@@ -125,6 +126,11 @@ def test_laws(key: str, name: str) -> None:
         except Exception:  # all that do not hold are said at once
             broken.append(f"{law}: {traceback.format_exc(limit=-4)}")
     assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("key", registry())
+def test_the_table_says_what_the_laws_see(key: str) -> None:
+    assert (trial.refusal(example(key), "nf4") is not None) == (key in REFUSED)
 
 
 def test_the_layers_of_the_blocks_are_quantised_and_nothing_else(name: str) -> None:

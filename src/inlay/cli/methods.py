@@ -24,6 +24,7 @@ def methods(
 
     rows = describe(load_base(base).model)
     if as_json:
+        rows = [row | {"quantised_bases": _on_quantised(row["method"])} for row in rows]
         write_json({"base": base or "embedded", "methods": rows})
         return
     show_table(
@@ -52,6 +53,16 @@ def describe(model: Any) -> list[dict[str, Any]]:
 
     total = sum(parameter.numel() for parameter in model.parameters())
     return [_describe_one(model, total, cls) for cls in registry().values()] + _baselines()
+
+
+def _on_quantised(name: str) -> dict[str, Any]:
+    """Quantisation → whether the method works on such a base: true, or why not; nothing for a baseline."""
+    from inlay.bases.loading import LIBRARIES
+    from inlay.bases.trial import refusal
+    from inlay.methods import registry
+
+    cls = registry().get(name)
+    return {} if cls is None else {base: refusal(cls.examples()[0], base) or True for base in LIBRARIES}
 
 
 def _baselines() -> list[dict[str, Any]]:

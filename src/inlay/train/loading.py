@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -223,10 +224,8 @@ def _read_quantised(
     model, info = read_quantised(auto, config, tensors, quantize, dtype, ignore_mismatched_sizes=bool(labels))
     model.name_or_path = source
     if model.can_generate():
-        try:
+        with suppress(OSError):  # the model has none of its own
             model.generation_config = _cached_first(GenerationConfig.from_pretrained, source)
-        except OSError:
-            pass  # the model has none of its own
     return model, info
 
 

@@ -1,0 +1,52 @@
+"""Which method works on which kind of base: found out by putting it there, on a model made for that."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+from inlay.bases.loading import LIBRARIES, read_quantised
+from inlay.core.build import build, initialise
+from inlay.core.errors import UserError
+from inlay.core.method import Method
+from inlay.core.select import Places
+
+
+def refusal(method: Method, name: str) -> str | None:
+    """Why a method cannot be put on a base of this quantisation (`LIBRARIES`); None where it can.
+
+    A method that is initialised from data is built and not initialised.
+    """
+    if find_spec(LIBRARIES[name]) is None:
+        return f"{LIBRARIES[name]} is not installed, so it was not tried"
+    model = copy.deepcopy(_base(name))
+    try:
+        adapter = build(model, method, name="tried", places=Places.of(None, None))
+        if not method.needs_data:
+            initialise(model, adapter)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _base(name: str) -> nn.Module:
+    """A tiny Llama with every kind of parameter that a Llama can have."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=64, attention_bias=True, **sizes)
+    dense: Any = LlamaForCausalLM(config)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        made: nn.Module = read_quantised(AutoModelForCausalLM, config, dense.state_dict(), name, dense.dtype)[0]
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return made
