@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from inlay.core.errors import BaseMismatchError, ConfigError, DataError, OutputError, UnsupportedError, problems
 from inlay.train.config import RunConfig
 from inlay.train.folder import RunFolder, write_beside, write_text
+from inlay.train.foresight import foresee
 from inlay.train.prepare import Prepared, prepare
 from inlay.train.quiet import quiet_libraries
 from inlay.train.stop import Stopped, StopRequest, listening
@@ -99,6 +100,8 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, pro
             check_identity(folder, prepared)
         else:
             start_folder(folder, prepared)
+        if progress and (line := foresee(prepared)):
+            sys.stderr.write(f"{line}\n")
         return train_prepared(prepared, folder, request, progress=progress)
 
 
