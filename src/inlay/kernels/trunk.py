@@ -233,7 +233,10 @@ def trunk(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     asked = None if torch.compiler.is_compiling() else _ASKED.get()
     if asked is None or host.path not in asked.cut.blocks:  # another run on the same base has another cut
         return inner(*args, **kwargs)
-    if asked.states is not None and all(kwargs.get(name) is None for name in _CACHES):
+    entering = args[0] if args else next(iter(kwargs.values()))
+    # Who only tries something may call the model with a part of the batch; that part is computed.
+    whole = asked.states is not None and asked.states.shape[:2] == entering.shape[:2]
+    if whole and all(kwargs.get(name) is None for name in _CACHES):
         beside = _BESIDE.get(host.module)
         return asked.states if beside is None else (asked.states, *[None] * beside)
     out = inner(*args, **kwargs)

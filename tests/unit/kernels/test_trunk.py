@@ -102,3 +102,15 @@ def test_a_kept_cache_is_never_left_with_holes() -> None:
     with torch.no_grad(), trunk.replaying(cut, torch.zeros_like(states)):
         out = model(**{**batch, "use_cache": True})
     assert torch.equal(out.loss, model(**batch).loss)
+
+
+def test_a_part_of_the_batch_is_computed() -> None:
+    """As where the labelled head tries a few tokens of a batch whose states are being replayed."""
+    model, adapter, batch = attached("llama", layers=[1])
+    cut = trunk.find_cut(model, adapter, batch)
+    trunk.open_cut(model, cut)
+    states = trunk.states_of(model, cut, batch)
+    part = {name: value[1:2, :5] for name, value in batch.items()}
+    expected = model(**part).loss
+    with trunk.replaying(cut, states):
+        assert torch.equal(model(**part).loss, expected)
