@@ -87,7 +87,7 @@ class LoftQ(DeltaMethod):
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
         found = super().pieces(view, places)
-        originals = Originals(getattr(getattr(view.model, "config", None), "_name_or_path", "") or "")
+        originals = Originals(str(getattr(view.model, "name_or_path", None) or ""))
         keys = [f".{piece.key}." for piece in found]
         wrong = [f"bits_pattern: {p!r} fits none of the chosen sites" for p, _ in frozen(self.bits_pattern)
                  if not any(f".{p}." in key for key in keys)]  # fmt: skip
