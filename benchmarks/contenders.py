@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay import LoRA
+from inlay.core.method import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +52,20 @@ class Shape:
         return {**self.__dict__, "dtype": str(self.dtype).removeprefix("torch.")}
 
 
+LLAMA_135M = Shape(hidden=576, intermediate=1536, layers=30, heads=9, vocabulary=49_152)
 LLAMA_58M = Shape(hidden=512, intermediate=1376, layers=8, heads=8, vocabulary=32_000)
 # 16 blocks of 7 linear layers: as many adapted layers as a 7 B model with adapters on half of them.
 LINEARS_112 = Shape(hidden=64, intermediate=128, layers=16, heads=4, vocabulary=256, dtype=torch.float32)
 
 
-def with_inlay(base: nn.Module, method: LoRA, names: Sequence[str], *, seed: int) -> Any:
-    """A copy of `base` with one adapter a name on every linear layer of its blocks, through inlay."""
+def with_inlay(
+    base: nn.Module, method: Method, names: Sequence[str], *, seed: int, where: str | None = "all-linear"
+) -> Any:
+    """A copy of `base` with one adapter a name through inlay, on every linear layer if nothing else is said."""
     model = copy.deepcopy(base)
     torch.manual_seed(seed)
     for name in names:
-        inlay.attach(model, method, name=name, where="all-linear")
+        inlay.attach(model, method, name=name, where=where)
     return model
 
 
@@ -78,6 +83,20 @@ def with_peft(base: nn.Module, method: LoRA, names: Sequence[str]) -> Any:
     model = peft.get_peft_model(copy.deepcopy(base), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
+    return model
+
+
+def in_peft(ours: nn.Module, base: nn.Module) -> Any:
+    """A copy of `base` with inlay's adapter in PEFT, with PEFT's defaults: what inlay wrote, PEFT reads."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as folder:
+        inlay.save(ours, next(iter(inlay.adapters(ours))), folder, format="peft")
+        prompt = isinstance(peft.PeftConfig.from_pretrained(folder), peft.PromptLearningConfig)
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=not prompt)
+    if prompt:  # PEFT refuses to load those for training, and trains them all the same
+        model.active_peft_config.inference_mode = False
+        model.prompt_encoder.requires_grad_(True)
     return model
 
 

@@ -1,4 +1,4 @@
-"""A training step with LoRA on every linear layer: inlay, PEFT, and the floor.
+"""A training step: inlay, PEFT, and the floor; and what its forward pass keeps.
 
 The floor is the frozen model's own forward and its backward to the input embeddings: what any adapter on
 every layer has to pay when it uses the model's own code. A step is zeroing, forward, backward and AdamW's
@@ -7,16 +7,17 @@ step; the floor has nothing to zero and nothing to step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contenders import Shape, copy_values, token_rows, trained, with_inlay, with_peft
+from benchmarks.contenders import Shape, in_peft, token_rows, trained, with_inlay
 from benchmarks.timing import alternate, ratio
 from inlay import LoRA
+from inlay.core.method import Method
 
 LEARNING_RATE = 1e-3
 # Relative. PEFT's update passes through float32 also on a bfloat16 base, ours does not.
@@ -31,12 +32,20 @@ class Case:
         labelled: share of the positions that have a label, from the end of each row.
         rows, tokens: of the batch.
         checked: steps over which the two must agree in their losses.
+        method: what is trained; where nothing else is said, LoRA.
+        where: its places; its paper's if None.
+        at_most: the targets, by ratio.
+        peer: whether PEFT has the method.
     """
 
     name: str
     shape: Shape
     dropout: float = 0.0
     labelled: float = 0.5
+    method: Method | None = None
+    where: str | None = "all-linear"
+    at_most: Mapping[str, float] = field(default_factory=dict)
+    peer: bool = True
     rank: int = 8
     rows: int = 4
     tokens: int = 256
@@ -44,8 +53,8 @@ class Case:
     seed: int = 0
 
     @property
-    def method(self) -> LoRA:
-        return LoRA(rank=self.rank, alpha=2 * self.rank, dropout=self.dropout)
+    def trained(self) -> Method:
+        return self.method or LoRA(rank=self.rank, alpha=2 * self.rank, dropout=self.dropout)
 
     def batch(self) -> dict[str, Tensor]:
         """``input_ids`` and ``labels``, (rows, tokens)."""
@@ -62,29 +71,71 @@ def compare(case: Case, *, runs: int) -> dict[str, Any]:
         The case, the agreement of the losses, the timings and the ratios.
     """
     base = case.shape.build().train()
-    ours = with_inlay(base, case.method, ["default"], seed=case.seed)
-    theirs = with_peft(base, case.method, ["default"])
-    copy_values(ours, theirs)
+    ours = with_inlay(base, case.trained, ["default"], seed=case.seed, where=case.where)
+    models = {"inlay": ours} | ({"peft": in_peft(ours, base)} if case.peer else {})
     batch = case.batch()
-    steps = {"inlay": training_step(ours, batch), "peft": training_step(theirs, batch)}
-    ours.eval(), theirs.eval()  # masks of dropout come from different generators, so losses are compared without
+    steps = {name: training_step(model, batch) for name, model in models.items()}
+    for model in models.values():
+        model.eval()  # masks of dropout come from different generators, so losses are compared without
     agreement = losses_agree(case, steps)
-    ours.train(), theirs.train()
+    for model in models.values():
+        model.train()
     timings = alternate({**steps, "floor": floor_step(base, batch)}, runs=runs)
+    pairs = [(a, b) for a, b in (("inlay", "peft"), ("inlay", "floor"), ("peft", "floor")) if {a, b} <= timings.keys()]
+    ratios = {f"{a}/{b}": ratio(timings[a], timings[b]) for a, b in pairs}
     return {
         "case": case.name,
         "shape": case.shape.to_dict(),
         "batch": [case.rows, case.tokens],
         "labelled": case.labelled,
-        "method": case.method.to_dict(),
+        "method": case.trained.to_dict(),
         "losses": agreement,
         "timings": {name: t.to_dict() for name, t in timings.items()},
-        "ratios": {
-            "inlay/peft": ratio(timings["inlay"], timings["peft"]),
-            "inlay/floor": ratio(timings["inlay"], timings["floor"]),
-            "peft/floor": ratio(timings["peft"], timings["floor"]),
-        },
+        "ratios": ratios,
+        "at_most": dict(case.at_most),
+        "missed": {r: ratios[r]["of_medians"] for r, most in case.at_most.items() if ratios[r]["of_medians"] > most},
     }
+
+
+def activations(case: Case, *, most: float) -> dict[str, Any]:
+    """Bytes that the decoder's forward pass keeps for the backward, distinct storages and no parameters.
+
+    The floor is the frozen base, differentiated to its input embeddings.
+    """
+    base = case.shape.build().train()
+    ours = with_inlay(base, case.trained, ["default"], seed=case.seed, where=case.where)
+    theirs = in_peft(ours, base)
+    batch = case.batch()
+    ours(**batch, use_cache=False)  # the first call tries the fast paths
+    embedded = base.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_(True)
+    kept = {
+        "inlay": _kept(ours, lambda: ours.model(input_ids=batch["input_ids"], use_cache=False)),
+        "peft": _kept(theirs, lambda: theirs.get_base_model().model(input_ids=batch["input_ids"], use_cache=False)),
+        "floor": _kept(base, lambda: base.model(inputs_embeds=embedded, use_cache=False)),
+    }
+    share = kept["inlay"] / kept["floor"]
+    return {
+        "case": case.name,
+        "method": case.trained.to_dict(),
+        "bytes": kept,
+        "ratios": {"inlay/floor": round(share, 3), "peft/floor": round(kept["peft"] / kept["floor"], 3)},
+        "at_most": {"inlay/floor": most},
+        "missed": {"inlay/floor": round(share, 3)} if share > most else {},
+    }
+
+
+def _kept(model: nn.Module, forward: Callable[[], object]) -> int:
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, Tensor] = {}  # the tensors too, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
 
 
 def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
@@ -119,6 +170,8 @@ def losses_agree(case: Case, steps: dict[str, Callable[[], Tensor]]) -> dict[str
     for name, step in steps.items():
         torch.manual_seed(case.seed + 1)
         losses[name] = [float(step()) for _ in range(case.checked)]
+    if not case.peer:
+        return {"steps": case.checked, "agree": True, "peer": None}
     pairs = list(zip(losses["inlay"], losses["peft"], strict=True))
     worst = max(abs(a - b) / abs(b) for a, b in pairs)
     tolerance = TOLERANCE[case.shape.dtype]

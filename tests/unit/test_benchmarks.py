@@ -33,7 +33,7 @@ def test_first_losses_equal_peft(dtype: torch.dtype, dropout: float) -> None:
 
 def test_losses_that_differ_are_noticed() -> None:
     base = TINY.build()
-    ours = with_inlay(base, CASE.method, ["default"], seed=0)
+    ours = with_inlay(base, CASE.trained, ["default"], seed=0)
     theirs = with_peft(base, LoRA(rank=2, alpha=8.0), ["default"])
     copy_values(ours, theirs)
     steps = {"inlay": step.training_step(ours, CASE.batch()), "peft": step.training_step(theirs, CASE.batch())}
@@ -44,9 +44,9 @@ def test_losses_that_differ_are_noticed() -> None:
 
 def test_adapters_at_other_places_are_refused() -> None:
     base = TINY.build()
-    ours = with_inlay(base, CASE.method, ["one"], seed=0)
+    ours = with_inlay(base, CASE.trained, ["one"], seed=0)
     with pytest.raises(ValueError, match="different places"):
-        copy_values(ours, with_peft(base, CASE.method, ["other"]))
+        copy_values(ours, with_peft(base, CASE.trained, ["other"]))
 
 
 def test_the_floor_trains_nothing() -> None:
