@@ -22,7 +22,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import inlay
-import inlay.bases  # registers the layer types that can be read  # noqa: F401
+import inlay.bases  # registers the layer types that can be read
 from inlay.baselines import baselines
 from inlay.core.build import build
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
