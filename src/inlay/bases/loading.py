@@ -10,8 +10,12 @@ Quantised are the linear layers of the numbered blocks: not embeddings, poolers 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +37,7 @@ LIBRARIES = {
     "torchao-int4": "torchao",
 }
 BLOCK = 64  # weights that share a constant, in QLoRA and here for int4
+MMAP_THRESHOLD = -3  # glibc's number for this option
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -145,15 +150,16 @@ def read_quantised(
     with torch.device("meta"):
         skeleton = auto.from_config(config)
     kept = _kept(skeleton, name)
-    model, account = type(skeleton).from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        quantization_config=_quantiser(name, kept, dtype),
-        dtype=dtype,
-        output_loading_info=True,
-        **options,
-    )
+    with _returned_at_once():
+        model, account = type(skeleton).from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            quantization_config=_quantiser(name, kept, dtype),
+            dtype=dtype,
+            output_loading_info=True,
+            **options,
+        )
     register()
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # which repacks and rounds it in its first evaluation
@@ -165,6 +171,23 @@ def read_quantised(
             if store_of(layer) is not None:
                 layer.__class__ = PackedLinear
     return model, account
+
+
+@contextmanager
+def _returned_at_once() -> Iterator[None]:
+    """While it lasts, memory of more than 2 MiB goes back to the system when it is freed (glibc; elsewhere nothing).
+
+    By itself glibc soon keeps pieces of up to 32 MiB, and small quantised weights come to lie between the large
+    temporary ones: the process grows by a third of what it has read.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, 2 * 2**20)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(MMAP_THRESHOLD, 32 * 2**20)  # where glibc's own adaptation ends
 
 
 def dequantise(model: nn.Module) -> None:
