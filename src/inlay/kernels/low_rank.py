@@ -79,8 +79,8 @@ class LowRankSum(torch.autograd.Function):
         out, low = _sum(y, _dropped(x, seed, dropout), a.to(x.dtype), b.to(x.dtype), scale, in_place)
         if in_place:
             ctx.mark_dirty(y)
-        ctx.save_for_backward(x, low, a, b)
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, low, a, b)  # a frozen A needs no input
+        ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
         return out
 
     @staticmethod
@@ -90,9 +90,9 @@ class LowRankSum(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])  # (n, out)
         low_t = (b.to(flat.dtype).t() @ flat.t()).mul_(ctx.scale)  # (rank, n): narrow matrices first are faster
         d_x = d_a = d_b = None
-        dropped = _drawn(x.numel(), ctx.seed, ctx.dropout) if ctx.dropout else None
+        dropped = _drawn(ctx.shape.numel(), ctx.seed, ctx.dropout) if ctx.dropout else None
         if ctx.needs_input_grad[1]:
-            d_x = (low_t.t() @ a.to(flat.dtype)).reshape(x.shape)
+            d_x = (low_t.t() @ a.to(flat.dtype)).reshape(ctx.shape)
             d_x = d_x if dropped is None else _without_(d_x, dropped)
         if ctx.needs_input_grad[2]:
             seen = x if dropped is None else _without(x, dropped)
