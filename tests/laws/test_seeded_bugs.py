@@ -17,7 +17,20 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.bases import dense
-from inlay.core import adapted, attention, fingerprint, install, layer, merge, prompting, roster, route, scope, site
+from inlay.core import (
+    adapted,
+    attention,
+    fingerprint,
+    grouped,
+    install,
+    layer,
+    merge,
+    prompting,
+    roster,
+    route,
+    scope,
+    site,
+)
 from inlay.core.adapter import Adapter
 from inlay.core.host import Host
 from inlay.core.method import Method
@@ -57,6 +70,13 @@ def neighbour(self: route.Route, name: str | None, like: Tensor, **kwargs: Any) 
 
 
 real_index = route.Route.index
+
+
+def turned(names: Any, among: Any, device: Any) -> grouped.Segments:
+    return real_segments([*names[1:], *names[:1]], among, device)
+
+
+real_segments = grouped.Segments.of
 
 
 def base_moved(self: Any, at: site.Site) -> None:
@@ -109,7 +129,9 @@ BUGS: dict[str, tuple[str, str, Method, Bug]] = {
         "views_agree", "llama", inlay.DoRA(rank=2), patched(
             dora.DoRADelta, "weight", lambda self, w, b: (w + self.scale * (self.b @ self.a), b))),
     "rows go to their neighbours' adapters": (
-        "rows_are_independent", "llama", inlay.LoRA(rank=2), patched(route.Route, "index", neighbour)),
+        "mixed_training", "llama", inlay.LoRA(rank=2), patched(route.Route, "index", neighbour)),
+    "rows that are computed at once go to their neighbours' adapters": (
+        "rows_are_independent", "llama", inlay.LoRA(rank=2), patched(grouped.Segments, "of", staticmethod(turned))),
     "padding is visible behind a prefix": (
         "rows_are_independent", "bert", inlay.PrefixTuning(length=2, projection=None),
         lambda: mock.patch.multiple(attention, naive=mask_lost, fusible=lambda *a: False)),

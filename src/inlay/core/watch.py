@@ -1,7 +1,8 @@
 """Whether modules are as they were: what was computed from them may be used again only then.
 
 Every tensor is compared with what it was: the same object, storage and version (`Tensor._version`, by which
-autograd notices as well that something it saved has been written).
+autograd notices as well that something it saved has been written). PyTorch's fused optimizers write without counting
+versions, so every step of every optimizer makes whatever was kept old.
 """
 
 from __future__ import annotations
@@ -12,10 +13,29 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 VERSION = operator.attrgetter("_version")
 TRAINING = operator.attrgetter("training")
 POINTER = Tensor.data_ptr
+
+
+class _Steps:
+    """How many steps any optimizer of this process has made."""
+
+    made = 0
+
+    def count(self, *_: Any) -> None:
+        self.made += 1
+
+
+_steps = _Steps()
+register_optimizer_step_post_hook(_steps.count)
+
+
+def stamp(tensor: Tensor) -> tuple[int, int, int]:
+    """Changes whenever the tensor's values may have."""
+    return tensor.data_ptr(), tensor._version, _steps.made
 
 
 class Watch:
@@ -27,6 +47,7 @@ class Watch:
         self.held: list[Tensor] = []
         self.versions: list[int] = []
         self.pointers: list[int] = []
+        self.steps = _steps.made
 
     def add(self, modules: Iterable[nn.Module]) -> None:
         """Watch these very modules, without what is below them."""
@@ -43,7 +64,8 @@ class Watch:
         """Whether everything is as it was, and in evaluation mode."""
         held = _held(self.owners)
         return (
-            len(held) == len(self.held)
+            self.steps == _steps.made
+            and len(held) == len(self.held)
             and all(map(operator.is_, held, self.held))
             and list(map(VERSION, held)) == self.versions
             and list(map(POINTER, held)) == self.pointers

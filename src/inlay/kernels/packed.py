@@ -67,6 +67,8 @@ def _among(runs: tuple[Run, ...] | None) -> Iterator[None]:
 
 def around(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The model's own forward, called with a part of the packed batch by who only tries something."""
+    if torch.compiler.is_compiling():  # nothing is packed then, and a graph cannot ask
+        return inner(*args, **kwargs)
     runs, positions = _RUNS.get(), kwargs.get("position_ids")
     if runs is None or positions is None or sum(r.count * r.length for r in runs) == positions.shape[1]:
         return inner(*args, **kwargs)

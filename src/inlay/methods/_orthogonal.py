@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from inlay.core.delta import Delta
 from inlay.core.errors import SelectionError, problems
 from inlay.core.site import Site
+from inlay.core.watch import stamp
 
 
 class TurnedDelta(Delta):
@@ -37,7 +38,7 @@ class TurnedDelta(Delta):
         """`blocks`, made again only when the parameter is another: generation needs them once a token."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.blocks()
-        which = (self.skew.data_ptr(), self.skew._version)
+        which = stamp(self.skew)
         if self.kept is None or self.kept[0] != which:
             self.kept = (which, self.blocks())
         return self.kept[1]

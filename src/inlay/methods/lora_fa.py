@@ -31,6 +31,7 @@ from inlay.core.layer import Kind
 from inlay.core.method import Recipe
 from inlay.core.pieces import DeltaPiece
 from inlay.core.site import Site
+from inlay.core.watch import stamp
 from inlay.methods._low_rank import check_sizes, low_rank
 
 
@@ -95,7 +96,7 @@ class Correction(Clock):
     def inverse(self, key: str, delta: Delta) -> Tensor:
         """(A Aᵀ)⁻¹ / s², (rank, rank); the pseudo-inverse, for a rank that A's columns do not reach."""
         a, scale = delta.get_buffer("a"), getattr(delta, "scale", 1.0)
-        which = (a.data_ptr(), a._version)
+        which = stamp(a)
         if key not in self.inverses or self.inverses[key][0] != which:
             rows = a.flatten(1)
             self.inverses[key] = (which, torch.linalg.pinv(rows @ rows.t(), hermitian=True) / scale**2)
