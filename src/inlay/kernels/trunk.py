@@ -198,9 +198,10 @@ def replaying(cut: Cut, states: Tensor) -> Iterator[None]:
 def states_of(model: nn.Module, cut: Cut, batch: dict[str, Tensor], *, training: bool = False) -> Tensor:
     """The states behind the cut, (rows, tokens, hidden), without running what lies above it."""
     asked = Asked(cut, enough=True)
+    texts = {name: value for name, value in batch.items() if name != "labels"}  # no loss, and no trial of its paths
     with quietly(model, training=training), _asking(asked):
         try:
-            model(**batch)
+            model(**texts)
         except _Enough:
             return asked.seen[-1]
     raise UnsupportedError(f"{type(model).__name__} never reached {cut.blocks[-1]}")
