@@ -22,10 +22,19 @@ from inlay.testing.specimen import randomise
 FIRST = {key: cls.examples()[0] for key, cls in registry().items()}
 
 
+# A graph takes seconds, so `make test` makes one for each way into a model; `-m exhaustive` makes them all.
+EACH_WAY = (
+    "lora", "dora", "oft", "ia3", "houlsby", "norm-tuning", "loreft", "ladder", "in-parallel", "unipelt", "full",
+    "prompt-tuning", "prefix-tuning", "llama-adapter",
+)  # fmt: skip
+COMPILED = [
+    *(pytest.param(k, "llama", marks=() if k in EACH_WAY else pytest.mark.exhaustive) for k in FIRST),
+    ("lora", "gpt2"), ("lora", "bert"), ("bitfit", "bert"),
+]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("key", "specimen"), [*((key, "llama") for key in FIRST), ("lora", "gpt2"), ("lora", "bert"), ("bitfit", "bert")]
-)
+@pytest.mark.parametrize(("key", "specimen"), COMPILED)
 def test_compiles_to_one_graph(key: str, specimen: str) -> None:
     if refusal(ZOO[specimen], FIRST[key]):
         pytest.skip("refused on this model; test_refusals pins it")
