@@ -1,0 +1,52 @@
+"""What is kept between forwards is old after an optimizer's step, also where the step counts no versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import inlay
+from inlay.testing.laws import train
+from inlay.testing.models import ZOO
+
+METHODS: dict[str, Any] = {
+    "lora": inlay.LoRA(rank=2),
+    "dora": inlay.DoRA(rank=2),
+    "oft": inlay.OFT(block_size=4),
+    "ia3": inlay.IA3(),
+    "prompt-tuning": inlay.PromptTuning(length=3),
+    "prefix-tuning": inlay.PrefixTuning(length=3),
+}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("key", METHODS)
+def test_a_step_is_seen(key: str, fused: bool, mixed: bool) -> None:
+    specimen = ZOO["llama"]
+    model, batch = specimen.build(), specimen.batch(2, 0)
+    adapter = inlay.attach(model, METHODS[key], name="one")
+    train(adapter)
+    inlay.attach(model, inlay.LoRA(rank=2), name="two")
+    choice = ["one", "two"] if mixed else "one"
+
+    def first_row() -> torch.Tensor:
+        with torch.no_grad(), inlay.use(model, choice):
+            return model(**batch).logits[0].clone()
+
+    first_row(), first_row()  # whatever can be kept is kept
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, fused=fused)
+    with inlay.use(model, "one"):
+        model(**batch).loss.backward()
+    optimizer.step()
+    found = first_row()
+
+    fresh = specimen.build()
+    again = inlay.attach(fresh, METHODS[key], name="one")
+    with torch.no_grad():
+        for name, tensor in again.tensors().items():
+            tensor.copy_(adapter.tensors()[name])
+        expected = fresh(**batch).logits[0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
