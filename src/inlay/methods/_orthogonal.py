@@ -24,7 +24,7 @@ class TurnedDelta(Delta):
     """A rotation of what enters a whole layer. Abstract; subclasses hold the upper triangles as `skew`."""
 
     skew: Parameter
-    kept: tuple[tuple[int, int], Tensor] | None = None  # the last rotations made without a graph, and from what
+    kept: tuple[tuple[int, int, int], Tensor] | None = None  # the last rotations made without a graph, and from what
 
     @abstractmethod
     def blocks(self) -> Tensor:

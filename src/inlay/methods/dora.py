@@ -91,7 +91,7 @@ class DoRADelta(Delta):
         self.a = nn.Parameter(site.empty(rank, site.in_features))  # (rank, in)
         self.b = nn.Parameter(site.empty(site.out_features, rank))  # (out, rank)
         self.magnitude = nn.Parameter(site.empty(site.out_features))  # (out)
-        self.squares: tuple[tuple[int, int], Tensor] | None = None  # the frozen weight's, and which weight's
+        self.squares: tuple[tuple[int, int, int], Tensor] | None = None  # the frozen weight's, and which weight's
 
     def initialise(self, site: Site) -> None:
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
