@@ -82,7 +82,7 @@ class Correction(Clock):
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__(adapter)
-        self.inverses: dict[str, tuple[tuple[int, int, int], Tensor]] = {}  # A never changes, unless other values are read
+        self.inverses: dict[str, tuple[tuple[int, int, int], Tensor]] = {}  # until other values are read
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
