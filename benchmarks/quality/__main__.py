@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.single:
         task = TASKS[given.tasks[0]]
-        rates = read_json(given.out / f"rates-{task.name}.json").get("rates", {})
+        rates = read_json(given.out / f"rates-{task.rates or task.name}.json").get("rates", {})
         write_json(given.single, measure(task, Job(given.methods[0], given.seeds[0]), rates))
         return 0
     for name in given.tasks:
