@@ -19,16 +19,17 @@ import inlay
 from inlay.bases import dense
 from inlay.core import (
     adapted,
-    attention,
     fingerprint,
     grouped,
     install,
     layer,
     merge,
+    prefixed,
     prompting,
     roster,
     route,
     scope,
+    sequence,
     site,
 )
 from inlay.core.adapter import Adapter
@@ -96,7 +97,7 @@ def mask_lost(module: Any, query: Any, key: Any, value: Any, mask: Any, prefixes
     return real_naive(module, query, key, value, None, prefixes, **kwargs)
 
 
-real_naive = attention.naive
+real_naive = prefixed.naive
 
 
 def names_unchecked(self: roster.Roster, choice: Any) -> route.Route:
@@ -134,10 +135,10 @@ BUGS: dict[str, tuple[str, str, Method, Bug]] = {
         "rows_are_independent", "llama", inlay.LoRA(rank=2), patched(grouped.Segments, "of", staticmethod(turned))),
     "padding is visible behind a prefix": (
         "rows_are_independent", "bert", inlay.PrefixTuning(length=2, projection=None),
-        lambda: mock.patch.multiple(attention, naive=mask_lost, fusible=lambda *a: False)),
+        lambda: mock.patch.multiple(prefixed, naive=mask_lost, fusible=lambda *a: False)),
     "empty slots of a shorter prompt are visible": (
         "rows_are_independent", "bert", inlay.PromptTuning(length=3, init="random"),
-        patched(prompting, "_valid", all_slots_seen)),
+        patched(sequence, "valid", all_slots_seen)),
     "a route of the wrong length is accepted": (
         "rows_are_independent", "llama", inlay.LoRA(rank=2), patched(route.Route, "check_rows", nothing)),
     "beams are not counted": (

@@ -25,7 +25,7 @@ from inlay import (
     PrefixTuning,
     PromptTuning,
 )
-from inlay.core import prompting
+from inlay.core import preparing
 from inlay.core.grouped import Segments, groups_itself
 from inlay.core.roster import roster_of
 from inlay.methods._bottleneck import BottleneckDelta
@@ -73,7 +73,7 @@ def attached(model: Any, methods: list[Any]) -> list[str]:
 def outputs(model: Any, choice: list[str | None], batch: dict[str, Tensor], *, loop: bool) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         if loop:
-            patch.setattr(prompting, "_stackable", lambda: False)
+            patch.setattr(preparing, "stackable", lambda: False)
         with inlay.use(model, choice), torch.no_grad():
             logits: Tensor = model(**batch).logits
     return logits.float()
@@ -211,7 +211,7 @@ def test_generation(pair: Any, dtype: torch.dtype) -> None:
     with inlay.use(pair, CHOICE):
         scores = pair.generate(**batch, output_logits=True, return_dict_in_generate=True).logits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompting, "_stackable", lambda: False)
+        patch.setattr(preparing, "stackable", lambda: False)
         with inlay.use(pair, CHOICE):
             loop = pair.generate(**batch, output_logits=True, return_dict_in_generate=True).logits
     assert (scores[0].float() - loop[0].float()).abs().max() <= TOLERANCE[dtype] * loop[0].float().std()

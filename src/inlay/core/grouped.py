@@ -147,7 +147,7 @@ class Stacks:
     names: tuple[str | None, ...]
     at: dict[tuple[str, torch.dtype], tuple[tuple[Group, ...], frozenset[str]]] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
-    beside: dict[Any, Any] = field(default_factory=dict)  # what else belongs to the route (`core/attention.py`)
+    beside: dict[Any, Any] = field(default_factory=dict)  # what else belongs to the route (`core/together.py`)
 
     def groups(self, host: Host, dtype: torch.dtype, device: torch.device) -> tuple[tuple[Group, ...], frozenset[str]]:
         """The groups at a host, and the adapters that are in one."""

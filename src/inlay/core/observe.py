@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from inlay.core.attention import PREFIX, Attended, attend, implementation
+from inlay.core.attention import PREFIX, attend, implementation
 from inlay.core.measure import bare
+from inlay.core.prefixed import Attended
 from inlay.core.prompt import KeyValues
 from inlay.core.view import AttentionPlace, ModelView
 
