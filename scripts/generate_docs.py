@@ -4,7 +4,8 @@
     python scripts/generate_docs.py --check    # exit code 1 where a file is out of date
 
 A table stands between `<!-- NAME:start ... -->` and `<!-- NAME:end -->`. Whether a method merges is not
-claimed but tried, on a tiny GPT-2, which has every kind of parameter.
+claimed but tried, on a tiny GPT-2, which has every kind of parameter; likewise which quantised bases it works on.
+Tried are bitsandbytes' formats, whose library every development machine has, so that the table is the same on all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from transformers import BertConfig, BertForSequenceClassification
 import inlay
 import inlay.bases  # registers the layer types that can be read
 from inlay.baselines import baselines
+from inlay.bases.loading import LIBRARIES
+from inlay.bases.trial import refusal
 from inlay.core.build import build
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
 from inlay.core.method import Method
@@ -34,13 +38,19 @@ from inlay.testing.laws.scaffold import put
 from inlay.testing.models import ZOO
 
 ROOT = Path(__file__).parents[1]
+TRIED = [name for name, library in LIBRARIES.items() if library == "bitsandbytes"]
+BASES_LEGEND = f"""\
+Quantised bases: tried on {", ".join(TRIED)} (bitsandbytes). *yes*: it trains beside the packed weights, which stay as
+they are. *from files*: yes, where the folder that the base was quantised from is still there. *no*: it trains the base's own
+weights, which are packed. The laws hold the same of torchao's int8 and int4 where torchao is installed, and
+`inlay methods --json` tries each format that your machine has."""
 
 
 def method_table() -> str:
     """A row a method and a baseline: what it is, where it comes from, what it costs, what it can do."""
     header = (
         "`--method`", "class", "what it trains", "family", "paper", "trained on BERT-base", "merges", "mixed batches",
-        "PEFT's files",
+        "quantised bases", "PEFT's files",
     )  # fmt: skip
     rows = [header, ("---",) * len(header)]
     for key, cls in inlay.methods().items():
@@ -54,13 +64,14 @@ def method_table() -> str:
                 count(cls),
                 yes(merges(cls)),
                 yes(not issubclass(cls, SubsetMethod)),  # a subset changes the weights for every row
+                quantised(cls),
                 yes(key in WRITERS),
             )
         )
     for key, baseline in baselines().items():
         name = f"[`{key}`]({source_of(baseline)})"
-        rows.append((name, f"`{baseline.__name__}`", first_line(baseline), "baseline", "", "0", "no", "no", "no"))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        rows.append((name, f"`{baseline.__name__}`", first_line(baseline), "baseline", "", "0", "no", "no", "–", "no"))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{BASES_LEGEND}"
 
 
 def first_line(cls: type) -> str:
@@ -69,6 +80,24 @@ def first_line(cls: type) -> str:
 
 def yes(holds: bool) -> str:
     return "yes" if holds else "no"
+
+
+def quantised(cls: type[Method]) -> str:
+    """Tried on each format: all of them, none, or which."""
+    found = {name: on_quantised(cls.examples()[0], name) for name in TRIED}
+    if len(set(found.values())) == 1:
+        return found[TRIED[0]]
+    return ", ".join(f"{name}: {said}" for name, said in found.items())
+
+
+def on_quantised(method: Method, name: str) -> str:
+    if find_spec(LIBRARIES[name]) is None:
+        raise SystemExit(
+            f"{LIBRARIES[name]} is not installed, so the table would claim what was not tried; `make setup`"
+        )
+    if refusal(method, name) is None:
+        return "yes"
+    return "from files" if refusal(method, name, files=True) is None else "no"
 
 
 @cache

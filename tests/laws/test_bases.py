@@ -133,6 +133,12 @@ def test_the_table_says_what_the_laws_see(key: str) -> None:
     assert (trial.refusal(example(key), "nf4") is not None) == (key in REFUSED)
 
 
+def test_loftq_reads_the_files_of_a_quantised_base() -> None:
+    assert "no safetensors file" in str(trial.refusal(example("loftq"), "nf4"))
+    assert trial.refusal(example("loftq"), "nf4", files=True) is None
+    assert trial.refusal(example("full"), "nf4", files=True) is not None
+
+
 def test_the_layers_of_the_blocks_are_quantised_and_nothing_else(name: str) -> None:
     model = specimen(name).build()
     formats = {path: store.name for path, m in model.named_modules() if (store := store_of(m)) is not None}
