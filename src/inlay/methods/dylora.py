@@ -18,19 +18,19 @@ their b. Rows beyond b get gradients of zero, not none. Initialisation is LoRA's
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inlay.core.adapter import Adapter
 from inlay.core.clock import Clock
 from inlay.core.delta import Delta, DeltaMethod, cast
 from inlay.core.method import Recipe
-from inlay.core.pieces import DeltaPiece, Piece
-from inlay.core.select import Places, select
+from inlay.core.pieces import Piece
+from inlay.core.select import Places
 from inlay.core.shared import Shared
 from inlay.core.site import Site
 from inlay.core.view import ModelView
@@ -79,12 +79,14 @@ class DyLoRA(DeltaMethod):
         return int(torch.randint(self.lowest, self.rank + 1, (), generator=generator))
 
     def build(self, site: Site) -> Delta:
-        return Truncated(site, self, Drawn(self, site))
+        return Truncated(site, self)
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
-        sites = select(view, places, self.default_where, self.kinds)
-        drawn = Drawn(self, sites[0])
-        return [DeltaPiece(site, Truncated(site, self, drawn)) for site in sites]
+        found: list[Any] = super().pieces(view, places)
+        drawn = Drawn(self, found[0].site)
+        for piece in found:
+            piece.delta.drawn = drawn
+        return found
 
     def clock(self, adapter: Adapter) -> Clock:
         return Redraw(adapter)
@@ -100,10 +102,8 @@ class Drawn(Shared):
     def __init__(self, method: DyLoRA, site: Site) -> None:
         super().__init__("drawn")
         self.method = method
-        self.steps: Tensor
-        self.rank: Tensor
-        for name in ("steps", "rank"):
-            self.register_buffer(name, torch.empty((), dtype=torch.int64, device=site.device))
+        self.steps = nn.Buffer(torch.empty((), dtype=torch.int64, device=site.device))
+        self.rank = nn.Buffer(torch.empty((), dtype=torch.int64, device=site.device))
 
     def initialise(self, view: ModelView) -> None:
         self.steps.zero_()
@@ -117,10 +117,11 @@ class Drawn(Shared):
 class Truncated(LowRank):
     """A pair of which the first rows and columns are in force."""
 
-    def __init__(self, site: Site, method: DyLoRA, drawn: Drawn) -> None:
+    drawn: Drawn  # of all sites
+
+    def __init__(self, site: Site, method: DyLoRA) -> None:
         super().__init__(site, method.rank, method.alpha / method.rank, method.dropout)
-        self.alpha, self.frozen, self.drawn = method.alpha, method.frozen, drawn
-        self.served = method.serve_rank or method.rank
+        self.alpha, self.frozen, self.served = method.alpha, method.frozen, method.serve_rank or method.rank
 
     post_into = Delta.post_into  # the fast path knows whole pairs only
 
@@ -131,12 +132,11 @@ class Truncated(LowRank):
         # A mask and not a slice: the shapes of every step are the same, for compiled graphs and for the gradients.
         rank = self.drawn.rank.to(x.device)
         place = torch.arange(1, len(self.a) + 1, device=x.device)
-        a: Tensor = self.a
-        b: Tensor = self.b
+        a, b = cast(self.a, x), cast(self.b, x)
         if self.frozen:
             a, b = torch.where((place == rank)[:, None], a, a.detach()), torch.where(place == rank, b, b.detach())
-        low = F.linear(F.dropout(x, self.dropout), cast(a, x)) * (place <= rank)  # (..., rank)
-        return y + self.alpha / rank * F.linear(low, cast(b, x))
+        low = F.linear(F.dropout(x, self.dropout), a) * (place <= rank)  # (..., rank)
+        return y + self.alpha / rank * F.linear(low, b)
 
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.alpha / self.served * (self.b[:, : self.served] @ self.a[: self.served]), bias
@@ -145,8 +145,6 @@ class Truncated(LowRank):
 class Redraw(Clock):
     """Draws the next step's rank when a step was made."""
 
-    @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
-        piece = self.adapter.pieces[0]
-        assert isinstance(piece, DeltaPiece) and isinstance(piece.delta, Truncated)
+        piece: Any = self.adapter.pieces[0]
         piece.delta.drawn.advance()
