@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,24 +61,74 @@ class ScaleShiftDelta(Delta):
         return weight * self.gain[:, None], scaled if self.shift is None or scaled is None else scaled + self.shift
 '''
 
-SCRIPT = """
+LAWS = """
 import inlay
 from inlay.testing import check_method
 from inlay.testing.models import ZOO
 
-method = inlay.methods()["scale-shift"]
-check_method(method, [ZOO[name] for name in ("llama", "gpt2", "bert", "t5")])
-
-model, batch = ZOO["llama"].build(), ZOO["llama"].batch(3, 0)
-inlay.attach(model, method(), name="mine")
-inlay.attach(model, inlay.PrefixTuning(length=3), name="prefix")
-with inlay.use(model, ["mine", None, "prefix"]):
-    assert model(**batch).logits.shape[0] == 3
-inlay.merge(model, "mine")
-inlay.unmerge(model)
-inlay.save(model, "mine", "stored")
-assert inlay.load(ZOO["llama"].build(), "stored").method == method()
+check_method(inlay.methods()["scale-shift"], [ZOO[name] for name in ("llama", "gpt2", "bert", "t5")])
 """
+COMPILED = """
+import inlay
+from inlay.testing import SLOW_LAWS, check_method
+from inlay.testing.models import ZOO
+
+check_method(inlay.methods()["scale-shift"], [ZOO["llama"]], SLOW_LAWS)
+"""
+LIFE = """
+import torch
+import inlay
+from inlay.testing.models import ZOO
+
+torch.manual_seed(0)
+llama, method = ZOO["llama"], inlay.methods()["scale-shift"]
+model, batch = llama.build(), llama.batch(4, 0, ragged=True)
+
+
+def logits(choice, rows=batch):
+    with inlay.use(model, choice), torch.no_grad():
+        return model(**rows).logits
+
+
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+base = model(**batch).logits.detach()
+mine = inlay.attach(model, method(), name="mine")
+prefix = inlay.attach(model, inlay.PrefixTuning(length=3), name="prefix")
+with torch.no_grad():
+    for parameter in [*mine.parameters(), *prefix.parameters()]:
+        parameter.add_(torch.randn(parameter.shape) * 0.3)
+
+# one batch, one adapter a row
+choices = ["mine", None, "prefix", "mine"]
+mixed, alone = logits(choices), {choice: logits(choice) for choice in choices}
+assert (alone["mine"] - base).abs().max() > 0.05
+for row, choice in enumerate(choices):
+    real = batch["attention_mask"][row].bool()
+    same(mixed[row][real], alone[choice][row][real])
+
+# merged and back
+report = inlay.merge(model, "mine")
+same(model(**batch).logits.detach(), alone["mine"])
+inlay.unmerge(model)
+assert torch.equal(logits(None), base) and report.worst < 1e-5
+
+# stored and loaded, in one process and by the command line
+inlay.save(model, "mine", "stored")
+other = llama.build()
+again = inlay.load(other, "stored")
+assert again.method == method() and again.digest == mine.digest
+assert torch.equal(other(**batch).logits, alone["mine"])
+
+# detached
+inlay.detach(model, "mine")
+inlay.detach(model, "prefix")
+assert torch.equal(model(**batch).logits, base)
+"""
+CONFIG = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 
 
 @pytest.fixture
@@ -91,15 +142,50 @@ def installed(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
 
 
-def test_laws_batches_storage_and_merging(installed: dict[str, str], tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=installed, cwd=tmp_path, capture_output=True, text=True)
+def run(environment: dict[str, str], folder: Path, program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
-def test_a_row_in_the_methods_table(installed: dict[str, str]) -> None:
-    program = "import sys; from inlay.cli.main import main; sys.argv = ['inlay', 'methods', '--json']; main()"
-    done = subprocess.run([sys.executable, "-c", program], env=installed, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = {row["method"]: row for row in json.loads(done.stdout)["methods"]}
+def command(environment: dict[str, str], folder: Path, *words: str) -> Any:
+    """What `inlay WORDS --json` prints."""
+    program = f"import sys; from inlay.cli.main import main; sys.argv = {['inlay', *words, '--json']!r}; main()"
+    return json.loads(run(environment, folder, program))
+
+
+def test_all_laws(installed: dict[str, str], tmp_path: Path) -> None:
+    run(installed, tmp_path, LAWS)
+
+
+@pytest.mark.slow
+def test_it_compiles(installed: dict[str, str], tmp_path: Path) -> None:
+    run(installed, tmp_path, COMPILED)
+
+
+def test_attaching_mixed_batches_merging_and_storage(installed: dict[str, str], tmp_path: Path) -> None:
+    run(installed, tmp_path, LIFE)
+    facts = command(installed, tmp_path, "inspect", "stored")
+    assert (facts["method"], facts["hyper_parameters"]) == ("scale-shift", {"shift": True})
+
+
+def test_a_row_in_the_methods_table(installed: dict[str, str], tmp_path: Path) -> None:
+    rows = {row["method"]: row for row in command(installed, tmp_path, "methods")["methods"]}
     assert rows["scale-shift"]["merges"] and rows["scale-shift"]["mixed_batches"]
     assert rows["scale-shift"]["trained"] > 0
+    assert rows["scale-shift"]["quantised_bases"]["nf4"] is True
+
+
+def test_a_row_of_the_plan(installed: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **CONFIG})
+    )
+    words = ("--base", str(tmp_path), "--method", "lora,scale-shift", "--gpu", "T4", "--max-length", "16")
+    told = command(installed, tmp_path, "plan", *words)
+    assert told["refused"] == {}
+    rows = {row["method"]: row for row in told["plans"]}
+    plan = rows["scale-shift"]
+    # gains of 32 queries and 16 values in two layers; without biases in this base nothing is shifted
+    assert plan["trainable"] == 2 * (32 + 16)
+    assert plan["memory_bytes"]["optimizer"] == 8 * plan["trainable"] and plan["disk_bytes"] == 4 * plan["trainable"]
+    assert plan["tokens_per_second"] > 0
