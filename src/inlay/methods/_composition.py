@@ -1,8 +1,8 @@
-"""What the compositions share: methods inside a method, and their pieces told apart.
+"""What the compositions share: methods inside a method.
 
-The members' pieces stay pieces of their own, each labelled with its member's number, so that files, counts,
-initialisation from data and learning rates work as they do for the member alone. How deltas at one module act
-on one another is in `core/chain.py`; prompts stand behind one another; differences to a parameter add.
+The members' pieces stay pieces of their own, each labelled with its member's number (`_member.py`), so that files,
+counts, initialisation from data and learning rates work as they do for the member alone. How deltas at one module
+act on one another is in `core/chain.py`; prompts stand behind one another; differences to a parameter add.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from inlay.core.clock import Clock
 from inlay.core.errors import SelectionError, UnsupportedError
 from inlay.core.measure import Batches, Measured
 from inlay.core.method import Method, Recipe
-from inlay.core.pieces import Branch, DeltaPiece, Piece, PromptPiece, SubsetPiece
+from inlay.core.pieces import Branch, Piece
 from inlay.core.prompt import PromptMethod
 from inlay.core.select import Places
-from inlay.core.shared import Shared, shared_in
+from inlay.methods._member import Clocks, Member, pieces_of
 
 if TYPE_CHECKING:
     from inlay.core.view import ModelView
@@ -86,10 +86,7 @@ class Composition(Method, ABC):
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
         found: list[Piece] = []
         for number, (method, own) in enumerate(self._placed(places)):
-            inside = method.pieces(view, own)
-            for shared in _shared(inside):
-                shared.key = f"{number}/{shared.key}"
-            found += [_labelled(piece, number, self.branch(number)) for piece in inside]
+            found += pieces_of(method, number, self.branch(number), view, own)
         return found
 
     def _placed(self, places: Places) -> Iterator[tuple[Method, Places]]:
@@ -105,9 +102,9 @@ class Composition(Method, ABC):
 
     def measure(self, model: nn.Module, places: Places, data: Batches) -> Measured:
         batches = list(data)
-        found = [m.measure(model, p, batches) if m.needs_data else Measured(m) for m, p in self._placed(places)]
-        values = {f"{i}/{key}": state for i, measured in enumerate(found) for key, state in measured.values.items()}
-        return Measured(self.with_members([measured.method for measured in found]), values)
+        return self._measured(
+            [m.measure(model, p, batches) if m.needs_data else Measured(m) for m, p in self._placed(places)]
+        )
 
     def inherit(self, model: nn.Module) -> Measured:
         found = [m.inherit(model) for m in self.methods]
@@ -116,6 +113,10 @@ class Composition(Method, ABC):
                 f"method {self.name!r}: a method that is made of attached adapters has their places, so it cannot be "
                 "a member of a composition; attach it by itself"
             )
+        return self._measured(found)
+
+    def _measured(self, found: Sequence[Measured]) -> Measured:
+        """What the members found, as one."""
         values = {f"{i}/{key}": state for i, measured in enumerate(found) for key, state in measured.values.items()}
         return Measured(self.with_members([measured.method for measured in found]), values)
 
@@ -146,62 +147,3 @@ def restored(values: Sequence[Any]) -> list[Method]:
     from inlay.methods import method_named
 
     return [v if isinstance(v, Method) else method_named(str(v["method"])).from_dict(v) for v in values]
-
-
-class Member(Adapter):
-    """One member's part of an adapter, as its clock knows it: its own method and its own pieces."""
-
-    def __init__(self, whole: Adapter, number: int) -> None:
-        label = f"{number}/"
-        pieces = [_bare(p, label) for p in whole.pieces if p.key.startswith(label)]
-        self._whole, self._number = whole, number
-        super().__init__(whole.name, whole.method, whole.places, pieces)
-
-    def _named(self, *, keep_vars: bool) -> dict[str, Tensor]:
-        found = super()._named(keep_vars=keep_vars)
-        return {n.replace(f"shared/{self._number}/", "shared/", 1): t for n, t in found.items()}
-
-    @property
-    def method(self) -> Method:
-        """As the whole adapter has it now: a run may fill in the number of its steps later."""
-        whole = self._whole.method
-        assert isinstance(whole, Composition)
-        return whole.methods[self._number]
-
-    @method.setter
-    def method(self, value: Method) -> None:
-        pass  # the dataclass sets its field
-
-
-class Clocks(Clock):
-    """Keeps the members' clocks; each is told of the steps by itself."""
-
-    def __init__(self, adapter: Adapter, clocks: Sequence[Clock]) -> None:
-        super().__init__(adapter)
-        self.clocks = tuple(clocks)
-
-
-def _shared(pieces: Sequence[Piece]) -> list[Shared]:
-    modules = (p.delta if isinstance(p, DeltaPiece) else p.prompt for p in pieces if not isinstance(p, SubsetPiece))
-    return list({id(s): s for m in modules for s in shared_in(m).values()}.values())
-
-
-def _labelled(piece: Piece, number: int, branch: Branch | None) -> Piece:
-    """A member's piece as one of the composition's."""
-    label = f"{number}/"
-    match piece:
-        case DeltaPiece():
-            inner = tuple(replace(b, fork=label + b.fork) for b in piece.branches)
-            outer = () if branch is None else (branch,)
-            return replace(piece, label=label + piece.label, branches=outer + inner)
-        case SubsetPiece():
-            weight = piece.weight * (1.0 if branch is None else branch.weight)
-            return replace(piece, label=label + piece.label, weight=weight)
-        case PromptPiece():
-            return replace(piece, key=label + piece.key)
-
-
-def _bare(piece: Piece, label: str) -> Piece:
-    if isinstance(piece, PromptPiece):
-        return replace(piece, key=piece.key.removeprefix(label))
-    return replace(piece, label=piece.label.removeprefix(label))
