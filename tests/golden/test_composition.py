@@ -18,10 +18,12 @@ from transformers import DynamicCache
 import inlay
 from inlay import (
     IA3,
+    LTSFT,
     MAM,
     AdaLoRA,
     Average,
     BitFit,
+    DiffPruning,
     Houlsby,
     LoRA,
     LoRAPlus,
@@ -373,6 +375,22 @@ def test_shared_values_are_told_apart(tmp_path: Path) -> None:
     fresh = ZOO["llama"].build()
     assert inlay.load(fresh, tmp_path).digest == adapter.digest
     assert torch.equal(fresh(**batch).logits, expected)
+
+
+def test_schedules_of_differences_are_told_apart(tmp_path: Path) -> None:
+    """Each sparse method counts its own steps, also in an adapter that is stored before its first phase is over."""
+    steps = {"total_steps": 6}
+    model = ZOO["llama"].build()
+    adapter = inlay.attach(model, Parallel(LTSFT(share=0.1, **steps), DiffPruning(share=0.1, **steps)))
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-3))
+    for seed in range(2):
+        model(**ZOO["llama"].batch(2, seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    counted = {name: int(t) for name, t in adapter.tensors().items() if name.startswith("shared/")}
+    assert counted == {"shared/0/schedule/done": 2, "shared/1/schedule/done": 2}
+    inlay.save(model, "default", tmp_path)
+    assert inlay.load(ZOO["llama"].build(), tmp_path).digest == adapter.digest
 
 
 NESTED = Parallel(

@@ -69,7 +69,7 @@ class Adapter:
     def _named(self, *, keep_vars: bool) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for piece in self.pieces:
-            kind, module = _module_of(piece)
+            kind, module = kind_and_module(piece)
             owned = shared_in(module)
             for name, tensor in module.state_dict(keep_vars=keep_vars).items():
                 owner = next((o for o in owned if name.startswith(f"{o}.")), None)
@@ -98,7 +98,7 @@ class Adapter:
 
     def modules(self) -> list[nn.Module]:
         """The trained modules, in the order of the model."""
-        return [_module_of(piece)[1] for piece in self.pieces]
+        return [kind_and_module(piece)[1] for piece in self.pieces]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every trained parameter, copies of whole modules included."""
@@ -145,7 +145,8 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def _module_of(piece: Piece) -> tuple[str, nn.Module]:
+def kind_and_module(piece: Piece) -> tuple[str, nn.Module]:
+    """A piece's trained module, and the word that the names of its tensors begin with."""
     match piece:
         case DeltaPiece():
             return "delta", piece.delta

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from inlay.core.adapter import Adapter
+from inlay.core.adapter import Adapter, kind_and_module
 from inlay.core.clock import Clock
 from inlay.core.method import Method
 from inlay.core.pieces import Branch, DeltaPiece, Piece, PromptPiece, SubsetPiece
@@ -36,7 +36,7 @@ def pieces_of(method: Method, number: int, branch: Branch | None, view: ModelVie
 
 
 def _shared(pieces: Sequence[Piece]) -> list[Shared]:
-    modules = (p.delta if isinstance(p, DeltaPiece) else p.prompt for p in pieces if not isinstance(p, SubsetPiece))
+    modules = [kind_and_module(piece)[1] for piece in pieces]
     return list({id(s): s for m in modules for s in shared_in(m).values()}.values())
 
 
