@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,110 @@ def test_double_sequential_on_llama(tmp_path: Path) -> None:
     shapes = {n: s for place in places.values() for n, s in bottleneck(place).items()}
     tensors = written(tmp_path, BOTTLENECK | {"non_linearity": "relu"}, shapes)
     close(loaded("llama", tmp_path), serial("llama", places, tensors, F.relu), "llama")
+
+
+SEQ_BN = BOTTLENECK | {"original_ln_before": True, "mh_adapter": False, "non_linearity": "relu", "reduction_factor": 8}
+
+
+class Theirs(torch.nn.Module):
+    """AdapterHub's `BottleneckLayer` around one adapter, in a sublayer's last step: `pre_forward`, `forward` and
+    `post_forward` of its `Adapter` with ``original_ln_before`` and ``residual_before_ln``."""
+
+    def __init__(self, tensors: dict[str, Tensor], place: str) -> None:
+        super().__init__()
+        self.tensors, self.place = tensors, place
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor, layer_norm: torch.nn.Module | None) -> Tensor:
+        residual = hidden_states
+        hidden_states = hidden_states + input_tensor
+        if layer_norm is not None:
+            hidden_states = layer_norm(hidden_states)
+        output = inner(self.tensors, self.place, hidden_states, F.relu) + residual
+        return output + input_tensor if layer_norm is None else layer_norm(output + input_tensor)
+
+
+def their_output(own: Any, adapter: Theirs, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """`BertOutputWithAdapters.forward`, and `BertSelfOutput`'s."""
+    return adapter(own.dense(hidden_states), input_tensor, own.LayerNorm)
+
+
+def test_sequential_on_bert(tmp_path: Path) -> None:
+    """The default: `BertOutput.forward` with the adapter between its dropout and its norm."""
+    places = [f"bert.encoder.layer.{i}.output" for i in (0, 1)]
+    tensors = written(tmp_path, SEQ_BN, {n: s for place in places for n, s in bottleneck(place).items()})
+    model: Any = ZOO["bert"].build()
+    for place in places:
+        output = model.get_submodule(place)
+        output.forward = partial(their_output, output, Theirs(tensors, place))
+    close(loaded("bert", tmp_path), logits("bert", model), "bert")
+
+
+def test_sequential_behind_attention_too(tmp_path: Path) -> None:
+    places = [f"bert.encoder.layer.{i}.{p}" for i in (0, 1) for p in ("attention.output", "output")]
+    config = SEQ_BN | {"mh_adapter": True}
+    tensors = written(tmp_path, config, {n: s for place in places for n, s in bottleneck(place).items()})
+    model: Any = ZOO["bert"].build()
+    for place in places:
+        output = model.get_submodule(place)
+        output.forward = partial(their_output, output, Theirs(tensors, place))
+    close(loaded("bert", tmp_path), logits("bert", model), "bert")
+
+
+def behind_feed_forwards(model: Any, tensors: dict[str, Tensor], steps: dict[str, tuple[str, str, str]]) -> Any:
+    """A model whose norm stands behind the sum: `steps` is place → (first matrix, last matrix, norm).
+
+    The sum is what enters the norm, so what left the last matrix is the sum less what entered the first.
+    """
+    entering: dict[str, Tensor] = {}
+    for place, (first, _, norm) in steps.items():
+        model.get_submodule(first).register_forward_pre_hook(lambda _, args, p=place: entering.update({p: args[0]}))
+        module, adapter = model.get_submodule(norm), Theirs(tensors, place)
+        own = module.forward
+        module.forward = lambda s, p=place, a=adapter, own=own: a(s - entering[p], entering[p], own)
+    return model
+
+
+def test_sequential_on_distilbert_and_bart(tmp_path: Path) -> None:
+    kinds: dict[str, dict[str, tuple[str, str, str]]] = {
+        "distilbert": {
+            f"{at}.output_adapters": (f"{at}.ffn.lin1", f"{at}.ffn.lin2", f"{at}.output_layer_norm")
+            for at in (f"distilbert.transformer.layer.{i}" for i in (0, 1))
+        },
+        "bart": {
+            f"{at}.output_adapters": (f"{at}.fc1", f"{at}.fc2", f"{at}.final_layer_norm")
+            for at in (f"model.{side}.layers.{i}" for i in (0, 1) for side in ("encoder", "decoder"))
+        },
+    }
+    for name, steps in kinds.items():
+        shapes = {n: s for place in steps for n, s in bottleneck(place).items()}
+        tensors = written(tmp_path / name, SEQ_BN, shapes)
+        model = behind_feed_forwards(ZOO[name].build(), tensors, steps)
+        close(loaded(name, tmp_path / name), logits(name, model), name)
+
+
+NORM_FIRST = {
+    "gpt2": {f"transformer.h.{i}.output_adapters": f"transformer.h.{i}" for i in (0, 1)},
+    "llama": {f"model.layers.{i}.output_adapters": f"model.layers.{i}" for i in (0, 1)},
+    "t5": {f"{s}.block.{i}.layer.{n}": f"{s}.block.{i}" for s, n in (("encoder", 1), ("decoder", 2)) for i in (0, 1)},
+}
+
+
+@pytest.mark.parametrize("name", NORM_FIRST)
+def test_sequential_where_norms_come_first(name: str, tmp_path: Path) -> None:
+    """Their layers hand the adapter no norm: it reads the sum, which is what leaves the layer."""
+    tensors = written(tmp_path, SEQ_BN, {n: s for place in NORM_FIRST[name] for n, s in bottleneck(place).items()})
+    model: Any = ZOO[name].build()
+    for place, block in NORM_FIRST[name].items():
+        theirs = Theirs(tensors, place)
+
+        def behind(_: Any, __: Any, output: Any, adapter: Theirs = theirs) -> Any:
+            whole = output[0] if isinstance(output, tuple) else output
+            # Any cut of the sum into hidden states and residual gives the same.
+            new = adapter(0.25 * whole, 0.75 * whole, None)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        model.get_submodule(block).register_forward_hook(behind)
+    close(loaded(name, tmp_path), logits(name, model), name)
 
 
 def test_one_layer_left_out(tmp_path: Path) -> None:
@@ -226,7 +331,10 @@ def test_prompt_on_llama(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, config, more, said",
     [
-        ("bert", BOTTLENECK | {"original_ln_before": True}, {}, "no exact counterpart"),
+        ("bert", SEQ_BN | {"residual_before_ln": "post_add"}, {}, "residual_before_ln is 'post_add'"),
+        ("bert", SEQ_BN | {"residual_before_ln": False}, {}, "its input is added twice"),
+        ("llama", SEQ_BN | {"mh_adapter": True}, {}, "for a 'llama' behind attention inlay knows no exact"),
+        ("opt", SEQ_BN, {}, "for a 'opt' inlay knows no exact counterpart"),
         ("bert", BOTTLENECK | {"phm_layer": True, "ln_after": True}, {}, "ln_after is True"),
         ("bert", BOTTLENECK | {"scaling": "learned"}, {}, "scaling is 'learned'"),
         ("bert", BOTTLENECK | {"non_linearity": "mish"}, {}, "non_linearity is 'mish'"),

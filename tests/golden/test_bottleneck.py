@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import inlay
+from inlay.core.errors import SelectionError
+from inlay.testing import LAWS
+from inlay.testing.check import check_law
 from inlay.testing.models import ZOO
 from tests.golden.hand import agree, inputs, numbers, shake
 
@@ -140,6 +143,51 @@ def test_pfeiffer_sits_behind_the_feed_forward(name: str) -> None:
     bare: Any = ZOO[name].build()
     serial(bare, [exit_ for _, exit_ in layered(FEED_FORWARD[name])], leaves, F.relu)
     agree(adapter, model(**batch).logits, bare(**batch).logits, leaves)
+
+
+@pytest.mark.parametrize(
+    "name, norms",
+    [
+        ("bert", ["bert.encoder.layer.{}.output.LayerNorm"]),
+        ("distilbert", ["distilbert.transformer.layer.{}.output_layer_norm"]),
+        ("bart", ["model.encoder.layers.{}.final_layer_norm", "model.decoder.layers.{}.final_layer_norm"]),
+    ],
+)
+def test_pfeiffer_at_a_norm_reads_it_and_adds_in_front_of_it(name: str, norms: list[str]) -> None:
+    """MAD-X: the adapter reads norm(s), its residual is the sublayer's output, and the norm comes last."""
+    batch, paths = inputs(name, ragged=True), [n.format(layer) for n in norms for layer in range(LAYERS)]
+    model: Any = ZOO[name].build()
+    adapter = shake(inlay.attach(model, inlay.Pfeiffer(reduction=8), where=paths))
+    leaves = numbers(adapter)
+    bare: Any = ZOO[name].build()
+    for path, own in adapters_of(leaves).items():
+        norm = bare.get_submodule(path)
+
+        def forward(s: Tensor, norm: Any = norm, own: dict[str, Tensor] = own) -> Tensor:
+            def normal(x: Tensor) -> Tensor:
+                centred = x - x.mean(-1, keepdim=True)
+                return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+            return normal(s + bottleneck({n.rpartition(".")[2]: v for n, v in own.items()}, normal(s), F.relu))
+
+        norm.forward = forward
+    assert sorted(adapters_of(leaves)) == sorted(paths)
+    agree(adapter, model(**batch).logits, bare(**batch).logits, leaves)
+
+
+@pytest.mark.parametrize(
+    "name, where", [("bert", "norms"), ("llama", "norms"), ("llama", "block_output"), ("t5", "block_output")]
+)
+def test_laws_of_pfeiffer_at_other_places(name: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inlay.Pfeiffer, "default_where", where)
+    for law_name, law in LAWS.items():
+        check_law(ZOO[name], inlay.Pfeiffer(reduction=2), law_name, law)
+
+
+def test_pfeiffer_is_not_put_at_norms_over_channels() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    with pytest.raises(SelectionError, match="does not act on each token by itself"):
+        inlay.attach(plain, inlay.Pfeiffer(reduction=2), where=["1"])
 
 
 @pytest.mark.parametrize("name", FEED_FORWARD)

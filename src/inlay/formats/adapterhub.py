@@ -7,10 +7,11 @@
     …prefix_tunings.<name>.<place>.wte.weight, control_trans.0.…, .2.…  prefix tuning with its projection
     prompt_tuning.base_model.prompt_tuning.<name>.prompt_embedding.weight
 
-What is read is what inlay computes in the same way. AdapterHub's sequential adapter (`SeqBnConfig`) reads the norm
-of its input plus the residual, its parallel adapter reads the residual stream, and its prefix leaves a decoder's
-positions where they are; where that is not what the method computes here, it is refused by name. A prediction head
-is a file of its own there and is not read.
+What is read is what inlay computes in the same way. AdapterHub's sequential adapter (`SeqBnConfig`) reads the norm of
+its input plus the residual, s + A(norm(s)) in front of that very norm, or s + A(s) at the end of the layer where the
+norm comes first: Pfeiffer at other places. Its parallel adapter reads the residual stream, and its prefix leaves a
+decoder's positions where they are; where that is not what the method computes here, it is refused by name. A
+prediction head is a file of its own there and is not read.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ from inlay.formats.peft.config import FILE, Config, read_config
 
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 POST_NORM = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")  # whose feed-forward reads the residual itself
+# What AdapterHub's forwards hand to the adapter behind the feed-forward: the norm that follows the sum, or none.
+NORM_BEHIND = ("bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2", "bert-generation", "distilbert",
+               "bart", "plbart")  # fmt: skip
+NO_NORM_BEHIND = ("gpt2", "gptj", "llama", "mistral", "mbart", "t5", "mt5", "whisper")
+NORMS = {"output_adapters": ("output_layer_norm", "final_layer_norm"),
+         "attention_adapters": ("sa_layer_norm", "self_attn_layer_norm")}  # fmt: skip
 PROMPTED = ("llama", "mistral")  # whose prompt enters behind the embedding, so that its tokens have positions
 TRAINING = ("dropout", "init_weights", "architecture", "stochastic_depth", "dtype", "leave_out", "is_parallel")
 BOTTLENECK = {"down": "adapter_down.0.weight", "down_bias": "adapter_down.0.bias", "up": "adapter_up.weight",
@@ -85,6 +92,11 @@ class Hub:
     archive: Archive
     name: str
 
+    @property
+    def kind(self) -> str:
+        """The model's type, as its configuration says it."""
+        return str(getattr(self.view.text_config, "model_type", ""))
+
     def found(self, pattern: str) -> dict[str, tuple[str, str]]:
         """Stored name → (place, part), of the names with this adapter's name in the middle."""
         regex = re.compile(rf"(.*)\.{pattern}\.{re.escape(self.name)}\.(.*)")
@@ -99,28 +111,71 @@ class Hub:
                 self.config.wrong.append(f"{key} is {there!r}, which {NOT_HERE}; expected {value!r}")
 
 
-def _bottleneck(hub: Hub) -> Reading | None:
-    """DoubleSeqBn (Houlsby), SeqBn with the layer's own order, ParBn."""
-    from inlay.methods.houlsby import Houlsby
-    from inlay.methods.parallel import ParallelAdapter
-    from inlay.methods.pfeiffer import Pfeiffer
+@dataclass(frozen=True)
+class Bottlenecks:
+    """What the configuration and the shapes say of a bottleneck adapter.
 
+    Attributes:
+        attention, feed_forward: behind which sublayers it stands.
+        size: of the bottleneck.
+        stored: stored name → (place, part).
+    """
+
+    hub: Hub
+    attention: bool
+    feed_forward: bool
+    size: int
+    nonlinearity: str
+    scaling: float
+    stored: Mapping[str, tuple[str, str]]
+
+    @property
+    def reduction(self) -> int | None:
+        """By which the hidden size is divided; None where no whole number gives the size."""
+        hidden = self.hub.view.hidden_size
+        return next((r for r in (hidden // self.size,) if r and hidden // r == self.size), None)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({at[1] for place, _ in self.stored.values() if (at := layer_of(place)) is not None})
+
+    def reading(self, method: Method, places: Places, place_of: Callable[[str], str | None]) -> Reading:
+        """Every tensor of every piece, in the file's place for the site's path."""
+
+        def entries(adapter: Adapter) -> Iterator[Entry]:
+            for piece in adapter.pieces:
+                assert isinstance(piece, DeltaPiece)
+                place = place_of(piece.site.path) or f"{piece.site.path}.(no adapter)"
+                for name, value in piece.delta.state_dict().items():
+                    theirs = f"{place}.adapters.{self.hub.name}.{BOTTLENECK[name.rpartition('.')[2]]}"
+                    yield Entry(f"delta/{piece.key}/{name}", {theirs: tuple(value.shape)})
+
+        return Reading(method, places, entries)
+
+
+def _bottleneck(hub: Hub) -> Reading | None:
+    """DoubleSeqBn (Houlsby), SeqBn (Pfeiffer) with and without the layer's norm in front, ParBn."""
     config = hub.config
     hub.settled(
         cross_adapter=False, inv_adapter=None, ln_after=False, ln_before=False, phm_layer=False, use_gating=False,
         original_ln_after=True,
     )  # fmt: skip
-    config.ignore("adapter_residual_before_ln", "residual_before_ln")  # these act only with what is refused here
+    config.ignore("adapter_residual_before_ln")  # acts only with what is refused here
     config.ignore(*(k for k in config.values if "phm" in k or k.startswith(("factorized", "hypercomplex", "inv_"))))
-    parallel = bool(config.get("is_parallel", False))
+    parallel, normed = bool(config.get("is_parallel", False)), bool(config.get("original_ln_before", False))
+    found = _sizes(hub, parallel)
+    if not normed or parallel:  # a parallel adapter reads the residual stream in any case
+        config.ignore("residual_before_ln")
+    if found is None:
+        return None
+    return _parallel(found) if parallel else _behind_residual(found) if normed else _serial(found)
+
+
+def _sizes(hub: Hub, parallel: bool) -> Bottlenecks | None:
+    config = hub.config
     nonlinearity = NONLINEAR.get(str(config.get("non_linearity", "relu")).lower())
     if nonlinearity is None:
         config.wrong.append(f"non_linearity is {config.get('non_linearity')!r}, which {NOT_HERE}")
-    if config.get("original_ln_before", False):
-        config.wrong.append(
-            "original_ln_before is true: the adapter reads the layer norm of the sublayer's output plus the residual, "
-            "where inlay's reads that output as it is; there is no exact counterpart"
-        )
     scaling = config.get("scaling", 1.0)
     if isinstance(scaling, str) or (not parallel and scaling != 1.0):
         config.wrong.append(f"scaling is {scaling!r}, which {NOT_HERE} for this adapter")
@@ -132,40 +187,85 @@ def _bottleneck(hub: Hub) -> Reading | None:
     if len(sizes) != 1:
         config.wrong.append(f"the adapters' inner sizes are {sorted(sizes)}, expected one size in every layer")
         return None
-    size, known = sizes.pop(), nonlinearity or "relu"
-    method: Method
-    if parallel:
-        kind = str(getattr(hub.view.text_config, "model_type", ""))
-        if attention or kind not in POST_NORM:
-            config.wrong.append(
-                f"a parallel adapter reads the residual stream, which is the feed-forward's input only on {POST_NORM}; "
-                f"on a {kind!r}, or beside attention, it has no exact counterpart"
-            )
-        method = ParallelAdapter(bottleneck=size, scale=float(scaling), nonlinearity=known)
-    elif attention and feed_forward:
-        method = Houlsby(bottleneck=size, nonlinearity=known)
-    else:
-        method = Houlsby(bottleneck=size, nonlinearity=known)
-        if not attention and hub.view.hidden_size // size * size == hub.view.hidden_size:
-            method = Pfeiffer(reduction=hub.view.hidden_size // size, nonlinearity=known)
-    words = [w for w, on in (("attention_sublayer", attention), ("mlp_sublayer", feed_forward)) if on]
-    places = {(layer_of(p), _behind_attention(p)): p for p, _ in stored.values()}
-    layers = sorted({layer[1] for layer, _ in places if layer is not None})
+    return Bottlenecks(hub, attention, feed_forward, sizes.pop(), nonlinearity or "relu", float(scaling), stored)
 
-    def entries(adapter: Adapter) -> Iterator[Entry]:
-        for piece in adapter.pieces:
-            assert isinstance(piece, DeltaPiece)
-            behind = not parallel and piece.site.path in attention_paths
-            place = places.get((layer_of(piece.site.path), behind), f"{piece.site.path}.(no adapter)")
-            for name, value in piece.delta.state_dict().items():
-                theirs = f"{place}.adapters.{hub.name}.{BOTTLENECK[name]}"
-                yield Entry(f"delta/{piece.key}/{name}", {theirs: tuple(value.shape)})
 
-    attention_paths = {s.path for s in hub.view.by_role("attention_sublayer")}
-    twice = len(attention_paths) > len({layer_of(p) for p in attention_paths})
-    if attention and twice:
-        config.wrong.append("this model's layers attend twice, and the file adapts the first alone: inlay adapts both")
-    return Reading(method, Places.of(None if parallel else words, layers), entries)
+def _parallel(found: Bottlenecks) -> Reading:
+    from inlay.methods.parallel import ParallelAdapter
+
+    if found.attention or found.hub.kind not in POST_NORM:
+        found.hub.config.wrong.append(
+            f"a parallel adapter reads the residual stream, which is the feed-forward's input only on {POST_NORM}; "
+            f"on a {found.hub.kind!r}, or beside attention, it has no exact counterpart"
+        )
+    method = ParallelAdapter(bottleneck=found.size, scale=found.scaling, nonlinearity=found.nonlinearity)
+    places = {layer_of(p): p for p, _ in found.stored.values()}
+    return found.reading(method, Places.of(None, found.layers), lambda path: places.get(layer_of(path)))
+
+
+def _serial(found: Bottlenecks) -> Reading:
+    """Behind a sublayer, in front of its residual: h ← h + A(h)."""
+    from inlay.methods.houlsby import Houlsby
+    from inlay.methods.pfeiffer import Pfeiffer
+
+    view = found.hub.view
+    method: Method = Houlsby(bottleneck=found.size, nonlinearity=found.nonlinearity)
+    if not found.attention and found.reduction is not None:
+        method = Pfeiffer(reduction=found.reduction, nonlinearity=found.nonlinearity)
+    words = [
+        w for w, on in (("attention_sublayer", found.attention), ("mlp_sublayer", found.feed_forward)) if on
+    ]  # fmt: skip
+    attention_paths = {s.path for s in view.by_role("attention_sublayer")}
+    if found.attention and len(attention_paths) > len({layer_of(p) for p in attention_paths}):
+        found.hub.config.wrong.append(
+            "this model's layers attend twice, and the file adapts the first alone: inlay adapts both"
+        )
+    places = {(layer_of(p), _behind_attention(p)): p for p, _ in found.stored.values()}
+    return found.reading(
+        method, Places.of(words, found.layers), lambda path: places.get((layer_of(path), path in attention_paths))
+    )
+
+
+def _behind_residual(found: Bottlenecks) -> Reading | None:
+    """Behind the residual: s ← s + A(norm(s)) in front of the norm that the model has there, else s ← s + A(s)."""
+    from inlay.methods.pfeiffer import Pfeiffer
+
+    hub, config = found.hub, found.hub.config
+    if config.get("residual_before_ln", True) is not True:
+        config.wrong.append(
+            f"residual_before_ln is {config.get('residual_before_ln')!r}: the adapter's residual would start behind "
+            "the layer's, so that its input is added twice; no method of inlay computes that"
+        )
+    if found.reduction is None:
+        config.wrong.append(f"the inner size {found.size} is no whole fraction of the hidden size")
+        return None
+    method = Pfeiffer(reduction=found.reduction, nonlinearity=found.nonlinearity)
+    stored = list(dict.fromkeys(place for place, _ in found.stored.values()))
+    if hub.kind in NORM_BEHIND:
+        norms = {_norm_behind(hub.view, place): place for place in stored}
+        lost = norms.pop(None, None)
+        if lost is not None:
+            config.wrong.append(f"{lost} is adapted in the file, but this model has no layer norm behind it")
+            return None
+        return found.reading(method, Places.of([n for n in norms if n], None), norms.get)
+    if hub.kind not in NO_NORM_BEHIND or found.attention:
+        config.wrong.append(
+            f"original_ln_before is true: where the adapter reads depends on the model, and for a {hub.kind!r}"
+            f"{' behind attention' if found.attention else ''} inlay knows no exact counterpart; known are "
+            f"{', '.join(NORM_BEHIND)}, and behind the feed-forward alone {', '.join(NO_NORM_BEHIND)}"
+        )
+        return None
+    blocks = {layer_of(place): place for place in stored}
+    return found.reading(
+        method, Places.of("block_output", found.layers), lambda path: blocks.get(layer_of(path))
+    )  # fmt: skip
+
+
+def _norm_behind(view: ModelView, place: str) -> str | None:
+    """The layer norm that AdapterHub's forward gives to the adapter at `place`."""
+    parent, _, last = place.rpartition(".")
+    named = [f"{parent}.{n}" for n in NORMS.get(last, ())] or [f"{place}.LayerNorm"]
+    return next((path for path in named if path in view.layers), None)
 
 
 def _behind_attention(place: str) -> bool:
@@ -246,10 +346,9 @@ def _prompt(hub: Hub) -> Reading | None:
     hub.settled(combine="prefix")
     config.ignore("prompt_init", "prompt_init_text", "random_uniform_scale", "exclude_cls_token")
     length = config.whole("prompt_length", 10)
-    kind = str(getattr(hub.view.text_config, "model_type", ""))
-    if kind not in PROMPTED:
+    if hub.kind not in PROMPTED:
         config.wrong.append(
-            f"on a {kind!r} AdapterHub's prompt has no positions or stands where the head looks for its token; it "
+            f"on a {hub.kind!r} AdapterHub's prompt has no positions or stands where the head looks for its token; it "
             f"has an exact counterpart on {', '.join(PROMPTED)} only"
         )
     ending = f".{hub.name}.prompt_embedding.weight"

@@ -63,10 +63,12 @@ class BottleneckDelta(Delta):
         nn.init.zeros_(self.up_bias)
 
     def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        entering = x if self.beside else y
+        return y.add(self.added(x if self.beside else y), alpha=self.scale)
+
+    def added(self, entering: Tensor) -> Tensor:
+        """What the bottleneck makes of its input: (..., in) → (..., out)."""
         inner = self.function(F.linear(entering, cast(self.down, entering), cast(self.down_bias, entering)))
-        outer = F.linear(inner, cast(self.up, inner), cast(self.up_bias, inner))
-        return y.add(outer, alpha=self.scale)
+        return F.linear(inner, cast(self.up, inner), cast(self.up_bias, inner))
 
     @classmethod
     def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:

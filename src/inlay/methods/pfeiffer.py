@@ -5,6 +5,13 @@ architecture search: after the feed-forward, before its residual is added.
 
     feed-forward ── adapter ── + residual          h ← h + W_up relu(W_down h)
 
+MAD-X's section 3.2 has the adapter read what the norm behind the residual makes of s = h + residual, and add to s; so
+does AdapterHub's default. That is this method at that norm (``where=["output_layer_norm"]`` on DistilBERT) or, in a
+model whose norms come first, at the end of the layer (``where="block_output"``), where no norm stands between:
+
+    s ─── norm ── adapter ── + ── norm          norm(s + W_up relu(W_down norm(s)))
+    └────────────────────────┘
+
 Half of Houlsby's parameters at the same size. Initialisation as AdapterHub's: normal with σ = 0.02, zero biases.
 """
 
@@ -17,10 +24,12 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from inlay.core.delta import Delta, DeltaMethod
+from inlay.core.errors import SelectionError
 from inlay.core.layer import Kind
 from inlay.core.method import Recipe
 from inlay.core.site import Site
 from inlay.methods._bottleneck import BottleneckDelta, check_sizes
+from inlay.methods.bitfit import CHANNELS_FIRST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +46,7 @@ class Pfeiffer(DeltaMethod):
     family: ClassVar[str] = "adapter"
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[tuple[str, ...]] = ("mlp_sublayer",)
-    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output")
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output", "norm")
     expected_failures: ClassVar[Mapping[str, str]] = {"identity": "the authors start near the identity, not on it"}
 
     reduction: int = 16
@@ -47,11 +56,34 @@ class Pfeiffer(DeltaMethod):
         check_sizes(self, "reduction")
 
     def build(self, site: Site) -> Delta:
-        return BottleneckDelta(site, max(1, site.out_features // self.reduction), self.nonlinearity, _normal)
+        bottleneck = BottleneckDelta(site, max(1, site.out_features // self.reduction), self.nonlinearity, _normal)
+        return BeforeNorm(site, bottleneck) if site.kind == "norm" else bottleneck
 
     @classmethod
     def examples(cls) -> list[Pfeiffer]:
         return [cls(reduction=2)]
+
+
+class BeforeNorm(Delta):
+    """norm(x + bottleneck(norm(x))), at the norm."""
+
+    merges: ClassVar[bool] = False
+
+    def __init__(self, site: Site, bottleneck: BottleneckDelta) -> None:
+        super().__init__()
+        if isinstance(site.module, CHANNELS_FIRST):
+            raise SelectionError(
+                f"method 'pfeiffer': {site.path} is a {type(site.module).__name__}, which does not act on each token "
+                "by itself; give layer norms, or leave `where` out"
+            )
+        self.bottleneck = bottleneck
+
+    def initialise(self, site: Site) -> None:
+        self.bottleneck.initialise(site)
+
+    def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        moved = x.add(self.bottleneck.added(y).to(x.dtype), alpha=self.bottleneck.scale)
+        return site.compute(moved) + (y - site.compute(x))  # what others at this norm did to y stays
 
 
 def _normal(down: Tensor, up: Tensor) -> None:
