@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.kernels import gpu
 
 CHILDREN = ("gate_proj", "up_proj", "down_proj", "act_fn")
 # Module → whether its forward is the one of the formula.
@@ -76,6 +77,11 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         gate, up = ctx.saved_tensors
+        if gpu.serves(gate):
+            from inlay.kernels.gpu import gated as kernel
+
+            if kind := kernel.known(ctx.function):
+                return *kernel.backward(grads[0], gate, up, kind), None
         with torch.enable_grad():
             inside = gate.detach().requires_grad_()
             opened = ctx.function(inside)

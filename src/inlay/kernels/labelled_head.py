@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.kernels import gpu
 from inlay.kernels.lazy import LazyTensor
 
 IGNORED = -100
@@ -241,7 +242,15 @@ class LabelledLoss(torch.autograd.Function):
         rows = -(-hidden.shape[0] // max(1, -(-hidden.shape[0] // rows))) or 1  # chunks of one size
         for start in range(0, hidden.shape[0], rows):
             piece, labels = hidden[start : start + rows], target[start : start + rows, None]
-            scores = F.linear(piece, weight, bias).float()  # (rows, vocabulary)
+            scores = F.linear(piece, weight, bias)  # (rows, vocabulary)
+            if gpu.serves(scores):
+                from inlay.kernels.gpu import labelled_head as kernel
+
+                loss += kernel.cross_entropy_(scores, labels, factor, cap, writes=wanted).sum()
+                if gradient is not None:
+                    torch.mm(scores, weight, out=gradient[start : start + rows])
+                continue
+            scores = scores.float()
             scores = scores if factor == 1.0 else scores.mul_(factor)
             capped = None if cap is None else scores.div_(cap).tanh_()
             scores = scores if capped is None or cap is None else capped * cap

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inlay.kernels import gpu
+
 BITS = 16
 FEW = 0.2  # share of dropped entries from which a dense mask is faster
 
 
 def applies(x: Tensor, y: Tensor, dropout: float) -> bool:
-    """Whether `add_low_rank` computes this: not compiled, in autocast or sharded, and masks on the CPU only.
+    """Whether `add_low_rank` computes this: not compiled, in autocast or sharded; masks where a kernel draws them.
 
     Of tensors without values (meta) it answers as for the CPU, so that a plan counts what a CPU's step allocates.
     """
@@ -36,7 +38,7 @@ def applies(x: Tensor, y: Tensor, dropout: float) -> bool:
         and type(y) is Tensor
         and x.dtype == y.dtype
         and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
-        and (dropout == 0 or x.device.type in ("cpu", "meta"))
+        and (dropout == 0 or x.device.type in ("cpu", "meta") or gpu.serves(x))
     )
 
 
@@ -53,19 +55,27 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropo
     in_place = owned and y.is_contiguous() and not y._is_view()
     seed = int(torch.randint(2**62, ())) if dropout else 0
     if not torch.is_grad_enabled():
-        return _sum(y, _dropped(x, seed, dropout), a.to(x.dtype), b.to(x.dtype), scale / (1 - dropout), in_place)[0]
+        return _sum(y, _low(x, a.to(x.dtype), seed, dropout), b.to(x.dtype), scale / (1 - dropout), in_place)
     made: Tensor = LowRankSum.apply(y, x, a, b, scale, dropout, seed, in_place)  # type: ignore[no-untyped-call]
     return made
 
 
-def _sum(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, in_place: bool) -> tuple[Tensor, Tensor]:
-    """y + scale · x Aᵀ Bᵀ and x Aᵀ, for a and b in x's dtype."""
-    low = x.reshape(-1, x.shape[-1]) @ a.t()  # (n, rank)
+def _low(x: Tensor, a: Tensor, seed: int, dropout: float) -> Tensor:
+    """drop(x) Aᵀ, (n, rank), unscaled, for a in x's dtype."""
+    if dropout and gpu.serves(x):
+        from inlay.kernels.gpu import low_rank as kernel
+
+        return kernel.narrowed(x, a, seed, dropout)
+    return _dropped(x, seed, dropout).reshape(-1, x.shape[-1]) @ a.t()
+
+
+def _sum(y: Tensor, low: Tensor, b: Tensor, scale: float, in_place: bool) -> Tensor:
+    """y + scale · low Bᵀ, for b in y's dtype."""
     flat = y.reshape(-1, y.shape[-1])
     if in_place:
         flat.addmm_(low, b.t(), alpha=scale)
-        return y, low
-    return torch.addmm(flat, low, b.t(), alpha=scale).reshape(y.shape), low
+        return y
+    return torch.addmm(flat, low, b.t(), alpha=scale).reshape(y.shape)
 
 
 class LowRankSum(torch.autograd.Function):
@@ -76,7 +86,8 @@ class LowRankSum(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, seed: int, in_place: bool
     ) -> Tensor:
         scale = scale / (1 - dropout)
-        out, low = _sum(y, _dropped(x, seed, dropout), a.to(x.dtype), b.to(x.dtype), scale, in_place)
+        low = _low(x, a.to(x.dtype), seed, dropout)
+        out = _sum(y, low, b.to(x.dtype), scale, in_place)
         if in_place:
             ctx.mark_dirty(y)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, low, a, b)  # a frozen A needs no input
@@ -88,6 +99,8 @@ class LowRankSum(torch.autograd.Function):
         x, low, a, b = ctx.saved_tensors
         grad = grads[0]
         flat = grad.reshape(-1, grad.shape[-1])  # (n, out)
+        if ctx.dropout and gpu.serves(flat):
+            return grad, *_gradients_on_gpu(ctx, flat), None, None, None, None
         low_t = (b.to(flat.dtype).t() @ flat.t()).mul_(ctx.scale)  # (rank, n): narrow matrices first are faster
         d_x = d_a = d_b = None
         dropped = _drawn(ctx.shape.numel(), ctx.seed, ctx.dropout) if ctx.dropout else None
@@ -100,6 +113,19 @@ class LowRankSum(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             d_b = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)
         return grad, d_x, d_a, d_b, None, None, None, None
+
+
+def _gradients_on_gpu(ctx: Any, flat: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, A and B, with the mask drawn inside the products."""
+    from inlay.kernels.gpu import low_rank as kernel
+
+    x, low, a, b = ctx.saved_tensors
+    _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
+    d_low = (flat @ b.to(flat.dtype)).mul_(ctx.scale)  # (n, rank)
+    seed, share = ctx.seed, ctx.dropout
+    d_x = kernel.gradient_of_x(d_low, a.to(flat.dtype), seed, share).reshape(ctx.shape) if wants_x else None
+    d_a = kernel.gradient_of_a(d_low, x, seed, share).to(a.dtype) if wants_a else None
+    return d_x, d_a, (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype) if wants_b else None
 
 
 def _dropped(x: Tensor, seed: int, share: float) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.kernels import gpu
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the gradient's norm
 # Norm → ε and what is added to its weight; None where the formula is not its own.
@@ -73,6 +74,10 @@ def _formula(module: nn.Module, inner: Callable[..., Any], x: Tensor) -> tuple[f
 
 def gradient(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
     """With respect to x: (…, features), in its dtype; sums are taken in float32."""
+    if gpu.serves(x):
+        from inlay.kernels.gpu import norm as kernel
+
+        return kernel.gradient(grad, x, weight, epsilon, offset)
     wide = x.float()
     scale = weight.float() + offset if offset else weight
     g = (grad * scale).float() if scale.dtype == grad.dtype else grad.float() * scale

@@ -1,0 +1,37 @@
+"""Kernels for GPUs, written in Triton, in the places where `inlay.kernels` has formulas for the CPU.
+
+low_rank.py       dropout(x) Aᵀ and its backward, the mask drawn again from a seed
+labelled_head.py  cross-entropy of a chunk of scores, which its gradient overwrites
+gated.py          backward of f(g) ∘ u
+norm.py           backward of a root-mean-square norm
+philox.py         the mask
+twins.py          the naive twin of each, and how far they are apart
+
+As on the CPU, only what is kept and differentiated changes: the base's forward has its own bits. All of them were
+held against their twins in Triton's interpreter on a CPU and compiled for the architectures 8.0 and 9.0; how fast
+they are was never measured (`benchmarks/gpu.py` would). Their modules import Triton, so they are imported where
+`serves` says that one is wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from importlib.util import find_spec
+
+from torch import Tensor
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether kernels run on a tensor: on a CUDA device with Triton, or anywhere in Triton's interpreter."""
+    return (tensor.is_cuda or (interpreted() and tensor.device.type == "cpu")) and _installed()
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, which takes the environment variable before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
