@@ -1,4 +1,4 @@
-"""What every test runs under: no network, one torch thread a worker, repeatable property tests."""
+"""What every test runs under: no network, one torch thread a worker, repeatable property tests; tiny bases."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import tiny
 
 # No deadline: the first example pays for imports and for building models.
 settings.register_profile(
@@ -36,3 +38,27 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set INLAY_SHARED to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny base; a decoder."""
+    return tiny.llama(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny base; an encoder."""
+    return tiny.bert(tmp_path_factory.mktemp("base") / "bert")
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny base; an encoder–decoder."""
+    return tiny.t5(tmp_path_factory.mktemp("base") / "t5")
+
+
+@pytest.fixture(scope="session")
+def completions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of prompts and completions."""
+    return tiny.jsonl(tmp_path_factory.mktemp("data") / "completions.jsonl")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from inlay.core.errors import ConfigError, problems
 from inlay.data import Layout, OnLong, Task, Template
 from inlay.evaluate.likelihood import Likelihood
+from inlay.evaluate.progress import Advance, Progress, counting
 from inlay.evaluate.run import Prediction
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +45,9 @@ class Rows:
     num_beams: int = 1
     progress: Progress | None = None
 
-    def stage(self, name: str, total: int) -> Callable[[int], None] | None:
+    def stage(self, name: str, total: int) -> Advance | None:
         """A function that is told how many rows of a stage were just finished."""
-        report, done = self.progress, 0
-        if report is None:
-            return None
-
-        def advance(rows: int) -> None:
-            nonlocal done
-            done += rows
-            report(name, done, total)
-
-        return advance
+        return counting(self.progress, name, total)
 
 
 @dataclass(frozen=True, kw_only=True)

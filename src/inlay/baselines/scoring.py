@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,12 +11,11 @@ from inlay.baselines.baseline import Baseline, Fitted, Rows
 from inlay.core.errors import AdapterFileError
 from inlay.data import Layout, Template
 from inlay.evaluate.metrics import METRICS, score
+from inlay.evaluate.progress import Progress
 from inlay.evaluate.run import DEFAULTS, LIKELIHOOD, Evaluation, Prediction, check_metrics, sides
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-Progress = Callable[[str, int, int], None]
 
 
 class Scored(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from inlay.cli.output import count, stages, write_json
+from inlay.cli.output import stages, write_json
 
 BASE_ITSELF = "none"
 
@@ -47,6 +47,7 @@ def generate(
 
     from inlay.cli.models import load_adapted, prompt_tokens
     from inlay.evaluate.generate import generate_texts
+    from inlay.evaluate.progress import counting
 
     asked, chosen = paired(prompts, adapter or [])
     folders = list(dict.fromkeys(word for word in chosen if word is not None))
@@ -63,7 +64,7 @@ def generate(
             temperature=temperature,
             batch_size=batch_size,
             adapters=[word and loaded.names[word] for word in chosen] if folders else None,
-            progress=count(report, "texts", len(asked)),
+            progress=counting(report, "texts", len(asked)),
         )
     rows = [
         {"prompt": prompt, "adapter": word, "text": text}

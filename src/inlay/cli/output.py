@@ -90,18 +90,6 @@ def stages(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def count(report: Callable[[str, int, int], None], stage: str, total: int) -> Callable[[int], None]:
-    """A function that is told how many steps of `stage` were just finished, and reports their sum."""
-    done = 0
-
-    def advance(steps: int) -> None:
-        nonlocal done
-        done += steps
-        report(stage, done, total)
-
-    return advance
-
-
 def _finite(value: Any) -> Any:
     match value:
         case float():

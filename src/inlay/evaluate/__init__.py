@@ -7,4 +7,5 @@ heads.py        outputs of classification and regression heads
 labels.py       labels as text
 metrics.py      predictions against references
 batches.py      rows into padded batches
+progress.py     how far a stage is
 """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from inlay.core.errors import ConfigError, DataError, problems
 from inlay.evaluate.batches import by_length, evaluating, pad, padding_id
+from inlay.evaluate.progress import Advance
 
 Prompt = str | Sequence[int]
 """A text, or the token ids it has already been turned into."""
@@ -23,7 +24,7 @@ def generate_texts(
     temperature: float = 0.0,
     batch_size: int = 8,
     adapters: Sequence[str | None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> list[str]:
     """What the model writes after each prompt (decoder-only) or in answer to it (encoder–decoder).
 

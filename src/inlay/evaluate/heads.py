@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inlay.evaluate.batches import by_length, evaluating, pad, padding_id
+from inlay.evaluate.progress import Advance
 
 
 def head_outputs(
@@ -17,7 +18,7 @@ def head_outputs(
     rows: Sequence[Mapping[str, Any]],
     *,
     batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Tensor:
     """The head's logits in the order of the rows, float32 on the CPU, (rows, outputs).
 

@@ -8,7 +8,7 @@ encoder–decoder the labels are the decoder's own row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from inlay.core.errors import DataError
 from inlay.data import IGNORED
 from inlay.evaluate import metrics
 from inlay.evaluate.batches import by_length, evaluating, pad, padding_id
+from inlay.evaluate.progress import Advance
 
 Row = Mapping[str, Sequence[int]]
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Likelihood:
 
 
 def likelihood(
-    model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int = 8, progress: Progress | None = None
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int = 8, progress: Advance | None = None
 ) -> Likelihood:
     """Score rows.
 
@@ -74,7 +74,7 @@ def likelihood(
 
 
 def row_nats(
-    model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int = 8, progress: Progress | None = None
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int = 8, progress: Advance | None = None
 ) -> list[float]:
     """Summed nats of each row's scored tokens, in the order of the rows."""
     filler = padding_id(model, tokenizer)
@@ -101,7 +101,7 @@ def rank_labels(
     *,
     length_normalised: bool = True,
     batch_size: int = 8,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[int]:
     """The most probable of the labels after each prompt: classification without a head.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -13,6 +13,7 @@ from inlay.evaluate.heads import head_outputs
 from inlay.evaluate.labels import check_labels, label_tokens
 from inlay.evaluate.likelihood import likelihood, rank_labels
 from inlay.evaluate.metrics import METRICS, score
+from inlay.evaluate.progress import Advance, Progress, counting
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,9 +28,6 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 }
 _SPARE_TOKENS = 16  # beyond the longest reference, so that a model that does not stop is seen not to
 _UNSTATED_CONTEXT = 1024
-
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, the rows that are finished, and all rows."""
 
 
 class Prediction(TypedDict):
@@ -272,17 +270,8 @@ class _Run:
             return list(self.settings.label_names)
         return labels_of(self.dataset, self.layout)
 
-    def _stage(self, stage: str, total: int) -> Callable[[int], None] | None:
-        report, done = self.progress, 0
-        if report is None:
-            return None
-
-        def advance(rows: int) -> None:
-            nonlocal done
-            done += rows
-            report(stage, done, total)
-
-        return advance
+    def _stage(self, stage: str, total: int) -> Advance | None:
+        return counting(self.progress, stage, total)
 
 
 def sides(predictions: Sequence[Prediction], layout: Layout) -> tuple[list[Any], list[Any]]:
