@@ -14,6 +14,7 @@ from inlay.core.errors import AdapterFileError, UnsupportedError
 from inlay.formats.peft import WRITERS
 from inlay.methods import method_named
 from inlay.testing.models import ZOO
+from inlay.testing.specimen import randomise
 from tests.formats.peft_hand import MODELS, in_inlay, in_peft, logits, ours, same, theirs
 from tests.golden.hand import inputs, shake
 
@@ -104,11 +105,86 @@ def test_every_branch_of_every_method(method: Any, tmp_path: Path) -> None:
     same(in_inlay("llama", tmp_path), expected, base)
 
 
-def test_eva_writes_the_ranks_it_found(tmp_path: Path) -> None:
-    model = ZOO["llama"].build()
-    shake(inlay.attach(model, of("eva", rank=3), data=[inputs("llama", rows=6) for _ in range(2)]), 0.2)
+@pytest.mark.parametrize("name", MODELS)
+def test_eva_writes_the_ranks_it_found(name: str, tmp_path: Path) -> None:
+    model = ZOO[name].build()
+    shake(inlay.attach(model, of("eva", rank=3), data=[inputs(name, rows=6) for _ in range(2)]), 0.2)
     inlay.save(model, "default", tmp_path, format="peft")
-    same(in_peft("llama", tmp_path), logits("llama", model), logits("llama", ZOO["llama"].build()))
+    expected, base = logits(name, model), logits(name, ZOO[name].build())
+    same(in_peft(name, tmp_path), expected, base)
+    same(in_inlay(name, tmp_path), expected, base)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eva_as_peft_finds_it(name: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, target_modules=QUERY[name], task_type=TASK[name], init_lora_weights="eva",
+                             eva_config=peft.EvaConfig(rho=2.0))  # fmt: skip
+    model: Any = peft.get_peft_model(ZOO[name].build(), config)
+    peft.initialize_lora_eva_weights(
+        model, [inputs(name, rows=6) for _ in range(3)], prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda entering, *_: entering[0].flatten(0, 1), show_progress_bar=False,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+    model.save_pretrained(tmp_path)
+    expected = logits(name, peft.PeftModel.from_pretrained(ZOO[name].build(), tmp_path))
+    same(in_inlay(name, tmp_path), expected, logits(name, ZOO[name].build()))
+
+
+def tagger() -> Any:
+    """An encoder with a head that looks at each token."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=97, max_position_embeddings=64, num_labels=5, **sizes)
+    model = transformers.BertForTokenClassification(config)
+    randomise(model, "tagger")
+    return model.eval()
+
+
+@torch.no_grad()
+def tags(model: Any) -> Any:
+    batch = inputs("bert", ragged=True)
+    mask = batch["attention_mask"].bool()
+    return model(**batch).logits[:, -mask.shape[1] :][mask]
+
+
+@pytest.mark.parametrize("key", ["prompt-tuning", "p-tuning"])
+def test_a_prompt_in_front_of_a_tagger(key: str, tmp_path: Path) -> None:
+    """PEFT leaves the prompt's own tags in front of the text's; the text's are the same."""
+    torch.manual_seed(0)
+    fields = {"encoder": "mlp"} if key == "p-tuning" else {}
+    model, base = tagger(), tags(tagger())
+    shake(inlay.attach(model, of(key, length=3, **fields), modules_to_save=["classifier"]), 0.5)
+    inlay.save(model, "default", tmp_path / "ours", format="peft")
+    same(tags(peft.PeftModel.from_pretrained(tagger(), tmp_path / "ours").eval()), tags(model), base)
+    settings: dict[str, Any] = {"num_virtual_tokens": 3, "task_type": "TOKEN_CLS"}
+    config = (
+        peft.PromptTuningConfig(**settings)
+        if key == "prompt-tuning"
+        else peft.PromptEncoderConfig(**settings, encoder_hidden_size=8)
+    )
+    wrapped = peft.get_peft_model(tagger(), config)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.5)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    for folder, expected in (("ours", tags(model)), ("theirs", tags(wrapped.eval()))):
+        again = tagger()
+        inlay.load(again, tmp_path / folder)
+        same(tags(again), expected, base)
+
+
+def test_a_prefix_in_front_of_a_tagger(tmp_path: Path) -> None:
+    """PEFT counts the text's positions from the prefix's end, also in an encoder."""
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="TOKEN_CLS")
+    peft.get_peft_model(tagger(), config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match="moves an encoder's text on by its length"):
+        inlay.load(tagger(), tmp_path)
 
 
 @pytest.mark.parametrize("case", ["lora", "dora", "ia3", "pissa", "prompt-tuning", "prefix-tuning", "norm-tuning"])
@@ -307,6 +383,28 @@ def test_multitask_prompts_in_an_encoder(tmp_path: Path) -> None:
         base = ZOO["t5"].build().eval()(**batch).logits
     same(actual, expected, base)
     same(in_inlay("t5", tmp_path), logits("t5", model), logits("t5", ZOO["t5"].build()))
+
+
+def test_multitask_prompts_in_an_encoder_as_peft_writes_them(tmp_path: Path) -> None:
+    """By default it stands in the decoder, too, which the published one does not."""
+    batch = ZOO["t5"].batch(3, 3, True)
+    for submodules in (2, 1):
+        config = peft.MultitaskPromptTuningConfig(
+            num_virtual_tokens=3, num_tasks=2, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=submodules
+        )
+        wrapped: Any = peft.get_peft_model(ZOO["t5"].build(), config)
+        with torch.no_grad():
+            for parameter in wrapped.prompt_encoder.parameters():
+                parameter.normal_()
+        wrapped.eval().save_pretrained(tmp_path / str(submodules))
+    with pytest.raises(AdapterFileError, match="stands in the decoder"):
+        inlay.load(ZOO["t5"].build(), tmp_path / "2", task=0)
+    for task in (0, 1):
+        model: Any = ZOO["t5"].build()
+        inlay.load(model, tmp_path / "1", task=task)
+        with torch.no_grad():
+            expected = wrapped(**batch, task_ids=torch.full((3,), task)).logits
+            same(model.eval()(**batch).logits, expected, ZOO["t5"].build().eval()(**batch).logits)
 
 
 REFUSED = [

@@ -7,8 +7,9 @@
 
 PEFT's prompt on a sequence-to-sequence model has twice the rows, of which the second half is never used; its
 prefix there enters the decoder alone, which the paper's does not, so it is refused. On an encoder PEFT puts the
-prompt where the classifier looks for the first token; ours is hidden from it, so that is refused as well, and so
-is a prefix before attention with a sliding window, which leaves PEFT's behind.
+prompt where a classifier of whole texts looks for the first token; ours is hidden from it, so that is refused as well
+(a head that looks at each token sees the same in both), and so is a prefix in an encoder, whose text PEFT moves on,
+and before attention with a sliding window, which leaves PEFT's behind.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from inlay.formats.peft.config import Config
 from inlay.formats.peft.copies import read_copies, write_copies
 
 NAME = "prompt_embeddings"
+EACH_TOKEN = ("ForTokenClassification", "ForQuestionAnswering")  # whose heads do not look for a first token
 INITIALISATION = (
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "init_weights",
     "encoder_hidden_size", "prefix_projection", "encoder_reparameterization_type", "encoder_num_layers",
@@ -73,7 +75,12 @@ def read_prefix(config: Config, view: ModelView, archive: Archive) -> Reading:
     length = config.whole("num_virtual_tokens", 1)
     copies = _sizes(config, view, archive)
     config.ignore("num_transformer_submodules")
-    if not decoder_only(view):
+    if _bidirectional(view) and not _encoder_decoder(view):
+        config.wrong.append(
+            "PEFT's prefix moves an encoder's text on by its length, where prefix tuning as published leaves the text "
+            "at its positions"
+        )
+    elif not decoder_only(view):
         config.wrong.append(
             "PEFT's prefix enters only the decoder of this model, and its self- and cross-attention with the same "
             "keys; prefix tuning as published has no such form"
@@ -248,7 +255,7 @@ def _bidirectional(view: ModelView) -> bool:
 
 
 def _misplaced(view: ModelView) -> list[str]:
-    if _encoder_decoder(view) or not _bidirectional(view):
+    if _encoder_decoder(view) or not _bidirectional(view) or type(view.model).__name__.endswith(EACH_TOKEN):
         return []
     return [
         f"on an encoder ({type(view.model).__name__}) PEFT puts a prompt where the head looks for the first token, "
