@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quality_tables import near_table, rates_table, scores_table
 from transformers import BertConfig, BertForSequenceClassification
 
 import inlay
@@ -138,8 +139,10 @@ def merges(cls: type[Method]) -> bool:
     return True
 
 
-TABLES: dict[str, Callable[[], str]] = {"methods": method_table}
-FILES = ("README.md",)
+TABLES: dict[str, Callable[[], str]] = {
+    "methods": method_table, "quality": scores_table, "near": near_table, "rates": rates_table,
+}  # fmt: skip
+FILES = ("README.md", "docs/quality.md")
 
 
 def regenerated(text: str) -> str:

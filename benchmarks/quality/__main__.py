@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality                                     everything (many hours on two cores)
     python -m benchmarks.quality --tasks trec --seeds 0              one task, one seed
+    python -m benchmarks.quality --methods base baselines            the untrained base, features, demonstrations
     python -m benchmarks.quality --table                             what is there, as a table
 
 Each measurement is a process of its own with one thread a process, so several tasks can run side by side; seconds
@@ -18,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import ROOT, peak_memory_mib, read_json, write_json
+from benchmarks.quality import baselines
 from benchmarks.quality.tasks import TASKS, WORK, Task, settings_of
 from benchmarks.series import Job, run_series
 
 OUT = ROOT / "runs" / "quality"
 BASE = "base"  # the untrained base, where it has a score
+ALL_BASELINES = "baselines"  # on the command line
 
 
 def measure(task: Task, job: Job, rates: dict[str, Any]) -> dict[str, Any]:
     """Train, store, load, score; at the tuned rate where there is one."""
+    if job.method in baselines.BASELINES:
+        return baselines.measure(task, job)
     import inlay
     from inlay.data import read_table, resolve_columns
     from inlay.evaluate.run import Settings, evaluate
@@ -104,9 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, or, with --single, one job in this process."""
     from inlay.methods import registry
 
+    choices = [BASE, ALL_BASELINES, *baselines.BASELINES, *registry()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=[BASE, *registry()], default=list(registry()))
+    parser.add_argument("--methods", nargs="+", choices=choices, default=list(registry()))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true", help="only show what was measured")
@@ -130,8 +136,11 @@ def _series(task: Task, given: argparse.Namespace, out: Path) -> dict[str, Any]:
         words = ["--tasks", task.name, "--methods", job.method, "--seeds", str(job.seed), "--single", str(report)]
         return ["-m", "benchmarks.quality", *words, "--out", str(given.out.resolve())]
 
+    named: list[str] = []
+    for method in given.methods:
+        named += baselines.baselines_for(task) if method == ALL_BASELINES else [method]
     return run_series(
-        [Job(method, seed) for seed in given.seeds for method in given.methods],
+        [Job(method, seed) for seed in given.seeds for method in named],
         out=out,
         settings={n: getattr(task, n) for n in ("name", "kind", "epochs", "batch_size", "precision", "where")},
         command=command,
