@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import inlay
-from inlay.kernels import labelled_head
+from inlay.kernels import cross_entropy, labelled_head
 from inlay.kernels.labelled_head import LabelledLoss, naive
 from inlay.kernels.lazy import LazyTensor
 from inlay.testing.models import ZOO
@@ -105,3 +105,22 @@ def test_the_function_against_its_twin(factor: float, cap: float | None) -> None
     torch.testing.assert_close(found, expected)
     one, other = (torch.autograd.grad(loss, hidden)[0] for loss in (found * 2, expected * 2))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunks_in_the_memory_of_the_first_and_half_precision(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks, the last smaller; blocks of two rows in float32, the last of one."""
+    monkeypatch.setattr(labelled_head, "FEWEST_ROWS", 5)
+    monkeypatch.setattr(labelled_head, "SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(cross_entropy, "SCORES_IN_CACHE", 2 * 64)
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (13, 64))
+    added = torch.randn(64, generator=generator).bfloat16() if bias else None
+    target = torch.randint(64, (13,), generator=generator)
+    exact = hidden.double().requires_grad_()
+    expected = naive(exact, weight.double(), None if added is None else added.double(), target, 1.0, None)
+    hidden.requires_grad_()
+    found = LabelledLoss.apply(hidden, weight, added, target, 1.0, None)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found.double(), expected.double(), rtol=5e-3, atol=0.0)
+    one, other = (torch.autograd.grad(loss, x)[0] for loss, x in ((found, hidden), (expected, exact)))
+    assert float((one.double() - other).norm()) <= 1e-2 * float(other.norm())
