@@ -4,7 +4,7 @@
     python -m benchmarks.loftq --seeds 0 --steps 20 whether it runs
 
 All linear layers of the blocks, rank 16, alpha 16, backbone in NF2 with blocks of 64, a fresh head in full precision;
-rows, epochs and batches as in `benchmarks.quality`. `plain` is QLoRA at 2 bits: the same backbone before the
+rows and batches as in `benchmarks.quality`, one epoch. `plain` is QLoRA at 2 bits: the same backbone before the
 alternation, B zero; `loftq-1` alternates once, `loftq` five times; `lora` keeps the full backbone. Each measurement
 holds the reconstruction errors of every layer at the start, as shares of the weight's length.
 """
@@ -26,6 +26,7 @@ OUT = ROOT / "runs" / "loftq" / "results.json"
 WORK = ROOT / "runs" / "tmp" / "loftq"
 TASK = TASKS["trec"]
 RANK = 16
+EPOCHS = 1
 # Contender → method and settings.
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"rank": RANK, "alpha": float(RANK)}),
@@ -47,7 +48,7 @@ def measure(job: Job, given: argparse.Namespace) -> dict[str, Any]:
     work = WORK / f"{job.method}-{job.seed}"
     config = RunConfig(
         data=str(train), out=str(work), base=str(TASK.base()), task="classification", eval_share=0.0, method=method,
-        settings=settings, where="all-linear", epochs=TASK.epochs, steps=given.steps, batch_size=TASK.batch_size,
+        settings=settings, where="all-linear", epochs=EPOCHS, steps=given.steps, batch_size=TASK.batch_size,
         learning_rate=given.learning_rate, precision="bf16", seed=job.seed,
     )  # fmt: skip
     began = time.process_time()
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="in place of the task's epochs")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of every contender")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of every contender")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--single", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         [Job(name, seed) for seed in given.seeds for name in given.contenders],
         out=given.out,
         settings={
-            "task": TASK.name, "epochs": TASK.epochs, "steps": given.steps, "batch_size": TASK.batch_size,
+            "task": TASK.name, "epochs": EPOCHS, "steps": given.steps, "batch_size": TASK.batch_size,
             "learning_rate": given.learning_rate, "rank": RANK,
         },
         command=command,
