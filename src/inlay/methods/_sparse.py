@@ -1,58 +1,43 @@
-"""What sparse methods share: which parameters they look at, the largest entries of all, a difference at few entries.
-
-θ' = θ + d          d is zero but at k entries: indices (k) into the flattened parameter, values (k)
-"""
+"""What sparse methods share: their checks, which parameters they look at, and the largest entries of all of these."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inlay.core import roles
 from inlay.core.errors import SelectionError
 from inlay.core.layer import Kind
+from inlay.core.method import Method
 from inlay.core.pattern import Pattern, frozen
-from inlay.core.pieces import SubsetPiece
 from inlay.core.select import Places, select
-from inlay.core.subset import Difference
 from inlay.methods._steps import length_of_run
 from inlay.methods.full import parameter_names
 
 if TYPE_CHECKING:
-    from inlay.core.adapter import Adapter
     from inlay.core.view import ModelView
 
 KINDS: tuple[Kind, ...] = ("linear", "embedding", "conv", "norm")
 BLOCKS = "every parameter of the numbered layers"  # `default_where` of these methods
 
 
-class SparseDifference(Difference):
-    """A difference at some entries. In the forward the whole parameter is formed, as the layer needs it.
+class Sparse(Protocol):
+    """The fields that these functions read."""
 
-    Args:
-        like: the parameter.
-        count: of entries.
-    """
-
-    indices: Tensor
-
-    def __init__(self, like: Tensor, count: int) -> None:
-        super().__init__()
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.register_buffer("indices", torch.zeros(count, dtype=index_type(like), device=like.device))
-        self.values = nn.Parameter(torch.zeros(count, dtype=dtype, device=like.device))
-
-    def apply_to(self, value: Tensor) -> Tensor:
-        flat, at = value.flatten(), self.indices.long()
-        return flat.index_copy(0, at, (flat[at] + self.values).to(value.dtype)).view_as(value)
+    @property
+    def share(self) -> float: ...
+    @property
+    def chosen(self) -> Mapping[str, int] | Pattern[int]: ...
 
 
-def index_type(like: Tensor) -> torch.dtype:
-    """The narrowest type that counts the tensor's entries."""
-    return torch.int32 if like.numel() < 2**31 else torch.int64
+def settle(method: Sparse, *checks: tuple[bool, str]) -> None:
+    """Make a frozen method's `chosen` a tuple, and check its share and more; for `__post_init__`."""
+    object.__setattr__(method, "chosen", frozen(method.chosen))
+    assert isinstance(method, Method)
+    method.require((0 < method.share <= 1, f"share is {method.share}, expected above 0 and at most 1"), *checks)
 
 
 def candidates(view: ModelView, places: Places, *, norms: bool = True) -> list[str]:
@@ -130,19 +115,3 @@ def counts(indices: Mapping[str, Tensor]) -> Pattern[int]:
 def chosen_in(view: ModelView, chosen: Pattern[int]) -> list[str]:
     """The names that a finished method has entries of, in the order of the model."""
     return [name for name in parameter_names(view) if name in dict(chosen)] if chosen else []
-
-
-def differences(adapter: Adapter) -> dict[str, Difference]:
-    """Parameter → the adapter's difference to it."""
-    return {piece.key: piece.difference for piece in adapter.pieces if isinstance(piece, SubsetPiece)}
-
-
-def thinned(adapter: Adapter, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors with each dense difference as the entries `kept` of it, and copies as they are."""
-    left = {name: tensor for name, tensor in adapter.tensors().items() if name.startswith("copy/")}
-    for name, difference in differences(adapter).items():
-        if len(kept[name]):
-            dense = difference.get_parameter("difference").detach()
-            left[f"difference/{name}/indices"] = kept[name].to(index_type(dense))
-            left[f"difference/{name}/values"] = dense.flatten()[kept[name]]
-    return left

@@ -36,6 +36,7 @@ from inlay.core.select import Places
 from inlay.core.subset import Difference, SubsetMethod
 from inlay.core.view import ModelView
 from inlay.methods import _sparse
+from inlay.methods._entries import SparseDifference, differences, thinned
 from inlay.methods._gates import GatedDifference, closing_slope
 from inlay.methods._steps import counted, forget, steps_of
 
@@ -74,11 +75,8 @@ class DiffPruning(SubsetMethod):
     chosen: Mapping[str, int] | Pattern[int] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chosen", frozen(self.chosen))
-        self.require(
-            (0 < self.share <= 1, f"share is {self.share}, expected above 0 and at most 1"),
-            (0 < self.first_phase < 1, f"first_phase is {self.first_phase}, expected between 0 and 1"),
-        )
+        within = 0 < self.first_phase < 1
+        _sparse.settle(self, (within, f"first_phase is {self.first_phase}, expected between 0 and 1"))
 
     def switch(self) -> int:
         return _sparse.end_of_first_phase(self.name, self.first_phase, self.total_steps)
@@ -94,7 +92,7 @@ class DiffPruning(SubsetMethod):
         return (
             GatedDifference(value, self.gate_start, self.structured)
             if count is None
-            else _sparse.SparseDifference(value, count)
+            else SparseDifference(value, count)
         )
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
@@ -111,7 +109,7 @@ class DiffPruning(SubsetMethod):
         if self.chosen or not self.ready(adapter):
             return super().stored(adapter)
         kept = {name: (part.gates > 0).flatten().nonzero()[:, 0] for name, part in gated(adapter)}
-        return replace(self, chosen=_sparse.counts(kept)), _sparse.thinned(adapter, kept)
+        return replace(self, chosen=_sparse.counts(kept)), thinned(adapter, kept)
 
     @classmethod
     def examples(cls) -> list[DiffPruning]:
@@ -119,7 +117,7 @@ class DiffPruning(SubsetMethod):
 
 
 def gated(adapter: Adapter) -> list[tuple[str, GatedDifference]]:
-    return cast(list[tuple[str, GatedDifference]], list(_sparse.differences(adapter).items()))
+    return cast(list[tuple[str, GatedDifference]], list(differences(adapter).items()))
 
 
 class Projection(Clock):

@@ -29,7 +29,8 @@ from inlay.core.pattern import Pattern, frozen
 from inlay.core.select import Places
 from inlay.core.subset import Difference, SubsetMethod
 from inlay.core.view import ModelView
-from inlay.methods._sparse import BLOCKS, SparseDifference, candidates, chosen_in, counts, how_many, largest
+from inlay.methods._entries import SparseDifference
+from inlay.methods._sparse import BLOCKS, candidates, chosen_in, counts, how_many, largest, settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,7 @@ class FishMask(SubsetMethod):
     chosen: Mapping[str, int] | Pattern[int] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chosen", frozen(self.chosen))
-        self.require(
-            (0 < self.share <= 1, f"share is {self.share}, expected above 0 and at most 1"),
-            (self.samples >= 1, f"samples is {self.samples}, expected at least 1"),
-        )
+        settle(self, (self.samples >= 1, f"samples is {self.samples}, expected at least 1"))
 
     def choose(self, view: ModelView, places: Places) -> list[str]:
         return chosen_in(view, frozen(self.chosen)) or candidates(view, places)

@@ -32,6 +32,7 @@ from inlay.core.select import Places
 from inlay.core.subset import DenseDifference, Difference, SubsetMethod
 from inlay.core.view import ModelView
 from inlay.methods import _sparse
+from inlay.methods._entries import SparseDifference, differences, thinned
 from inlay.methods._steps import Steps, counted, forget, steps_of
 
 if TYPE_CHECKING:
@@ -61,11 +62,8 @@ class LTSFT(SubsetMethod):
     chosen: Mapping[str, int] | Pattern[int] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chosen", frozen(self.chosen))
-        self.require(
-            (0 < self.share <= 1, f"share is {self.share}, expected above 0 and at most 1"),
-            (0 < self.first_phase < 1, f"first_phase is {self.first_phase}, expected between 0 and 1"),
-        )
+        within = 0 < self.first_phase < 1
+        _sparse.settle(self, (within, f"first_phase is {self.first_phase}, expected between 0 and 1"))
 
     def switch(self) -> int:
         """The last step of phase 1."""
@@ -76,7 +74,7 @@ class LTSFT(SubsetMethod):
 
     def difference(self, name: str, value: Tensor) -> Difference:
         count = dict(frozen(self.chosen)).get(name)
-        return MaskedDifference(value) if count is None else _sparse.SparseDifference(value, count)
+        return MaskedDifference(value) if count is None else SparseDifference(value, count)
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
         return counted(super().pieces(view, places), self.chosen)
@@ -92,7 +90,7 @@ class LTSFT(SubsetMethod):
         if self.chosen or not self.ready(adapter):
             return super().stored(adapter)
         kept = {name: part.mask.flatten().nonzero()[:, 0] for name, part in masked(adapter).items()}
-        return replace(self, chosen=_sparse.counts(kept)), _sparse.thinned(adapter, kept)
+        return replace(self, chosen=_sparse.counts(kept)), thinned(adapter, kept)
 
     @classmethod
     def examples(cls) -> list[LTSFT]:
@@ -114,7 +112,7 @@ class MaskedDifference(DenseDifference):
 
 
 def masked(adapter: Adapter) -> dict[str, MaskedDifference]:
-    return cast(dict[str, MaskedDifference], _sparse.differences(adapter))
+    return cast(dict[str, MaskedDifference], differences(adapter))
 
 
 class Ticket(Clock):
