@@ -43,6 +43,7 @@ def convert(
     check_unused(out)
     import inlay
     from inlay.formats import format_of, peft
+    from inlay.formats.describing import base_named
     from inlay.train import read_record
     from inlay.train.folder import write_beside
 
@@ -75,7 +76,7 @@ def convert(
         "parameters": loaded.count + loaded.count_copied,
         "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
         "left_out": peft.LEFT_OUT.get(loaded.method.name) if to == "peft" else None,
-        "base_in_file": _recorded_base(adapter, source),
+        "base_in_file": base_named(adapter),
     }
     if as_json:
         write_json(facts)
@@ -86,9 +87,10 @@ def convert(
 
 def _base(adapter: Path, source: str, base: str | None, record: TrainingRecord | None, *, pickles: bool) -> Base:
     """The base that an adapter belongs to."""
+    from inlay.formats.describing import base_named
     from inlay.train import load_base
 
-    base = base or (record.base if record is not None else _recorded_base(adapter, source))
+    base = base or (record.base if record is not None else base_named(adapter))
     if record is not None:
         labels = record.labels if record.task == "classification" else None
         return load_base(base, task=record.task, label_names=labels)
@@ -107,18 +109,6 @@ def _task_of(base: str | None) -> str:
     writes = names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
     # An encoder that is saved without a head still has one for classifying, which no adapter here has changed.
     return writing_task(base) if writes else "classification"
-
-
-def _recorded_base(adapter: Path, source: str) -> str | None:
-    """What the adapter itself says that it was trained on."""
-    from inlay.formats import native
-    from inlay.formats.peft.config import read_config
-
-    if source == "native":
-        return native.read_header(adapter).get("base_name") or None
-    if source == "tensors":
-        return None
-    return read_config(adapter).get("base_model_name_or_path" if source == "peft" else "model_name") or None
 
 
 def _task_type(adapter: Path, source: str) -> str:

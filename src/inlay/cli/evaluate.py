@@ -65,7 +65,7 @@ def evaluate(
     """Score a base, with or without an adapter, on a data file."""
     from inlay.baselines import is_fitted
     from inlay.baselines.scoring import evaluate_folder
-    from inlay.cli.models import load_adapted, template_of
+    from inlay.cli.models import base_of, load_adapted, template_of
     from inlay.data import read_table
     from inlay.evaluate.run import DEFAULTS, Settings, check_metrics
     from inlay.evaluate.run import evaluate as score
@@ -74,6 +74,8 @@ def evaluate(
 
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     record = read_record(adapter) if adapter else None
+    if base is None and record is None and adapter is not None and not is_fitted(adapter):
+        base = base_of([adapter])
     dataset = read_table(data, split=split)
     layout, task = _purpose(dataset, columns, task, record, base)
     names = names if names is not None else list(DEFAULTS[layout.kind])

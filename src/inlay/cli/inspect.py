@@ -16,19 +16,25 @@ SHOWN_DIGITS = 16  # of digests, in the table; --json has them whole
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or a file of tensors.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read tensors from a pickle (.bin, .pt) that you trust.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """Show what is in an adapter. Reads the file's header only, and no base."""
-    facts = describe(adapter)
+    """Show what is in an adapter: inlay's, PEFT's, AdapterHub's, loralib's. Reads the header only, and no base."""
+    facts = describe(adapter, allow_pickle=allow_pickle)
     if as_json:
         write_json(facts)
         return
-    unsaid = {"where": "the method's own places", "layers": "all"}
+    native = facts["format"] == "native"
+    unsaid = {"where": "the method's own places", "layers": "all"} if native else {}
     shown = {key: unsaid.get(key) if value is None else value for key, value in facts.items()}
-    shown |= {"digest": facts["digest"][:SHOWN_DIGITS], "tensors": f"{len(facts['tensors'])} (--tensors lists them)"}
-    shown["base"] = {part: (digest or "")[:SHOWN_DIGITS] for part, digest in facts["base"].items()}
+    shown["tensors"] = f"{len(facts['tensors'])} (--tensors lists them)"
+    if native:
+        shown["digest"] = facts["digest"][:SHOWN_DIGITS]
+        shown["base"] = {part: (digest or "")[:SHOWN_DIGITS] for part, digest in facts["base"].items()}
     if facts["training"] is not None:
         shown["training"] = {key: v for key, v in facts["training"].items() if key != "data"}
     rows = [(key.replace("_", " "), _plain(value)) for key, value in shown.items() if value is not None]
@@ -38,16 +44,29 @@ def inspect(
         show_table("Tensors", ("name", "type", "shape"), listed)
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """The facts of a stored adapter as plain data.
 
-    Keys: ``name, method, hyper_parameters, where, layers, modules_to_save, parameters, bytes, types, base,
-    base_name, digest, inlay, path, training`` (what its training left beside it, or None) and ``tensors``
-    (name → type and shape); and what the method has to tell (`Method.account`).
+    Keys of inlay's own: ``format, name, method, hyper_parameters, where, layers, modules_to_save, parameters, bytes,
+    types, base, base_name, digest, inlay, path, training`` (what its training left beside it, or None) and
+    ``tensors`` (name → type and shape); and what the method has to tell (`Method.account`). Of another library's:
+    those of `inlay.formats.describing.describe`, and ``training``.
 
     Raises:
         AdapterFileError: there is no adapter, or its header is not whole.
     """
+    from inlay.formats import describing, format_of
+    from inlay.train.record import read_record
+
+    if format_of(path) == "native":
+        return _native(path)
+    facts = describing.describe(path, allow_pickle=allow_pickle)
+    record = read_record(path) if path.is_dir() else None
+    tensors = facts.pop("tensors")
+    return {**facts, "training": None if record is None else dataclasses.asdict(record), "tensors": tensors}
+
+
+def _native(folder: Path) -> dict[str, Any]:
     from inlay.formats.native import read_header
     from inlay.train.record import read_record
 
@@ -56,6 +75,7 @@ def describe(folder: Path) -> dict[str, Any]:
     method = dict(header["method"])
     tensors: dict[str, Any] = header["tensors"]
     return {
+        "format": "native",
         "name": header["name"],
         "method": method.pop("method"),
         "hyper_parameters": method,

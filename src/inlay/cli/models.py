@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def load_adapted(
     records = {folder: read_record(folder) for folder in folders}
     labels = _agreed("labels", records, lambda record: record.labels)
     if base is None:
-        base = _agreed("bases", records, lambda record: record.base)
+        base = base_of(folders)
     if task is None:
         task = _agreed("tasks", records, lambda record: record.task) or writing_task(base)
     if quantize is None:
@@ -83,6 +84,38 @@ def load_adapted(
         records=records,
         fresh=tuple(path for path in loaded.fresh if path not in trained),
     )
+
+
+def base_of(folders: Sequence[str]) -> str | None:
+    """The base that adapters were trained on: as their training recorded it, else the folder that they name.
+
+    Returns:
+        None is the embedded base, and where nothing is known.
+
+    Raises:
+        ConfigError: they were trained on different ones, or another library's adapter names no folder of this
+            machine.
+    """
+    from inlay.core.errors import ConfigError
+    from inlay.formats import format_of
+    from inlay.formats.describing import base_named
+    from inlay.train import read_record
+    from inlay.train.prepare import absolute
+
+    found: dict[str, str | None] = {}
+    for folder in folders:
+        record, named = read_record(folder), base_named(Path(folder))
+        if record is not None:
+            found[folder] = record.base and absolute(record.base)
+        elif named is not None and Path(named).expanduser().is_dir():
+            found[folder] = absolute(named)
+        elif (kind := format_of(Path(folder))) != "native":
+            said = f"names the base {named!r}, which is no folder here" if named else "does not say its base"
+            raise ConfigError(f"{folder} ({kind}) {said}: give it with --base, a transformers folder or hub id")
+    if len(set(found.values())) > 1:
+        lines = "\n".join(f"  - {folder}: {base}" for folder, base in found.items())
+        raise ConfigError(f"the adapters have different bases, so they cannot share a model:\n{lines}")
+    return next(iter(found.values()), None)
 
 
 def recorded_task(folders: Sequence[str]) -> str | None:

@@ -38,7 +38,7 @@ def show_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
+    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold", show_header=any(columns))
     for name in columns:
         table.add_column(
             name,
@@ -47,8 +47,13 @@ def show_table(
             no_wrap=wrapped is not None and name not in wrapped,
         )
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     Console().print(table)
+
+
+def printable(text: str) -> str:
+    """Text from a file, its control characters spelt out: a terminal acts on them."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def number(value: float, digits: int = 4) -> str:

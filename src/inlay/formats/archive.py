@@ -36,7 +36,10 @@ def header_of(path: Path) -> dict[str, Any]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
             raise ValueError(f"its header claims {length} bytes of a file of {size}")
-        raw = json.loads(file.read(length))
+        try:
+            raw = json.loads(file.read(length))
+        except RecursionError as error:
+            raise ValueError("its header is nested too deeply") from error
     if not isinstance(raw, dict):
         raise ValueError("its header is not a table of tensors")
     end = max((t["data_offsets"][1] for n, t in raw.items() if n != "__metadata__"), default=0)

@@ -39,16 +39,27 @@ def read(
     """
     file = archive(path, allow_pickle=allow_pickle)
     wrong: list[str] = []
-    if any(n.endswith(LORA) for n in file.shapes):
+    if kind_of(file) == "loralib":
         reading = _lora(file, ModelView(model), alpha, wrong)
-    elif any(n.endswith(SCALE) for n in file.shapes):
-        reading = _ia3(file, ModelView(model), wrong)
     else:
-        raise AdapterFileError(
-            f"{path}: holds neither loralib's lora_A and lora_B nor t-few's multi_lora_b; expected the tensors of one "
-            "adapter"
-        )
+        reading = _ia3(file, ModelView(model), wrong)
     return restore(model, reading, file, name=name or "default", trainable=trainable, wrong=wrong)
+
+
+def kind_of(file: Archive) -> str:
+    """``loralib`` or ``t-few``, by the names of the tensors.
+
+    Raises:
+        AdapterFileError: neither.
+    """
+    if any(n.endswith(LORA) for n in file.shapes):
+        return "loralib"
+    if any(n.endswith(SCALE) for n in file.shapes):
+        return "t-few"
+    raise AdapterFileError(
+        f"{file.path}: holds neither loralib's lora_A and lora_B nor t-few's multi_lora_b; expected the tensors of one "
+        "adapter"
+    )
 
 
 def _lora(file: Archive, view: ModelView, alpha: float | None, wrong: list[str]) -> Reading:

@@ -13,6 +13,7 @@ from inlay.core.errors import AdapterFileError
 FILE = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
+LARGEST = 16 * 2**20  # bytes of a configuration; a real one has some thousand
 MOST = 2**40  # no rank, length or block is larger; sizes multiply, and must stay whole numbers of 64 bits
 
 # What the library notes for itself: no value of these changes what an adapter computes.
@@ -90,8 +91,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / FILE
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path}: not a readable JSON file ({error}); copy it again") from error
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path}: expected a JSON object, found a {type(values).__name__}")
