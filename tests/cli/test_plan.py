@@ -42,7 +42,6 @@ def test_a_table(config: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 
 
 def test_search(config: Path, command: Command, tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
     chart = tmp_path / "plan.html"
     words = ("--memory", "24GiB", "--gpu", "RTX 4090", "--max-length", 64, "--batch-size", 2, "--plot", chart)
     code, out, _ = command("plan", "--base", config, *words, "--json")

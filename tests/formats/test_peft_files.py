@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,8 +17,6 @@ from inlay.core.errors import AdapterFileError, AdapterNameError, ConfigError, U
 from inlay.methods import method_named
 from inlay.testing.models import ZOO
 from tests.formats.peft_hand import in_inlay, in_peft, logits, ours, same, theirs
-
-peft = pytest.importorskip("peft")
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -17,8 +18,6 @@ from inlay.testing.models import ZOO
 from inlay.testing.specimen import randomise
 from tests.formats.peft_hand import MODELS, in_inlay, in_peft, logits, ours, same, theirs
 from tests.golden.hand import inputs, shake
-
-peft = pytest.importorskip("peft")
 
 TASK = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "gemma2": "CAUSAL_LM", "bert": None, "t5": "SEQ_2_SEQ_LM"}
 QUERY = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"], "t5": ["q", "v"], "gpt2": ["c_attn"]}

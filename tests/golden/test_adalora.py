@@ -237,7 +237,7 @@ def test_budget_in_transformers_trainer(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_budget_in_trl(llama: Path, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
+    import trl
     from datasets import Dataset
 
     model, tokenizer, _ = load_base(llama)
@@ -319,7 +319,8 @@ def test_deberta_v3_base_has_72_matrices() -> None:
 
 
 def test_budget_and_logits_are_pefts() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model: Any = ZOO["bert"].build()
     adapter = shake(inlay.attach(model, AdaLoRA(**TOY), where=["query", "value"]))
     config = peft.AdaLoraConfig(

@@ -74,7 +74,8 @@ def test_loha_keeps_no_dense_matrix_for_the_backward_pass() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_peft_with_the_same_hadamard_factors_gives_the_same_logits(name: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     targets, task = TARGETS[name]
     ours, values = attached(name, LoHa(rank=3, alpha=5.0))
     config = peft.LoHaConfig(r=3, alpha=5, target_modules=targets, task_type=task)
@@ -162,7 +163,8 @@ def test_lokr_starts_like_lycoris(rank: int, both: bool) -> None:
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_peft_with_the_same_kronecker_factors_gives_the_same_logits(name: str, rank: int, both: bool) -> None:
     """Also where both are whole, which the peer scales by alpha / rank."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     targets, task = TARGETS[name]
     ours, values = attached(name, LoKr(rank=rank, alpha=5.0, decompose_both=both, scale_whole=True))
     config = peft.LoKrConfig(r=rank, alpha=5, decompose_both=both, target_modules=targets, task_type=task)

@@ -192,7 +192,8 @@ def test_attention_dropout_reaches_the_prompts() -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_peft(depth: int) -> None:
     """PEFT's layers have one gate for all heads, and no tanh."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model, adapter = attached("llama", LLaMAAdapter(length=LENGTH, depth=depth, gate="raw"))
     config = peft.AdaptionPromptConfig(adapter_len=LENGTH, adapter_layers=depth, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(ZOO["llama"].build(), config).eval()

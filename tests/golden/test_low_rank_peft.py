@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -12,8 +13,6 @@ from inlay import EVA, LoRAPlus, OLoRA, PiSSA
 from inlay.testing.models import ZOO
 from tests.golden.hand import close, inputs, shake
 from tests.golden.test_low_rank_relatives import sites
-
-peft = pytest.importorskip("peft")
 
 TARGETS = ["q_proj", "v_proj"]
 

@@ -155,7 +155,8 @@ def test_a_file_never_changes_what_another_task_holds(tmp_path: Path) -> None:
 
 def test_peft() -> None:
     """PEFT multiplies in the same way, with one adapter for all tasks."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = tasks()
     config = peft.MultitaskPromptTuningConfig(
         num_tasks=2, num_ranks=1, num_virtual_tokens=3, token_dim=32, num_transformer_submodules=1, num_layers=2,

@@ -68,7 +68,8 @@ def test_merging_gives_the_sum(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_peft(name: str) -> None:
     """PEFT keeps whole norms where we keep differences."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     batch = inputs(name, ragged=True)
     ours: Any = ZOO[name].build()
     adapter = shake(inlay.attach(ours, inlay.NormTuning()))

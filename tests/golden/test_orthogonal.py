@@ -163,7 +163,8 @@ def test_a_full_butterfly_is_dense_and_a_shorter_one_is_not(factors: int) -> Non
 
 def test_the_wiring_is_that_of_the_official_code() -> None:
     """PEFT's permutations are the authors'; its CPU path computes one factor only, so the product is written out."""
-    layer = pytest.importorskip("peft.tuners.boft.layer").BOFTLayer
+    from peft.tuners.boft.layer import BOFTLayer
+
     generator = torch.Generator().manual_seed(3)
     width, size, factors = 48, 4, 3
     model = nn.Sequential(nn.Linear(width, 4, bias=False))
@@ -175,7 +176,7 @@ def test_the_wiring_is_that_of_the_official_code() -> None:
         adapter.tensors()["delta/0/skew"].copy_(half[..., upper[0], upper[1]])
     whole = torch.eye(width)
     for factor in range(factors):
-        order = layer.block_butterfly_perm(None, width, width // size // 2**factor, size // 2, factors - 1)
+        order = BOFTLayer.block_butterfly_perm(None, width, width // size // 2**factor, size // 2, factors - 1)
         permutation = torch.eye(width)[order]
         cayley = [(torch.eye(size) - q) @ torch.linalg.inv(torch.eye(size) + q) for q in half[factor]]
         whole = permutation @ torch.block_diag(*cayley) @ permutation.t() @ whole
@@ -284,7 +285,8 @@ def renamed(values: dict[str, Tensor], sign: float = 1.0) -> dict[str, Tensor]:
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_peft_with_the_same_skews_gives_the_same_logits(name: str, share: bool) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     targets, task = TARGETS[name]
     ours, values = attached(name, OFT(block_size=8, share_blocks=share))
     config = peft.OFTConfig(
@@ -294,7 +296,8 @@ def test_peft_with_the_same_skews_gives_the_same_logits(name: str, share: bool) 
 
 
 def test_peft_series_turns_the_other_way_than_its_exact_form() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     targets, task = TARGETS["llama"]
     for terms in (4, 5, 7):
         ours, values = attached("llama", OFT(block_size=8, neumann_terms=terms))
@@ -306,7 +309,8 @@ def test_peft_series_turns_the_other_way_than_its_exact_form() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_peft_with_the_same_butterfly_gives_the_same_logits(name: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     targets, task = TARGETS[name]
     ours, values = attached(name, BOFT(block_size=4, factors=1, scaled=True))
     config = peft.BOFTConfig(boft_block_size=4, target_modules=targets, task_type=task)

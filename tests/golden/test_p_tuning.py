@@ -127,7 +127,8 @@ def test_count() -> None:
 
 def test_peft_mlp_count_and_values() -> None:
     """PEFT 0.21's default encoder, with the same numbers, gives the same virtual tokens."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model: Any = ZOO["llama"].build()
     adapter = shake(inlay.attach(model, inlay.PTuning(length=4, encoder="mlp", projection=6)), 0.1)
     config = peft.PromptEncoderConfig(

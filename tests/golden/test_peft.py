@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +12,6 @@ from torch import Tensor
 import inlay
 from inlay.testing.models import ZOO
 from tests.golden.hand import close, inputs, numbers, shake
-
-peft = pytest.importorskip("peft")
 
 TARGETS = {
     "llama": (["q_proj", "v_proj"], "CAUSAL_LM"),

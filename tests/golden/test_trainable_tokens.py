@@ -104,7 +104,8 @@ def test_merging_writes_the_rows() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_peft(name: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model, _, leaves = attached(name)
     config = peft.TrainableTokensConfig(token_indices=list(TOKENS), task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(ZOO[name].build(), config)

@@ -94,7 +94,8 @@ def test_dropout_touches_the_update_only() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_peft_with_the_same_vectors_and_key_gives_the_same_logits(name: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     targets, task = TARGETS[name]
     ours, values = attached(name, VeRA(rank=6, seed=3))
     config = peft.VeraConfig(r=6, projection_prng_key=3, target_modules=targets, task_type=task)

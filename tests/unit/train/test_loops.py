@@ -75,7 +75,7 @@ def test_a_forward_put_in_place_of_the_models_own(llama: Path, method: Method) -
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_trl(llama: Path, tmp_path: Path, method: Method) -> None:
-    trl = pytest.importorskip("trl")
+    import trl
     from datasets import Dataset
 
     model, tokenizer, _ = load_base(llama)

@@ -189,8 +189,6 @@ def optimizers() -> Iterator[list[Any]]:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("paged")])
 def test_optimizers_hold_states_of_the_adapter_alone(completions: Path, llama: Path, tmp_path: Path, name: str) -> None:
-    if name not in ("adamw", "adafactor", "sgd"):
-        pytest.importorskip("bitsandbytes")
     # 256 · 16 numbers: below 4,096, bitsandbytes keeps 32 bits.
     asked = config(completions, llama, tmp_path / name, optimizer=name, method="lora-plus", settings={"rank": 256})
     asked = asked.changed(eval_share=0, steps=2, packing=False)
@@ -210,7 +208,6 @@ def test_optimizers_hold_states_of_the_adapter_alone(completions: Path, llama: P
 
 
 def test_eight_bits_resume(completions: Path, llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     asked = config(completions, llama, tmp_path / "a", optimizer="adamw8bit", settings={"rank": 256}, eval_share=0)
     asked = asked.changed(save_every=1, steps=4)
     whole, again = run(asked, progress=False), interrupted(asked.changed(out=str(tmp_path / "b")), 2)
@@ -226,7 +223,6 @@ def test_what_cannot_be_had() -> None:
         with pytest.raises(ConfigError, match="bitsandbytes"):
             check_optimizer("adamw8bit")
     if not torch.cuda.is_available():
-        pytest.importorskip("bitsandbytes")
         with pytest.raises(ConfigError, match="give 'adamw8bit'"):
             check_optimizer("paged-adamw8bit")
 

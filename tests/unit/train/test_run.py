@@ -169,7 +169,6 @@ def test_precision(completions: Path, llama: Path, tmp_path: Path) -> None:
 
 
 def test_reporting(completions: Path, llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     run(config(completions, llama, tmp_path / "run", report_to=["tensorboard"]), progress=False)
     assert list((tmp_path / "run" / "runs").rglob("events.*"))
 
