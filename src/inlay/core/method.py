@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -92,6 +92,14 @@ class Method(ABC):
         from inlay.core.measure import Measured
 
         return Measured(self)
+
+    def takes_over(self) -> tuple[str, ...]:
+        """Names of the adapters that `inherit` looks for; `inlay train` is given their folders."""
+        return ()
+
+    def taking_over(self, names: Sequence[str]) -> Self:
+        """This method, made of adapters of these names."""
+        return self
 
     def clock(self, adapter: Adapter) -> Clock | None:
         """What happens around the optimizer's steps of this adapter (`core/clock.py`), or None."""

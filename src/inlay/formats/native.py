@@ -103,23 +103,30 @@ def read_header(folder: Path) -> dict[str, Any]:
     }
 
 
-def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool) -> Adapter:
-    """Attach a stored adapter, strictly."""
+def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, copies: bool = True) -> Adapter:
+    """Attach a stored adapter, strictly.
+
+    Args:
+        copies: whether to take its `modules_to_save`, too; without them the model may have another head.
+    """
     header = read_header(folder)
     path = Path(header["path"])
     try:
         method = _method(header["method"])
         places = Places.from_dict(header["places"])
         stored_base = Fingerprint.from_dict(header["base"])
-        kept = {"name": name or header["name"], "places": places, "modules_to_save": header["modules_to_save"]}
+        saved = header["modules_to_save"] if copies else []
+        kept: dict[str, Any] = {"name": name or header["name"], "places": places, "modules_to_save": saved}
         with Weightless():
             planned = build(model, method, **kept)
     except (ConfigError, *CRASHES) as error:
         raise AdapterFileError(f"{path}: its header cannot be used ({error})") from error
-    _check_names(path, header["tensors"], planned.tensors())
+    whole = {n.removeprefix("copy/"): n for n in header["tensors"] if n.startswith("copy/")}
+    left = () if copies else whole.values()
+    _check_names(path, {n: t for n, t in header["tensors"].items() if n not in left}, planned.tensors())
     adapter = build(model, method, **kept)
     expected = adapter.tensors()
-    differences = stored_base.differences(fingerprint(model, without=adapter.copies))
+    differences = stored_base.differences(fingerprint(model, without=adapter.copies if copies else whole))
     if differences:
         trained_on = f" ({header['base_name']})" if header.get("base_name") else ""
         raise BaseMismatchError(

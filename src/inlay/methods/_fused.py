@@ -7,16 +7,20 @@ y ── member₀ … memberₙ ── c₀ … cₙ ── K, V          s = s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inlay.core.clock import Clock
 from inlay.core.delta import Delta, cast
 from inlay.core.errors import UnsupportedError
 from inlay.core.pieces import DeltaPiece
 from inlay.core.site import Site
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 class Fused(Delta):
@@ -66,3 +70,15 @@ def _frozen(delta: Delta) -> Delta:
                 del module._parameters[name]
                 module.register_buffer(name, value.detach())
     return delta.eval()
+
+
+class PullToIdentity(Clock):
+    """Adds the gradient of λ ‖V − I‖² before every step."""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        method: Any = self.adapter.method
+        for module in self.adapter.modules():
+            assert isinstance(module, Fused)
+            if module.value.grad is not None:
+                identity = torch.eye(len(module.value), dtype=module.value.dtype, device=module.value.device)
+                module.value.grad.add_(module.value.detach() - identity, alpha=2 * method.regularisation)

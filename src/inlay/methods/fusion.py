@@ -18,11 +18,10 @@ The adapters are copied when the fusion is attached: it is one artefact that loa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from inlay.core.clock import Clock
@@ -34,11 +33,9 @@ from inlay.core.pieces import DeltaPiece, Piece
 from inlay.core.roster import find_roster
 from inlay.core.shared import shared_in
 from inlay.methods._composition import restored
-from inlay.methods._fused import Fused
+from inlay.methods._fused import Fused, PullToIdentity
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from inlay.core.adapter import Adapter
     from inlay.core.select import Places
     from inlay.core.view import ModelView
@@ -49,7 +46,7 @@ class AdapterFusion(Method):
     """``AdapterFusion(adapters=("mnli", "qqp"))``: a mixture of adapters that the model has already.
 
     Attributes:
-        adapters: their names; all at the same places, which become the fusion's.
+        adapters: their names, for `inlay train` their folders; all at the same places, which become the fusion's.
         methods: theirs, found out when the fusion is attached; given without `adapters`, fresh ones are fused.
         regularisation: λ; the paper uses 0.01.
     """
@@ -99,9 +96,18 @@ class AdapterFusion(Method):
         method = replace(self, methods=tuple(m.method for m in members))
         return Measured(method, values, members[0].places)
 
+    def takes_over(self) -> tuple[str, ...]:
+        return self.adapters
+
+    def taking_over(self, names: Sequence[str]) -> AdapterFusion:
+        return replace(self, adapters=tuple(names))
+
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
         if len(self.methods) < 2:
-            raise SelectionError("method 'fusion' needs the names of at least two attached adapters, in `adapters`")
+            raise SelectionError(
+                "method 'fusion' needs at least two trained adapters in `adapters`: names of attached ones, or for "
+                "inlay train their folders, --set adapters=PATH,PATH"
+            )
         found: dict[str, dict[int, DeltaPiece]] = {}
         for number, method in enumerate(self.methods):
             for piece in method.pieces(view, places):
@@ -132,16 +138,3 @@ def _fusible(method: Method, piece: Piece) -> DeltaPiece:
             "something else; fuse bottleneck adapters (pfeiffer, houlsby, parallel), or compose with Stack"
         )
     return piece
-
-
-class PullToIdentity(Clock):
-    """Adds the gradient of λ ‖V − I‖² before every step."""
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        method = self.adapter.method
-        assert isinstance(method, AdapterFusion)
-        for module in self.adapter.modules():
-            assert isinstance(module, Fused)
-            if module.value.grad is not None:
-                identity = torch.eye(len(module.value), dtype=module.value.dtype, device=module.value.device)
-                module.value.grad.add_(module.value.detach() - identity, alpha=2 * method.regularisation)

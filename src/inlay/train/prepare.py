@@ -17,6 +17,7 @@ from inlay.core.method import Method
 from inlay.train.config import RunConfig, Task
 from inlay.train.hyper import build_method, check_fields
 from inlay.train.loading import Base, base_source, load_base, read_config
+from inlay.train.members import located, standing
 from inlay.train.optimizers import check_optimizer
 from inlay.train.packing import PackingCollator, packs
 from inlay.train.record import TrainingRecord, versions
@@ -74,7 +75,7 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
     from inlay.data import collate
     from inlay.data import fingerprint as rows_fingerprint
 
-    method = build_method(config.method, config.settings)
+    method = located(build_method(config.method, config.settings))
     _check_reporters(config)
     check_optimizer(config.optimizer)
     source = absolute(base_source(config.base))
@@ -158,15 +159,16 @@ def _attach(base: Base, method: Method, config: RunConfig, data: list[Any] | Non
 def _attached(base: Base, method: Method, config: RunConfig, name: str, data: list[Any] | None) -> Adapter:
     import inlay
 
-    return inlay.attach(
-        base.model,
-        method,
-        name=name,
-        where=_where(config, method),
-        layers=config.layers,
-        modules_to_save=list(dict.fromkeys([*config.modules_to_save, *base.fresh])),
-        data=data,
-    )
+    with standing(base.model, method, [name]) as made:
+        return inlay.attach(
+            base.model,
+            made,
+            name=name,
+            where=_where(config, method),
+            layers=config.layers,
+            modules_to_save=list(dict.fromkeys([*config.modules_to_save, *base.fresh])),
+            data=data,
+        )
 
 
 def _free_name(name: str, there: Collection[str]) -> str:

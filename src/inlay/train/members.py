@@ -1,0 +1,71 @@
+"""Adapters that a method is made of (AdapterFusion), from their folders, on the model while it is attached."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inlay.core.errors import ConfigError, problems
+from inlay.core.method import Method
+
+if TYPE_CHECKING:
+    from inlay.core.adapter import Adapter
+
+
+def located(method: Method) -> Method:
+    """The method with its folders in full, so that a saved configuration starts the same run from anywhere.
+
+    Raises:
+        ConfigError: what it names is no folder or file here.
+    """
+    given = method.takes_over()
+    wrong = [f"{word!r} is no folder or file here" for word in given if not Path(word).expanduser().exists()]
+    if wrong:
+        heading = f"method {method.name!r} takes over stored adapters: give their folders, e.g. runs/first/adapter"
+        raise ConfigError(problems(heading, wrong))
+    return method.taking_over([str(Path(word).expanduser().resolve()) for word in given]) if given else method
+
+
+@contextmanager
+def standing(model: Any, method: Method, taken: Collection[str]) -> Iterator[Method]:
+    """While it lasts, the adapters in the method's folders are on the model; yields the method with their names.
+
+    What they trained whole (a head for their own task) is left in the file.
+
+    Args:
+        taken: names that they must not have.
+
+    Raises:
+        AdapterFileError, BaseMismatchError: one that cannot be put on this model.
+    """
+    import inlay
+
+    names: list[str] = []
+    try:
+        for word in method.takes_over():
+            free = _free_name(Path(word), {*taken, *inlay.adapters(model)})
+            _load(model, Path(word), free)
+            names.append(free)
+        yield method.taking_over(names) if names else method
+    finally:
+        for name in names:
+            inlay.detach(model, name)
+
+
+def _load(model: Any, path: Path, name: str) -> Adapter:
+    from inlay import formats
+    from inlay.formats import native
+
+    if formats.format_of(path) == "native":
+        return native.read(model, path, name=name, trainable=False, copies=False)
+    return formats.load(model, path, name=name)
+
+
+def _free_name(path: Path, taken: Collection[str]) -> str:
+    """After the run's folder, in which an adapter's own is always called the same."""
+    last = path.parent.name if path.name == "adapter" else path.stem
+    base = re.sub(r"[^A-Za-z0-9_-]+", "-", last) or "member"
+    return next(n for n in (base, *(f"{base}-{i}" for i in range(2, 2 + len(taken) + 1))) if n not in taken)
