@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +31,7 @@ from benchmarks.contenders import (
     with_inlay,
     with_peft,
 )
-from benchmarks.timing import Timing, alternate, ratio
+from benchmarks.timing import Timing, alternate, now, ratio
 from inlay import LoRA
 
 REPEAT = 200  # calls a run of inlay's; a single one is too short for the clock
@@ -78,15 +77,15 @@ def compare_attaching(*, adapters: int = 20, shape: Shape = LINEARS_112, runs: i
         spent: dict[str, list[float]] = {"inlay": [], "peft": []}
         gc.collect()
         for number in range(adapters):
-            began = time.perf_counter()
+            began = now()
             inlay.attach(ours, method, name=f"a{number}", where="all-linear")
-            middle = time.perf_counter()
+            middle = now()
             if wrapped is None:
                 wrapped = peft.get_peft_model(theirs, config, adapter_name=f"a{number}")
             else:
                 wrapped.add_adapter(f"a{number}", config)
             spent["inlay"].append(middle - began)
-            spent["peft"].append(time.perf_counter() - middle)
+            spent["peft"].append(now() - middle)
         for name, each in spent.items():
             seconds[name] += [each] if turn else []
     first = {name: Timing(tuple(each[0] for each in runs_)) for name, runs_ in seconds.items()}

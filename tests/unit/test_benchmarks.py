@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("peft")
-
-from benchmarks import mixed, provenance, realdata, step, switching
+from benchmarks import mixed, peft_comparison, provenance, realdata, step, steps, switching
 from benchmarks.contenders import Shape, copy_values, with_inlay, with_peft
-from benchmarks.peft_comparison import disagreements
+from benchmarks.report import Options, Part, Row, table
 from benchmarks.series import Job, run_series
 from benchmarks.timing import Timing, alternate, ratio
 from inlay import LoRA
@@ -39,7 +37,31 @@ def test_losses_that_differ_are_noticed() -> None:
     steps = {"inlay": step.training_step(ours, CASE.batch()), "peft": step.training_step(theirs, CASE.batch())}
     agreement = step.losses_agree(CASE, steps)
     assert not agreement["agree"]
-    assert disagreements({"step": [{"case": "tiny", "losses": agreement}]})
+
+
+@pytest.mark.parametrize("contest", steps.method_contests(), ids=lambda contest: contest.named + contest.case.name)
+def test_methods_equal_their_peers(contest: steps.Contest) -> None:
+    case = replace(contest.case, shape=TINY, rows=2, tokens=24)
+    found = steps.compare(replace(contest, case=case), Options(runs=1, checked=4))
+    assert found["losses"]["agree"], found["losses"]
+    first, last = found["losses"]["first_and_last"]["inlay"]
+    assert first != last
+
+
+def test_a_missed_target_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [Row(work="fast", value=0.1, most=0.2), Row(work="told", value=9.0)]
+    part = Part(rows)
+    monkeypatch.setitem(peft_comparison.SECTIONS, "lora", lambda options: part)
+    out = tmp_path / "found.json"
+    assert peft_comparison.main(["--only", "lora", "--out", str(out)]) == 0
+    rows.append(Row(work="slow", value=0.3, most=0.2))
+    assert peft_comparison.main(["--only", "lora", "--out", str(out)]) == 1
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["met"] for row in written["table"]] == [True, True, False]
+    rows.pop()
+    part.wrong.append("other losses")
+    assert peft_comparison.main(["--only", "lora", "--out", str(out)]) == 1
+    assert table(rows).row_count == 2
 
 
 def test_adapters_at_other_places_are_refused() -> None:
