@@ -1,10 +1,11 @@
 """A faster backward pass for the CPU's flash attention in half precision.
 
 The forward pass is torch's own kernel, bit for bit. Its backward kernel takes more than twice as long, because it
-converts and packs small tiles; here the same products run a row of the batch and a block of queries at a time,
-large enough for the matrix unit and small enough for the cache:
+converts and packs small tiles; here the same products run some rows of the batch and a block of queries at a time,
+large enough for the matrix unit and small enough for the cache, with torch's own softmax and its backward, each one
+pass in float32 over what is in half precision:
 
-    P = e^(scale · Q Kᵀ − l)      dV = Pᵀ dO      dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O))      dQ = dS K      dK = dSᵀ Q
+    P = softmax(scale · Q Kᵀ)      dV = Pᵀ dO      dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ))      dQ = dS K      dK = dSᵀ Q
 
 Queries before a block's last key are all that a causal block touches, so half the work is left out as in the kernel.
 It acts inside the attention modules of attached models, on calls of `scaled_dot_product_attention` that the kernel
@@ -13,6 +14,7 @@ would have taken; every other call is torch's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,7 @@ from inlay.core import prompting
 from inlay.core.host import Host
 
 BLOCK = 128  # queries at a time
+AT_ONCE = 2**19  # scores at a time, over heads and rows: 1 MiB, twice
 
 
 class FasterBackward(TorchFunctionMode):
@@ -69,47 +72,58 @@ class FlashAttention(torch.autograd.Function):
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-        ctx.save_for_backward(query, key, value, mask, out, lse)
+        out, _ = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(query, key, value, mask)
         ctx.causal, ctx.scale = causal, scale
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        query, key, value, mask, out, lse = ctx.saved_tensors
+        query, key, value, mask = ctx.saved_tensors
         made = [torch.empty_like(t) for t in (query, key, value)]
-        for row in range(query.shape[0]):
-            added = None if mask is None else mask[row if mask.shape[0] > 1 else 0]
-            given = (grads[0][row], query[row], key[row], value[row], out[row], lse[row], added)
-            for whole, part in zip(made, _row(*given, ctx.causal, ctx.scale), strict=True):
-                whole[row].copy_(part)
+        size = query.shape[1] * min(BLOCK, query.shape[2]) * key.shape[2]
+        rows = max(1, AT_ONCE // size) if mask is None else 1
+        for start in range(0, query.shape[0], rows):
+            at = slice(start, start + rows)
+            added = None if mask is None else mask[start if mask.shape[0] > 1 else 0]
+            given = (t[at].contiguous().flatten(0, 1) for t in (grads[0], query, key, value))
+            for whole, part in zip(made, _gradients(*given, added, ctx.causal, ctx.scale), strict=True):
+                whole[at].copy_(part.view(whole[at].shape))
         return *made, None, None, None
 
 
-def _row(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, added: Tensor | None,
-    causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of one row of the batch: (heads, tokens, size) each, keys' and values' in float32."""
-    query, key, value, grad = (t.contiguous() for t in (query, key, value, grad))
-    tokens = query.shape[1]
-    total = (grad.float() * out).sum(-1, keepdim=True)  # (heads, tokens, 1)
+def _gradients(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of query, key and value: (heads, tokens, size) each, keys' and values' in float32.
+
+    Args:
+        added: to the scores, (heads or 1, queries, keys).
+    """
+    heads, tokens, keys = query.shape[0], query.shape[1], key.shape[1]
+    if added is not None:
+        blind = added.amax(-1, keepdim=True) == float("-inf")  # queries without a key: the kernel makes them zero
+        added, grad = added.masked_fill(blind, 0), grad.masked_fill(blind, 0)
+    room = query.new_empty(2, heads * min(BLOCK, tokens) * keys)
     d_query = torch.empty_like(query)
-    d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32) for t in (key, value))
+    d_key, d_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
     for start in range(0, tokens, BLOCK):
         at = slice(start, min(start + BLOCK, tokens))
-        seen = at.stop if causal else key.shape[1]
+        seen = at.stop if causal else keys
         k, v, q, g = key[:, :seen], value[:, :seen], query[:, at], grad[:, at]
-        scores = torch.bmm(q, k.transpose(1, 2)).float()  # (heads, block, seen)
-        scores = torch.add(-lse[:, at, None], scores, alpha=scale, out=scores)
-        shares = (scores if added is None else scores.add_(added[:, at, :seen])).exp_()
+        shape = (heads, at.stop - start, seen)  # (heads, block, seen)
+        shares, d_scores = (half[: math.prod(shape)].view(shape) for half in room)
         if causal:
-            shares[..., start:].tril_()
-        half = shares.to(query.dtype)
-        d_scores = torch.bmm(g, v.transpose(1, 2)).float().sub_(total[:, at]).mul_(shares).to(query.dtype)
-        d_value[:, :seen] += torch.bmm(half.transpose(1, 2), g)
+            above = query.new_full(shape[1:], float("-inf")).triu_(start + 1)
+        else:
+            above = query.new_zeros(()) if added is None else added[:, at]
+        torch.baddbmm(above, q, k.transpose(1, 2), beta=0 if above.dim() == 0 else 1, alpha=scale, out=shares)
+        torch.softmax(shares, -1, out=shares)
+        torch.bmm(g, v.transpose(1, 2), out=d_scores)
+        torch._softmax_backward_data(d_scores, shares, -1, query.dtype, grad_input=d_scores)
+        d_value[:, :seen] += torch.bmm(shares.transpose(1, 2), g)
         d_key[:, :seen] += torch.bmm(d_scores.transpose(1, 2), q)
-        d_query[:, at] = torch.bmm(d_scores, k)
+        torch.bmm(d_scores, k, out=d_query[:, at])
     return d_query.mul_(scale), d_key.mul_(scale), d_value
 
 
