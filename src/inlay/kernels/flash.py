@@ -86,8 +86,8 @@ class FlashAttention(torch.autograd.Function):
         for start in range(0, query.shape[0], rows):
             at = slice(start, start + rows)
             added = None if mask is None else mask[start if mask.shape[0] > 1 else 0]
-            given = (t[at].contiguous().flatten(0, 1) for t in (grads[0], query, key, value))
-            for whole, part in zip(made, _gradients(*given, added, ctx.causal, ctx.scale), strict=True):
+            grad, q, k, v = (t[at].contiguous().flatten(0, 1) for t in (grads[0], query, key, value))
+            for whole, part in zip(made, _gradients(grad, q, k, v, added, ctx.causal, ctx.scale), strict=True):
                 whole[at].copy_(part.view(whole[at].shape))
         return *made, None, None, None
 
