@@ -166,8 +166,20 @@ def test_methods_counts_what_attaching_gives(command: Command, base: Path) -> No
         assert row["trained"] == inlay.attach(model, inlay.methods()[name]()).count
     assert found["lora"]["merges"] and not found["prefix-tuning"]["merges"]
     assert found["lora"]["mixed_batches"] and not found["full"]["mixed_batches"]
+
+
+def test_methods_are_readable_in_80_columns(command: Command, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No name is broken, in the table nor among the hyper-parameters below it, and no column is missing."""
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = command("methods", "--base", base)
-    assert code == 0 and all(name in out for name in found)
+    table, _, settings = out.partition("Hyper-parameters")
+    cells = [line.split("│")[1:3] for line in table.splitlines() if line.startswith("│")]
+    families = {cls.family for cls in inlay.methods().values()}
+    assert code == 0 and "without" not in table
+    assert [method.strip() for method, _ in cells] == [*inlay.methods(), "features", "in-context", "prompt-text"]
+    assert {family.strip() for _, family in cells} == families
+    assert max(map(len, settings.splitlines())) <= 80
+    assert all(f"  {name} " in settings for name in inlay.methods())
 
 
 def test_an_adapter_of_another_base(command: Command, make_adapter: Make, base: Path, tmp_path: Path) -> None:

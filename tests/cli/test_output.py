@@ -27,6 +27,18 @@ def test_tables_show_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[red]x[/red]" in out and "[/]" in out and "Title" in out
 
 
+def test_lesser_columns_make_room(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is squeezed: columns are whole, or left out and named."""
+    rows = [("trainable-tokens", "representation", "1,024")]
+    for width, gone in ((80, []), (44, ["family"]), (26, ["family", "count"])):
+        monkeypatch.setenv("COLUMNS", str(width))
+        show_table("Title", ("method", "family", "count"), rows, wrapped=(), lesser=("family", "count"))
+        out = capsys.readouterr().out
+        assert "trainable-tokens" in out and max(map(len, out.splitlines())) <= max(width, 50)
+        assert ("representation" in out) == ("family" not in gone) and ("1,024" in out) == ("count" not in gone)
+        assert (f"without {', '.join(gone)}" in " ".join(out.split())) == bool(gone)
+
+
 def test_stages_are_silent_when_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
     for quiet in (True, False):
         with stages(quiet) as report:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,17 +31,19 @@ def methods(
         return
     show_table(
         f"Methods, counted on {base or 'the embedded base'} at their defaults",
-        ("method", "family", "trained", "share", "merges", "mixed batches"),
+        ("method", "family", "trained", "share", "merges", "mixed"),
         [_cells(row) for row in rows],
         numbers=("trained", "share"),
+        wrapped=(),
+        lesser=("share", "mixed", "merges"),
     )
+    typer.echo("merges: into the base's weights. mixed: beside other adapters in one batch.")
     for row in rows:
         if "unsupported" in row:
             typer.echo(f"{row['method']} cannot be put on this base: {row['unsupported']}")
     typer.echo("\nHyper-parameters (--set NAME=VALUE) and their defaults:")
     for row in rows:
-        settings = ", ".join(f"{key}={_plain(value)}" for key, value in row["hyper_parameters"].items())
-        typer.echo(f"  {row['method']:<14} {settings or 'none'}")
+        typer.echo(_settings(row, max(len(other["method"]) for other in rows)))
 
 
 def describe(model: Any) -> list[dict[str, Any]]:
@@ -125,6 +129,19 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return [*names, "–", "–", "–", "–"]
     supports = ["yes" if row[key] else "no" for key in ("merges", "mixed_batches")]
     return [*names, f"{row['trained']:,}", f"{row['share']:.2%}", *supports]
+
+
+def _settings(row: dict[str, Any], widest: int) -> str:
+    """A method's hyper-parameters beside its name, in as many lines as the terminal needs."""
+    settings = ", ".join(f"{key}={_plain(value)}" for key, value in row["hyper_parameters"].items())
+    return textwrap.fill(
+        settings or "none",
+        max(shutil.get_terminal_size().columns, 60),
+        initial_indent=f"  {row['method']:<{widest}} ",
+        subsequent_indent=" " * (widest + 3),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _plain(value: Any) -> str:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.console import Console
+    from rich.table import Table
+
+UNBOUNDED = 10_000  # columns: what a table would take is measured where nothing is in its way
 
 
 def write_json(data: Any) -> None:
@@ -27,14 +30,37 @@ def show_table(
     *,
     numbers: Sequence[str] = (),
     wrapped: Sequence[str] | None = None,
+    lesser: Sequence[str] = (),
 ) -> None:
     """A table on standard output.
 
     Args:
         numbers: columns that hold numbers, which stand to the right.
         wrapped: columns that may break lines where the terminal is narrow; None is all.
+        lesser: columns that are left out where there is no room for all, in this order, and said to be.
     """
     from rich.console import Console
+
+    console = Console()
+    unbounded = console.options.update(width=UNBOUNDED)
+    for count in range(len(lesser) + 1):
+        shown = [name for name in columns if name not in lesser[:count]]
+        cells = [[cell for name, cell in zip(columns, row, strict=True) if name in shown] for row in rows]
+        table = _table(title, shown, cells, numbers, wrapped)
+        if console.measure(table, options=unbounded).maximum <= console.width:
+            break
+    console.print(table)
+    if count:
+        console.print(f"(without {', '.join(lesser[:count])}: the terminal is narrow)")
+
+
+def _table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    numbers: Sequence[str],
+    wrapped: Sequence[str] | None,
+) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -48,7 +74,7 @@ def show_table(
         )
     for row in rows:
         table.add_row(*(Text(printable(str(cell))) for cell in row))
-    Console().print(table)
+    return table
 
 
 def printable(text: str) -> str:
