@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,28 @@ if TYPE_CHECKING:
     from inlay.train.prepare import Prepared
 
 
+BYTES = 12  # a number that enters or leaves a layer: in float32, three times
+STATES = 16  # bytes of a trained number: itself, its gradient, and AdamW's two moments
+ROOM = 2  # times the ceiling must be free for it to be all that is said
+
+
 def foresee(prepared: Prepared) -> str | None:
-    """One line with the plan of a prepared run, and one more where it will not fit; None where it cannot be planned."""
+    """One line with the plan of a prepared run, and one more where it will not fit; None where it cannot be planned.
+
+    Where far more is free than any step could need, tracing one would only keep the run from starting, and the line
+    tells the ceiling.
+    """
     from inlay.plan import told_bytes
 
+    room = free_bytes()
+    most = ceiling(prepared)
+    if room is not None and most is not None and ROOM * most <= room:
+        return f"plan: below {told_bytes(most)} beside the base, of {told_bytes(room)} that are free"
     try:
         plan = plan_of(prepared)
     except Exception:  # a plan is a courtesy: whatever it cannot follow must not keep a run from starting
         return None
-    memory, room = plan.memory, free_bytes()
+    memory = plan.memory
     parts = ", ".join(
         f"{role} {told_bytes(value)}"
         for role, value in (("weights", memory.weights), ("activations", memory.activations), ("scores", memory.logits))
@@ -31,6 +45,23 @@ def foresee(prepared: Prepared) -> str | None:
         f"{line}\nwarning: {told_bytes(needed)} are still needed, but {told_bytes(room)} are free. Lower --batch-size "
         "and raise --accumulate, or give --gradient-checkpointing or a smaller --max-length"
     )
+
+
+def ceiling(prepared: Prepared) -> int | None:
+    """Bytes beside the base that no step of the run comes near; None for a model that does not tell its attention.
+
+    Whatever enters and leaves each matrix for each token, the shares of every attention head twice, and the optimizer.
+    """
+    model, config = prepared.base.model, prepared.base.model.config.get_text_config()
+    heads, layers = (getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers"))
+    if not isinstance(heads, int) or not isinstance(layers, int):
+        return None
+    rows = min(prepared.config.batch_size, len(prepared.train))
+    length = max(len(ids) for ids in prepared.train["input_ids"])
+    around = sum(sum(p.shape[-2:]) * math.prod(p.shape[:-2]) for p in model.parameters() if p.dim() > 1)
+    scores = heads * layers * length * 2  # of a token
+    trained = sum(p.numel() for p in prepared.adapter.parameters())
+    return int(rows * length * (around * BYTES + scores * 4) + trained * STATES)
 
 
 def plan_of(prepared: Prepared) -> Plan:

@@ -44,11 +44,32 @@ def test_a_plan_for_the_longest_rows() -> None:
 
 
 def test_a_line_and_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foresight, "free_bytes", lambda: foresight.ceiling(prepared()))
     line = foresight.foresee(prepared())
-    assert line is not None and line.startswith("plan: ") and "\n" not in line
+    assert line is not None and line.startswith("plan: ") and "worst moment" in line and "\n" not in line
     monkeypatch.setattr(foresight, "free_bytes", lambda: 1000)
     warned = foresight.foresee(prepared())
     assert warned is not None and "warning: " in warned and "--gradient-checkpointing" in warned
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 2}, {"gradient_checkpointing": True}])
+def test_the_ceiling_is_above_every_plan(changes: dict[str, Any]) -> None:
+    run = prepared(**changes)
+    memory, most = foresight.plan_of(run).memory, foresight.ceiling(run)
+    assert most is not None and most > memory.total - memory.weights
+
+
+def test_nothing_is_traced_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(run: Any) -> Any:
+        raise AssertionError("a step was traced")
+
+    run = prepared()
+    most = foresight.ceiling(run)
+    assert most is not None
+    monkeypatch.setattr(foresight, "plan_of", fails)
+    monkeypatch.setattr(foresight, "free_bytes", lambda: 2 * most)
+    line = foresight.foresee(run)
+    assert line is not None and line.startswith("plan: below ")
 
 
 def test_what_cannot_be_planned_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +77,7 @@ def test_what_cannot_be_planned_is_not_told(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("an architecture that cannot be followed")
 
     monkeypatch.setattr(foresight, "plan_of", fails)
+    monkeypatch.setattr(foresight, "free_bytes", lambda: 1000)
     assert foresight.foresee(prepared()) is None
 
 
