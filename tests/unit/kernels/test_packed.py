@@ -112,3 +112,40 @@ def test_unpacked_calls_are_as_before(prepared: Any) -> None:
 def test_attention_outside_the_interface_is_refused() -> None:
     with pytest.raises(UnsupportedError):
         packed.prepare(ZOO["bloom"].build())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_the_kernel_for_all_texts_is_told_what_they_are(
+    name: str, prepared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel itself runs on a GPU only; here stands what it is documented to compute."""
+    model, adapter, padded, together = attached(name)
+    expected, gradients = step(model, adapter, padded)
+    calls = []
+
+    def documented(
+        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, longest: int, _: int, *,
+        scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+    ) -> Tensor:  # fmt: skip
+        """(tokens, heads, size) each; a token sees `window_size` to its left and right in its own text."""
+        calls.append(longest)
+        assert starts.dtype == torch.int32 and starts[0] == 0 and starts[-1] == len(q)
+        assert longest == int(starts.diff().max())
+        at = torch.arange(len(q))
+        text = torch.bucketize(at, starts[1:], right=True)
+        back = at[:, None] - at[None, :]
+        left, right = window_size
+        seen = (text[:, None] == text[None, :]) & (-back <= right) & ((back <= left) if left >= 0 else True)
+        rows = [t.transpose(0, 1)[None] for t in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *rows, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+        )
+        return out[0].transpose(0, 1)
+
+    monkeypatch.setattr(packed, "_takes_all", lambda *_: True)
+    monkeypatch.setattr(packed.varlen, "varlen_attn", documented)
+    prepared(model)
+    ours, own = step(model, adapter, together)
+    assert calls
+    assert torch.allclose(ours.loss, expected.loss, rtol=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(own, gradients, strict=True))
