@@ -17,17 +17,10 @@ from inlay.data import fingerprint as rows_fingerprint
 from inlay.train.config import RunConfig
 from inlay.train.folder import RunFolder, write_beside, write_text
 from inlay.train.loading import base_source, load_base
-from inlay.train.prepare import (
-    UNBOUNDED_CONTEXT,
-    absolute,
-    context_of,
-    dtype_of,
-    read_rows,
-    roles_of,
-    split_rows,
-)
+from inlay.train.prepare import absolute, dtype_of
 from inlay.train.quiet import quiet_libraries
 from inlay.train.record import TrainingRecord, versions
+from inlay.train.rows import UNBOUNDED_CONTEXT, context_of, read_rows, roles_of, split_rows
 from inlay.train.running import RunResult, peak_memory_bytes
 
 # What a baseline would have to ignore.

@@ -70,7 +70,7 @@ def evaluate(
     from inlay.evaluate.run import DEFAULTS, Settings, check_metrics
     from inlay.evaluate.run import evaluate as score
     from inlay.train import read_record
-    from inlay.train.prepare import context_of
+    from inlay.train.rows import context_of
 
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     record = read_record(adapter) if adapter else None

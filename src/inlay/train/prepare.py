@@ -1,4 +1,4 @@
-"""From a configuration to a model with its adapter, encoded rows and the resolved configuration."""
+"""From a configuration to a model with its adapter, encoded rows (`rows.py`) and the resolved configuration."""
 
 from __future__ import annotations
 
@@ -12,15 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from inlay.core.errors import ConfigError, DataError, problems
+from inlay.core.errors import ConfigError, problems
 from inlay.core.method import Method
 from inlay.train.config import RunConfig, Task
-from inlay.train.hyper import build_method, check_fields
-from inlay.train.loading import Base, base_source, load_base, read_config
+from inlay.train.hyper import build_method
+from inlay.train.loading import Base, base_source, load_base
 from inlay.train.members import located, standing
 from inlay.train.optimizers import check_optimizer
 from inlay.train.packing import PackingCollator, packs
 from inlay.train.record import TrainingRecord, versions
+from inlay.train.rows import (
+    encoded,
+    guess_task,
+    labels_for,
+    longest_first,
+    max_length_of,
+    on_long_of,
+    read_rows,
+    roles_of,
+    split_rows,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,10 +41,7 @@ if TYPE_CHECKING:
 
 SHARED = tuple(n for n in ("precision", "quantize", "gradient_checkpointing") if n in RunConfig.model_fields)
 USUAL_EPOCHS, MOST_EPOCHS, FEWEST_STEPS = 3, 20, 250
-FEWEST_TO_SPLIT = 20  # rows; holding one out of fewer says nothing and costs too much
-UNBOUNDED_CONTEXT = 1024  # tokens, where a base states no limit
 ROWS_TO_INITIALISE = 512  # of the training rows, for methods that are initialised from data
-TEXT_WINDOW = 1024  # tokens; plain text is cut into rows, which need not be as long as the longest contexts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +86,48 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
     method = located(build_method(config.method, config.settings))
     _check_reporters(config)
     check_optimizer(config.optimizer)
-    source = absolute(base_source(config.base))
     rows, held, layout = read_rows(config)
-    task = config.task or guess_task(layout, source)
-    labels = _labels(rows, layout, task)
+    task = config.task or guess_task(layout, absolute(base_source(config.base)))
+    labels = labels_for(rows, layout, task)
     rows, held = split_rows(rows, held, config)
     set_seed(config.seed)  # a fresh head and the adapter are drawn from it
+    own, base = _bases(config, layout, task, labels, beside)
+    base_parameters = beside.base_parameters if beside else sum(p.numel() for p in base.model.parameters())
+    # What is initialised from data needs the rows first; what takes room in the context is attached before them.
+    adapter = None if method.needs_data else _attach(base, method, config)
+    config = config.changed(max_length=max_length_of(config, layout, base, adapter), on_long=on_long_of(config, layout))
+    train = encoded(rows, layout, base, task, labels, config)
+    collator: Any = collate(base.tokenizer, task)
+    if adapter is None:
+        adapter = _attach(base, method, config, _batches(train, collator, config))
+    if own is not base:
+        _take_heads(adapter, own.model)
+    config = config.changed(packing=packs(config, task, base.model, adapter, train))
+    held_out = None if held is None else longest_first(encoded(held, layout, base, task, labels, config))
+    config, total_steps = _resolved(config, task, method, layout, len(train))
+    adapter.method = adapter.method.for_steps(total_steps)
+    digests = {"train": rows_fingerprint(train)} | ({} if held_out is None else {"eval": rows_fingerprint(held_out)})
+    return Prepared(
+        config=config,
+        task=task,
+        method=adapter.method,
+        base=base,
+        adapter=adapter,
+        base_parameters=base_parameters,
+        train=train,
+        held_out=held_out,
+        collator=PackingCollator(collator) if config.packing else collator,
+        total_steps=total_steps,
+        record=_record(config, layout, task, labels, digests),
+        identity={"data": digests, "base": base_fingerprint(base.model, without=adapter.copies).to_dict()},
+    )
+
+
+def _bases(
+    config: RunConfig, layout: Layout, task: Task, labels: list[str] | None, beside: Prepared | None
+) -> tuple[Base, Base]:
+    """The base as this run alone would load it, and the one it is put on; the same where it shares none."""
+    source = absolute(base_source(config.base))
     own = _loader(beside)(
         source if config.base else None,
         task=task,
@@ -99,27 +143,13 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
             f"{config.data} holds chats, but the tokenizer of the base {source} has no chat template. Give a base "
             "that was trained on chats, or data with `prompt` and `completion`"
         )
-    base_parameters = beside.base_parameters if beside else sum(p.numel() for p in base.model.parameters())
-    # What is initialised from data needs the rows first; what takes room in the context is attached before them.
-    adapter = None if method.needs_data else _attach(base, method, config)
-    config = config.changed(max_length=_max_length(config, layout, base, adapter), on_long=_on_long(config, layout))
-    train = _encode(rows, layout, base, task, labels, config)
-    collator: Any = collate(base.tokenizer, task)
-    if adapter is None:
-        adapter = _attach(base, method, config, _batches(train, collator, config))
-    if own is not base:
-        _take_heads(adapter, own.model)
-    config = config.changed(packing=packs(config, task, base.model, adapter, train))
-    collator = PackingCollator(collator) if config.packing else collator
-    held_out = None if held is None else _by_length(_encode(held, layout, base, task, labels, config))
-    per_epoch = math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulate)
-    epochs = config.epochs or default_epochs(per_epoch)
-    config = config.changed(epochs=epochs)
-    total_steps = config.steps or math.ceil(epochs * per_epoch)
-    adapter.method = adapter.method.for_steps(total_steps)
-    config = _resolved(config, task, method, layout, per_epoch, total_steps)
-    digests = {"train": rows_fingerprint(train)} | ({} if held_out is None else {"eval": rows_fingerprint(held_out)})
-    record = TrainingRecord(
+    return own, base
+
+
+def _record(
+    config: RunConfig, layout: Layout, task: Task, labels: list[str] | None, digests: dict[str, str]
+) -> TrainingRecord:
+    return TrainingRecord(
         task=task,
         base=config.base,
         labels=None if labels is None else tuple(labels),
@@ -131,20 +161,6 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
         data=digests,
         versions=versions(),
         quantize=config.quantize,
-    )
-    return Prepared(
-        config=config,
-        task=task,
-        method=adapter.method,
-        base=base,
-        adapter=adapter,
-        base_parameters=base_parameters,
-        train=train,
-        held_out=held_out,
-        collator=collator,
-        total_steps=total_steps,
-        record=record,
-        identity={"data": digests, "base": base_fingerprint(base.model, without=adapter.copies).to_dict()},
     )
 
 
@@ -220,122 +236,6 @@ def default_epochs(steps_per_epoch: int) -> float:
     return float(max(USUAL_EPOCHS, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))))
 
 
-def read_rows(config: RunConfig) -> tuple[Dataset, Dataset | None, Layout]:
-    """Both tables as read, and the layout they share."""
-    from inlay.data import Reading, read_table, resolve_columns
-
-    reading = Reading(**check_fields(Reading, config.reading, heading="reading", noun="option"))
-    rows = read_table(config.data, split=config.split, reading=reading)
-    layout = resolve_columns(rows, config.columns, task=config.task)
-    if config.eval_data is None and config.eval_split is None:
-        return rows, None, layout
-    source = config.eval_data or config.data  # a split of the same data set may be held out
-    held = read_table(source, split=config.eval_split, reading=reading)
-    try:
-        other = resolve_columns(held, roles_of(layout), task=config.task)
-    except DataError as error:
-        raise DataError(f"{source} must have the columns of {config.data}: {error}") from error
-    if other.kind != layout.kind and {other.kind, layout.kind} != {"classification", "regression"}:
-        raise DataError(f"{source} is {other.kind} data, but {config.data} is {layout.kind} data")
-    return rows, held, layout
-
-
-def guess_task(layout: Layout, source: str) -> Task:
-    """The task that columns and base suggest."""
-    if layout.kind in ("classification", "regression"):
-        return layout.kind
-    encoder_decoder = bool(getattr(read_config(source), "is_encoder_decoder", False))
-    return "seq2seq" if layout.kind == "completion" and encoder_decoder else "causal"
-
-
-def _labels(rows: Dataset, layout: Layout, task: Task) -> list[str] | None:
-    from inlay.data import labels_of
-
-    return labels_of(rows, layout) if task == "classification" else None
-
-
-def split_rows(rows: Dataset, held: Dataset | None, config: RunConfig) -> tuple[Dataset, Dataset | None]:
-    """Hold rows out for evaluation, drawn by the seed, where no file for it is given."""
-    if held is not None or config.eval_share == 0:
-        return rows, held
-    if len(rows) < FEWEST_TO_SPLIT:
-        if config.early_stopping:
-            raise DataError(
-                f"{config.data} has {len(rows)} rows, too few to hold some out for early stopping (at least "
-                f"{FEWEST_TO_SPLIT}). Give --eval-data, or leave --early-stopping out"
-            )
-        return rows, None
-    order = np.random.default_rng(config.seed).permutation(len(rows))
-    count = max(1, round(len(rows) * config.eval_share))
-    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
-
-
-def _encode(
-    rows: Dataset, layout: Layout, base: Base, task: Task, labels: list[str] | None, config: RunConfig
-) -> Dataset:
-    from inlay.data import Template, encode
-
-    assert config.max_length is not None and config.on_long is not None
-    return encode(
-        rows,
-        layout,
-        base.tokenizer,
-        task=task,
-        max_length=config.max_length,
-        label_names=labels,
-        template=Template(prompt=config.prompt_template, separator=config.separator),
-        on_long=config.on_long,
-    )
-
-
-def _by_length(rows: Dataset) -> Dataset:
-    """Longest first: least padding, and too much memory shows at once."""
-    return rows.select(np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable"))
-
-
-def _max_length(config: RunConfig, layout: Layout, base: Base, adapter: Adapter | None) -> int:
-    """The longest row the base can read beside the adapter's virtual tokens."""
-    context, virtual = context_of(base.model, base.tokenizer), 0 if adapter is None else _virtual_tokens(adapter)
-    room = (context or UNBOUNDED_CONTEXT) - virtual
-    if room < 2:
-        raise ConfigError(
-            f"{virtual} virtual tokens leave no room for text in a context of {context}. Give a smaller length"
-        )
-    if config.max_length is None:
-        return min(room, TEXT_WINDOW) if layout.kind == "text" else room
-    if context is not None and config.max_length > room:
-        beside = f", {virtual} of them taken by the soft prompt" if virtual else ""
-        raise ConfigError(
-            f"max_length is {config.max_length}, but the base reads {context} tokens{beside}. Give at most {room}"
-        )
-    return config.max_length
-
-
-def context_of(model: Any, tokenizer: Any) -> int | None:
-    """Tokens a base can read, None where it states no limit."""
-    from torch import nn
-
-    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from the padding index on.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            stated = module.num_embeddings - module.padding_idx - 1
-    limits = [int(n) for n in (stated, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
-    return min(limits, default=None)
-
-
-def _virtual_tokens(adapter: Adapter) -> int:
-    from inlay.core.pieces import PromptPiece
-    from inlay.core.prompt import TokenPrompt
-
-    prompts = [piece.prompt for piece in adapter.pieces if isinstance(piece, PromptPiece)]
-    return sum(prompt.length for prompt in prompts if isinstance(prompt, TokenPrompt))
-
-
-def _on_long(config: RunConfig, layout: Layout) -> str:
-    return config.on_long or ("split" if layout.kind == "text" else "error")
-
-
 def _where(config: RunConfig, method: Method) -> Any:
     import re
 
@@ -356,18 +256,15 @@ def dtype_of(config: RunConfig) -> Any:
     return {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
 
 
-def roles_of(layout: Layout) -> dict[str, str]:
-    """Role → column, as a configuration states it."""
-    from inlay.data.columns import ROLES
-
-    return {role: column for role in ROLES if (column := getattr(layout, role)) is not None}
-
-
-def _resolved(config: RunConfig, task: Task, method: Method, layout: Layout, per_epoch: int, total: int) -> RunConfig:
-    """Everything that was found out, and absolute paths, so that the saved file says it all."""
+def _resolved(config: RunConfig, task: Task, method: Method, layout: Layout, rows: int) -> tuple[RunConfig, int]:
+    """Everything that was found out, and absolute paths, so that the saved file says it all; and the run's steps."""
     recipe = method.recipe
+    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.accumulate)
+    epochs = config.epochs or default_epochs(per_epoch)
+    total = config.steps or math.ceil(epochs * per_epoch)
     every = config.eval_every or (per_epoch if total >= 2 * per_epoch else max(1, total // 4))
-    return config.changed(
+    resolved = config.changed(
+        epochs=epochs,
         task=task,
         columns=roles_of(layout),
         settings={key: value for key, value in method.to_dict().items() if key != "method"},
@@ -382,6 +279,7 @@ def _resolved(config: RunConfig, task: Task, method: Method, layout: Layout, per
         base=None if config.base is None else absolute(config.base),
         out=str(Path(config.out).expanduser().resolve()),
     )
+    return resolved, total
 
 
 def absolute(source: str) -> str:

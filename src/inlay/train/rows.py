@@ -1,0 +1,145 @@
+"""The rows of a run: read, split, and encoded to what the base can read beside its adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from inlay.core.errors import ConfigError, DataError
+from inlay.train.config import RunConfig, Task
+from inlay.train.hyper import check_fields
+from inlay.train.loading import Base, read_config
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from inlay.core.adapter import Adapter
+    from inlay.data import Layout
+
+FEWEST_TO_SPLIT = 20  # rows; holding one out of fewer says nothing and costs too much
+UNBOUNDED_CONTEXT = 1024  # tokens, where a base states no limit
+TEXT_WINDOW = 1024  # tokens; plain text is cut into rows, which need not be as long as the longest contexts
+
+
+def read_rows(config: RunConfig) -> tuple[Dataset, Dataset | None, Layout]:
+    """Both tables as read, and the layout they share."""
+    from inlay.data import Reading, read_table, resolve_columns
+
+    reading = Reading(**check_fields(Reading, config.reading, heading="reading", noun="option"))
+    rows = read_table(config.data, split=config.split, reading=reading)
+    layout = resolve_columns(rows, config.columns, task=config.task)
+    if config.eval_data is None and config.eval_split is None:
+        return rows, None, layout
+    source = config.eval_data or config.data  # a split of the same data set may be held out
+    held = read_table(source, split=config.eval_split, reading=reading)
+    try:
+        other = resolve_columns(held, roles_of(layout), task=config.task)
+    except DataError as error:
+        raise DataError(f"{source} must have the columns of {config.data}: {error}") from error
+    if other.kind != layout.kind and {other.kind, layout.kind} != {"classification", "regression"}:
+        raise DataError(f"{source} is {other.kind} data, but {config.data} is {layout.kind} data")
+    return rows, held, layout
+
+
+def guess_task(layout: Layout, source: str) -> Task:
+    """The task that columns and base suggest."""
+    if layout.kind in ("classification", "regression"):
+        return layout.kind
+    encoder_decoder = bool(getattr(read_config(source), "is_encoder_decoder", False))
+    return "seq2seq" if layout.kind == "completion" and encoder_decoder else "causal"
+
+
+def labels_for(rows: Dataset, layout: Layout, task: Task) -> list[str] | None:
+    from inlay.data import labels_of
+
+    return labels_of(rows, layout) if task == "classification" else None
+
+
+def split_rows(rows: Dataset, held: Dataset | None, config: RunConfig) -> tuple[Dataset, Dataset | None]:
+    """Hold rows out for evaluation, drawn by the seed, where no file for it is given."""
+    if held is not None or config.eval_share == 0:
+        return rows, held
+    if len(rows) < FEWEST_TO_SPLIT:
+        if config.early_stopping:
+            raise DataError(
+                f"{config.data} has {len(rows)} rows, too few to hold some out for early stopping (at least "
+                f"{FEWEST_TO_SPLIT}). Give --eval-data, or leave --early-stopping out"
+            )
+        return rows, None
+    order = np.random.default_rng(config.seed).permutation(len(rows))
+    count = max(1, round(len(rows) * config.eval_share))
+    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
+
+
+def encoded(
+    rows: Dataset, layout: Layout, base: Base, task: Task, labels: list[str] | None, config: RunConfig
+) -> Dataset:
+    from inlay.data import Template, encode
+
+    assert config.max_length is not None and config.on_long is not None
+    return encode(
+        rows,
+        layout,
+        base.tokenizer,
+        task=task,
+        max_length=config.max_length,
+        label_names=labels,
+        template=Template(prompt=config.prompt_template, separator=config.separator),
+        on_long=config.on_long,
+    )
+
+
+def longest_first(rows: Dataset) -> Dataset:
+    """Longest first: least padding, and too much memory shows at once."""
+    return rows.select(np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable"))
+
+
+def max_length_of(config: RunConfig, layout: Layout, base: Base, adapter: Adapter | None) -> int:
+    """The longest row the base can read beside the adapter's virtual tokens."""
+    context, virtual = context_of(base.model, base.tokenizer), 0 if adapter is None else _virtual_tokens(adapter)
+    room = (context or UNBOUNDED_CONTEXT) - virtual
+    if room < 2:
+        raise ConfigError(
+            f"{virtual} virtual tokens leave no room for text in a context of {context}. Give a smaller length"
+        )
+    if config.max_length is None:
+        return min(room, TEXT_WINDOW) if layout.kind == "text" else room
+    if context is not None and config.max_length > room:
+        beside = f", {virtual} of them taken by the soft prompt" if virtual else ""
+        raise ConfigError(
+            f"max_length is {config.max_length}, but the base reads {context} tokens{beside}. Give at most {room}"
+        )
+    return config.max_length
+
+
+def context_of(model: Any, tokenizer: Any) -> int | None:
+    """Tokens a base can read, None where it states no limit."""
+    from torch import nn
+
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the padding index on.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            stated = module.num_embeddings - module.padding_idx - 1
+    limits = [int(n) for n in (stated, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
+    return min(limits, default=None)
+
+
+def _virtual_tokens(adapter: Adapter) -> int:
+    from inlay.core.pieces import PromptPiece
+    from inlay.core.prompt import TokenPrompt
+
+    prompts = [piece.prompt for piece in adapter.pieces if isinstance(piece, PromptPiece)]
+    return sum(prompt.length for prompt in prompts if isinstance(prompt, TokenPrompt))
+
+
+def on_long_of(config: RunConfig, layout: Layout) -> str:
+    return config.on_long or ("split" if layout.kind == "text" else "error")
+
+
+def roles_of(layout: Layout) -> dict[str, str]:
+    """Role → column, as a configuration states it."""
+    from inlay.data.columns import ROLES
+
+    return {role: column for role in ROLES if (column := getattr(layout, role)) is not None}
