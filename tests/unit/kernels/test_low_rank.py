@@ -124,3 +124,14 @@ def test_little_is_kept_for_the_backward_pass() -> None:
         model.train()(x)
     weights = sum(p.numel() * 4 for p in model.parameters())
     assert sum(kept.values()) <= x.numel() * 4 + 128 * 2 * 4 + weights
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.15])
+def test_gaps_have_the_geometric_distribution(share: float) -> None:
+    """Mean, spread and every cumulated probability, as near as 16 bits allow."""
+    gaps = low_rank._gaps(share).double()
+    assert float(gaps.mean()) == pytest.approx(1 / share, rel=1e-4)
+    assert float(gaps.var()) == pytest.approx((1 - share) / share**2, rel=1e-3)
+    at = torch.arange(1, int(gaps.max()) + 1, dtype=torch.float64)
+    cumulated = (gaps[None, :] <= at[::97, None]).double().mean(1)
+    assert float((cumulated - (1 - (1 - share) ** at[::97])).abs().max()) <= 2**-16
