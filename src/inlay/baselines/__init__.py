@@ -33,11 +33,6 @@ BUILT_IN = {
 FILE = "baseline.json"
 
 
-def is_baseline(method: str) -> bool:
-    """Whether a method's name is a baseline's."""
-    return method in BUILT_IN
-
-
 def is_fitted(folder: str | Path) -> bool:
     """Whether a folder holds a fitted baseline."""
     return (Path(folder) / FILE).is_file()

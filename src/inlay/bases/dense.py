@@ -16,8 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from inlay.core.layer import Kind, LayerShape, Undo, read_weight, settle, shape_of, unsettle, write_weight
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 def raw(layer: nn.Module, name: str) -> Tensor | None:
     """The registered parameter itself, past any adapter that answers for the attribute."""

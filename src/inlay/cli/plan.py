@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from inlay.plan import Fit, Machine, Plan, Planner, Setting, Skeleton
 
 LENGTH, BATCH = 512, 16  # tokens and rows, where nothing is said
-ATTEMPTS = 8  # rows of the table of settings that do not fit
 
 
 def plan(

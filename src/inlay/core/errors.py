@@ -74,7 +74,7 @@ def problems(heading: str, found: Sequence[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped word: `, did you mean 'rank'?`, or the known words, or nothing."""
+    """A hint for a mistyped word: `; did you mean 'rank'?`, or the known words where they are few, or nothing."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:

@@ -32,10 +32,16 @@ class Roster:
     """State shared by all hosts of one model; kept on the model's root.
 
     Attributes:
+        adapters: by name, in the order of attaching.
+        hosts: the modules that adapters do something at, by path.
         active: the adapter used where no `use` block says otherwise; None is the base.
         requires_grad: the base's flags before the first attach, by parameter name.
+        attention: configurations that name an attention function of ours now, and what they named before.
         merged: the merge in effect, if any.
-        kept: what mixed batches are computed with.
+        selected: the route of the innermost `use` block in this context.
+        call: the forward that is under way in this context.
+        kept: what forwards without gradients leave for the next: prompts, and what mixed batches are computed with.
+        encoder: whether virtual tokens join an encoder's sequence instead of a decoder's cache.
     """
 
     model: nn.Module
@@ -48,7 +54,7 @@ class Roster:
     selected: Scoped[Route] = field(default_factory=Scoped)
     call: Scoped[Call] = field(default_factory=Scoped)
     kept: Kept = field(default_factory=Kept)
-    encoder: bool = False  # whether virtual tokens join an encoder's sequence instead of a decoder's cache
+    encoder: bool = False
 
     def current(self) -> Route:
         """The route in force in this context."""

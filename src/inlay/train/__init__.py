@@ -3,12 +3,20 @@
 config.py     `RunConfig`: what a run is, from flags, YAML or Python
 hyper.py      `--set rank=16`: words to a method
 loading.py    `load_base`: a transformers folder → model, tokenizer, freshly initialised modules
+rows.py       tables → the rows of a run, split and encoded
 prepare.py    files and configuration → model, rows and resolved configuration
+members.py    adapters that a method is made of, from their folders
 running.py    `run`: all of it, start to end
+several.py    `run_several`: one after another, or together on one base, in turns (turns.py)
 trainer.py    transformers.Trainer with adapters as checkpoints and exact losses
 order.py      the order of the rows
-callbacks.py  pace, metrics.jsonl, progress, early stopping
-stop.py       Ctrl-C and SIGTERM
+packing.py    rows behind one another in place of padding
+passes.py     passes that are cut smaller when memory runs out
+trunk.py      the states below the lowest trained layer, kept
+optimizers.py optimizers by name
+foresight.py  what a run will need, said before its first step
+callbacks.py  pace, metrics.jsonl, progress
+stop.py       Ctrl-C and SIGTERM;  quiet.py: noise of libraries, off
 folder.py     the output folder: who may use it, what is in it, full disks
 record.py     `training.json`: what later commands must know about a trained adapter
 card.py       the adapter's README.md

@@ -1,4 +1,4 @@
-"""What happens between the steps: pace, metrics.jsonl, progress."""
+"""What happens between the steps: pace, turns, metrics.jsonl, progress."""
 
 from __future__ import annotations
 

@@ -179,11 +179,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {_why(error) or error}. {_REMEDY}") from error
 
 
-def is_full_disk(error: BaseException) -> bool:
-    """Whether an error is some library's way of saying that the disk is full."""
-    return (isinstance(error, OSError) and error.errno in _FULL) or any(word in str(error) for word in _FULL_WORDS)
-
-
 def _why(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _FULL:
         return _FULL[error.errno]
