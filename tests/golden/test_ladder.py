@@ -17,6 +17,7 @@ from inlay.core.roster import roster_of
 from inlay.testing.check import check_law
 from inlay.testing.laws import LAWS
 from inlay.testing.models import ZOO
+from inlay.testing.specimen import randomise
 from tests.golden.hand import agree, close, inputs, numbers, shake
 
 # Blocks of the stack, and the norm behind it or None.
@@ -46,7 +47,27 @@ def of_block(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
-def side_network(states: list[Tensor], base: Tensor, n: dict[str, Tensor], method: LadderSideTuning) -> Tensor:
+HEADS = 4
+ENCODERS = ("bert", "distilbert", "vit")  # whose side blocks attend
+
+
+def attention(s: Tensor, n: dict[str, Tensor], i: int, mask: Tensor | None) -> Tensor:
+    """Softmax attention of every token to the row's real ones, head by head."""
+    size, out = s.shape[-1] // HEADS, []
+    for head in range(HEADS):
+        own = slice(head * size, (head + 1) * size)
+        q, k, v = (s @ n[name][i][own].T for name in ("query", "key", "value"))
+        scores = q @ k.mT / size**0.5
+        if mask is not None:
+            scores = scores.masked_fill(mask[:, None, :] == 0, float("-inf"))
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        out.append(weights @ v)
+    return torch.cat(out, -1) @ n["out"][i].T
+
+
+def side_network(
+    states: list[Tensor], base: Tensor, n: dict[str, Tensor], method: LadderSideTuning, mask: Tensor | None
+) -> Tensor:
     """Section 3.2: `states` are the first block's input and the outputs of the blocks with a rung."""
     activation = {"relu": torch.relu, "gelu": nn.functional.gelu}[method.nonlinearity]
 
@@ -57,12 +78,16 @@ def side_network(states: list[Tensor], base: Tensor, n: dict[str, Tensor], metho
     s = states[0] @ n["down"][0].T + n["down_bias"][0]
     for i, h in enumerate(states[1:]):
         s = mu[i] * s + (1 - mu[i]) * (h @ n["down"][i + 1].T + n["down_bias"][i + 1])
+        if "query" in n:
+            s = s + attention(norm(s, n["attention_norms"][i]), n, i, mask)
         s = s + activation(norm(s, n["norms"][i]) @ n["inner"][i].T) @ n["outer"][i].T
     out = norm(s, n["norms"][len(states) - 1]) @ n["up"].T + n["up_bias"]
     return out if method.output == "side" else mu[-1] * out + (1 - mu[-1]) * base
 
 
-def by_hand(name: str, leaves: dict[str, Tensor], method: LadderSideTuning, layers: list[int]) -> Any:
+def by_hand(
+    name: str, leaves: dict[str, Tensor], method: LadderSideTuning, layers: list[int], mask: Tensor | None = None
+) -> Any:
     """The bare model, its last hidden state exchanged for the side network's."""
     bare: Any = ZOO[name].build()
     bare.requires_grad_(False)
@@ -78,7 +103,7 @@ def by_hand(name: str, leaves: dict[str, Tensor], method: LadderSideTuning, laye
         if module is blocks[-1]:
             seen[len(blocks) - 1] = of_block(output)
         states = [seen[i] for i in (-1, *layers)]
-        new = side_network(states, of_block(output), own, method)
+        new = side_network(states, of_block(output), own, method, mask)
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     blocks[0].register_forward_pre_hook(entering, with_kwargs=True)
@@ -95,8 +120,50 @@ def test_forward_and_gradients(name: str, output: Any, layers: list[int]) -> Non
     method = LadderSideTuning(reduction=4, expansion=3, nonlinearity="gelu", temperature=0.5, output=output)
     batch = inputs(name, ragged=name != "vit")
     model, adapter = attached(name, method, None if layers == [0, 1] else layers)
-    leaves = numbers(adapter)
-    agree(adapter, model(**batch).logits, by_hand(name, leaves, method, layers)(**batch).logits, leaves)
+    leaves, mask = numbers(adapter), batch.get("attention_mask")
+    assert any(key.endswith("/query") for key in leaves) == (name in ENCODERS)
+    agree(adapter, model(**batch).logits, by_hand(name, leaves, method, layers, mask)(**batch).logits, leaves)
+
+
+def tagger() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 16}
+    torch.manual_seed(0)
+    model = transformers.BertForTokenClassification(transformers.BertConfig(vocab_size=97, **sizes))
+    randomise(model, "tagger")
+    return model.eval()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_seen(side: str) -> None:
+    model = tagger()
+    shake(inlay.attach(model, LadderSideTuning(reduction=4)))
+    batch = inputs("bert", ragged=True, side=side)
+    mask = batch["attention_mask"]
+    batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        padded = model(**batch).logits
+        for row, real in enumerate(mask.bool()):
+            close(model(input_ids=batch["input_ids"][row, real][None]).logits[0], padded[row, real])
+        batch["input_ids"][mask == 0] = 77
+        assert torch.equal(model(**batch).logits[mask.bool()], padded[mask.bool()])
+
+
+def test_tags_do_not_hide_the_tokens_they_are_for() -> None:
+    """Where labels begin a decoder's prompt ends; a tagger's labels are beside their tokens."""
+    model = tagger()
+    ids, labels = torch.arange(3, 9)[None], torch.tensor([[-100, 1, 0, 1, 0, 1]])
+    for method in (LadderSideTuning(reduction=4), inlay.LoReFT(rank=2, prefix=2, suffix=2)):
+        shake(inlay.attach(model, method, name=method.name))
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=ids, labels=labels).logits, model(input_ids=ids).logits)
+
+
+def test_side_attention_where_it_is_not_exact() -> None:
+    for name in ("llama", "llama-classifier", "t5", "deberta-v2", "bloom"):
+        with pytest.raises(UnsupportedError, match="known to read both ways"):
+            inlay.attach(ZOO[name].build(), LadderSideTuning(attention=True))
+    alone = inlay.attach(ZOO["bert"].build(), LadderSideTuning(reduction=4, attention=False))
+    assert not any(key.endswith("/query") for key in alone.tensors())
 
 
 def test_the_start() -> None:
@@ -115,11 +182,22 @@ def test_count() -> None:
     assert adapter.count == (rungs + 2) * d * s + (rungs + 1) * s + d + rungs * (1 + 8 * s * s) + (rungs + 1) * s
 
 
+def test_count_with_attention() -> None:
+    d, s, rungs = 32, 8, 2
+    adapter = inlay.attach(ZOO["bert"].build(), LadderSideTuning(reduction=4, attention=True))
+    feed_forwards = (rungs + 2) * d * s + (rungs + 1) * s + d + rungs * (1 + 8 * s * s) + (rungs + 1) * s
+    assert adapter.count == feed_forwards + rungs * (4 * s * s + s)
+    n = {key.rpartition("/")[2]: value for key, value in adapter.tensors().items()}
+    assert torch.equal(n["attention_norms"], torch.ones(rungs, s))
+    assert all(abs(float(n[key].std()) * s**0.5 - 1) < 0.25 for key in ("query", "key", "value", "out"))
+
+
 # -- no gradient through the base -----------------------------------------------------------------------
 
 
-def test_nothing_is_recorded_while_the_base_runs() -> None:
-    model, adapter = attached("llama", LadderSideTuning(reduction=4))
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_nothing_is_recorded_while_the_base_runs(name: str) -> None:
+    model, adapter = attached(name, LadderSideTuning(reduction=4))
     model.train()
     inside: list[bool] = []
     recorded: list[bool] = []
@@ -128,15 +206,15 @@ def test_nothing_is_recorded_while_the_base_runs() -> None:
     def enter(*_: Any) -> None:
         inside.append(True)
 
-    def leave(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         inside.pop()
-        recorded.append(output.requires_grad)
+        recorded.append(of_block(output).requires_grad)
 
-    for block in model.model.layers:
+    for block in model.get_submodule(STACKS[name][0]):
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(bool(inside)), t)[1], lambda t: t):
-        logits = model(**inputs("llama", rows=2)).logits
+        logits = model(**inputs(name, rows=2)).logits
     assert recorded == [False, False]
     assert saved and not any(saved)
     logits.square().mean().backward()
@@ -192,13 +270,18 @@ def test_threads_do_not_share_what_they_read() -> None:
         assert all(pool.map(work, range(4)))
 
 
-def saved_bytes(method: Any, **where: Any) -> int:
+SIZES = {"vocab_size": 17, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6,
+         "num_attention_heads": 4}  # fmt: skip
+
+
+def saved_bytes(method: Any, *, encoder: bool = False, **where: Any) -> int:
     """What one forward keeps for its backward, weights of the model and the head's part aside."""
-    config = transformers.LlamaConfig(
-        vocab_size=17, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4
-    )
     torch.manual_seed(0)
-    model: Any = transformers.LlamaForCausalLM(config).train()
+    model: Any = (
+        transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).train()
+        if encoder
+        else transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).train()
+    )
     inlay.attach(model, method, **where)
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -210,7 +293,8 @@ def saved_bytes(method: Any, **where: Any) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = model.model(input_ids=torch.zeros((2, 64), dtype=torch.long)).last_hidden_state
+        ids = torch.zeros((2, 64), dtype=torch.long)
+        out = model(input_ids=ids).logits if encoder else model.model(input_ids=ids).last_hidden_state
     assert out.requires_grad
     return sum(kept.values())
 
@@ -218,6 +302,8 @@ def saved_bytes(method: Any, **where: Any) -> int:
 def test_it_keeps_a_fraction_of_what_lora_keeps() -> None:
     """The paper saves 2.7 times more memory than other methods: LoRA's activations span the whole base."""
     assert saved_bytes(LadderSideTuning()) < 0.2 * saved_bytes(inlay.LoRA(rank=2))
+    side, lora = (saved_bytes(m, encoder=True) for m in (LadderSideTuning(attention=True), inlay.LoRA(rank=2)))
+    assert side < 0.3 * lora, side / lora
 
 
 # -- refusals -------------------------------------------------------------------------------------------

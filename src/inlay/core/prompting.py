@@ -58,7 +58,8 @@ def root(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     stacks = None if route.single or not preparing.stackable() else roster.kept.of(route)
     call = replace(call, rows=rows, tokens=tokens, padding=_padding(call, given), stacks=stacks)
     if rows is not None and tokens is not None and not _encoder_decoder(roster) and _reads_span(roster, route):
-        call = replace(call, span=span_of(given, rows, tokens, call.prompt))
+        labelled = given if _generates(host.module) else {**given, "labels": None}
+        call = replace(call, span=span_of(labelled, rows, tokens, call.prompt))
     if not (call.block and _encoder_decoder(roster)):
         with roster.bind(route, call):
             return inner(*args, **kwargs)
@@ -241,6 +242,12 @@ def _present(given: dict[str, Any], *names: str) -> Tensor:
     if found is None:
         raise UnsupportedError(f"a prompt needs one of {', '.join(names)} in the call")
     return found  # type: ignore[no-any-return]
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether labels of the model's tokens are tokens that follow a prompt, and not tags of all of them."""
+    says: Callable[[], bool] | None = getattr(model, "can_generate", None)
+    return says is None or says()
 
 
 def _encoder_decoder(roster: Roster) -> bool:

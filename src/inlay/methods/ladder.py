@@ -10,10 +10,13 @@ As in the official code, the shortcut of rung i joins before side block i and re
 have biases and PyTorch's initialisation, α starts at zero, and the head reads the side network alone (``output=
 "side"``) or, the code's `merge_last`, its gated sum with the base's last state (``"both"``).
 
-Not the paper's: its side blocks are whole transformer layers, started from the base's weights pruned by Fisher
-information. Ours are their feed-forward half, s + W_out f(W_in norm(s)), drawn anew (the code's T5 scheme): a token
-at a time, so caches, padding and mixed batches stay exact, and what mixes tokens is the base. So an encoder-decoder's
-stands beside the decoder alone; beside the encoder it could act only through the base's cross-attention.
+Side block i (`_side.py`) is a pre-norm transformer layer of the side width, the code's T5 scheme without its relative
+positions: s + attention(norm(s)), then s + W_out f(W_in norm(s)). Where the base reads both ways (an encoder), the
+attention is as published. A decoder's side blocks are their feed-forward half alone: attention there would need keys
+and values of its own in every cache and its base's masks, which a delta is not given; so what mixes tokens is the
+base, and caches, padding and mixed batches stay exact. An encoder-decoder's side network stands beside the decoder
+alone; beside the encoder it could act only through the base's cross-attention. The paper starts side blocks from the
+base's weights pruned by Fisher information; these are drawn anew (its ablation's random start).
 
 Place: the norm behind the last block or, where there is none, its output. All of it runs when the base is done, and
 the base, where nothing else is trained, records nothing for a backward pass.
@@ -22,17 +25,12 @@ the base, where nothing else is trained, records nothing for a backward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from inlay.core.delta import Delta, cast
-from inlay.core.errors import SelectionError
+from inlay.core.errors import SelectionError, UnsupportedError
 from inlay.core.method import Method, Recipe
-from inlay.core.site import Site
 from inlay.methods._bottleneck import FUNCTIONS
+from inlay.methods._side import SideNetwork, SideTransformer, heads_of
 
 if TYPE_CHECKING:
     from inlay.core.pieces import Piece
@@ -50,6 +48,7 @@ class LadderSideTuning(Method):
         temperature: of the gates.
         nonlinearity: of the side blocks: relu, gelu or silu.
         dropout: on what the side network reads and on its output, in training.
+        attention: of the side blocks; None where the base reads both ways, True refuses a base where it does not.
         output: whether the head reads the side network alone or its gated sum with the base.
     """
 
@@ -67,6 +66,7 @@ class LadderSideTuning(Method):
     temperature: float = 0.1
     nonlinearity: str = "relu"
     dropout: float = 0.0
+    attention: bool | None = None
     output: Literal["side", "both"] = "side"
 
     def __post_init__(self) -> None:
@@ -93,56 +93,17 @@ class LadderSideTuning(Method):
         if stack.end.kind == "output" and numbers[-1] == len(stack.blocks) - 1:
             read.pop()  # nothing stands behind the last block: its output is the site's own
         site = replace(stack.end, sources=tuple(read))
-        return [DeltaPiece(site, SideNetwork(site, len(numbers), self))]
+        heads = None if self.attention is False else heads_of(view)
+        if heads is None and self.attention:
+            raise UnsupportedError(
+                f"method 'ladder': side attention is for bases that are known to read both ways, and "
+                f"{type(view.model).__name__} is not; leave `attention` out, and side blocks are feed-forwards there"
+            )
+        if heads is None:
+            return [DeltaPiece(site, SideNetwork(site, len(numbers), self))]
+        return [DeltaPiece(site, SideTransformer(site, len(numbers), self, heads))]
 
     @classmethod
     def examples(cls) -> list[LadderSideTuning]:
-        return [cls(reduction=4), cls(reduction=2, expansion=2, nonlinearity="gelu", dropout=0.25, output="both")]
-
-
-class SideNetwork(Delta):
-    """The whole side network, at the end of the stack."""
-
-    merges: ClassVar[bool] = False
-
-    def __init__(self, site: Site, rungs: int, method: LadderSideTuning) -> None:
-        super().__init__()
-        hidden, side = site.in_features, max(site.in_features // method.reduction, 1)
-        self.method, self.function = method, FUNCTIONS[method.nonlinearity]
-        self.down = nn.Parameter(site.empty(1 + rungs, side, hidden))
-        self.down_bias = nn.Parameter(site.empty(1 + rungs, side))
-        self.gates = nn.Parameter(site.empty(rungs + (method.output == "both")))
-        self.norms = nn.Parameter(site.empty(rungs + 1, side))
-        self.inner = nn.Parameter(site.empty(rungs, method.expansion * side, side))
-        self.outer = nn.Parameter(site.empty(rungs, side, method.expansion * side))
-        self.up = nn.Parameter(site.empty(hidden, side))
-        self.up_bias = nn.Parameter(site.empty(hidden))
-
-    def initialise(self, site: Site) -> None:
-        for weight, bias in ((self.down, self.down_bias), (self.up, self.up_bias)):
-            bound = weight.shape[-1] ** -0.5  # nn.Linear's, for both
-            nn.init.uniform_(weight, -bound, bound)
-            nn.init.uniform_(bias, -bound, bound)
-        nn.init.zeros_(self.gates)
-        nn.init.ones_(self.norms)
-        for weight in (self.inner, self.outer):
-            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
-
-    def post(self, x: Any, y: Tensor, site: Site) -> Tensor:
-        states = [*x, y] if len(x) < self.down.shape[0] else list(x)
-        shares = [cast(g, y) for g in torch.sigmoid(self.gates / self.method.temperature)]
-        side = self._read(0, states[0])
-        for rung, state in enumerate(states[1:]):
-            side = shares[rung] * side + (1 - shares[rung]) * self._read(rung + 1, state)
-            inner = self.function(F.linear(self._normed(rung, side), cast(self.inner[rung], side)))
-            side = side + F.linear(inner, cast(self.outer[rung], inner))
-        last = F.dropout(self._normed(-1, side), self.method.dropout, self.training)
-        out = F.linear(last, cast(self.up, last), cast(self.up_bias, last))
-        return out if self.method.output == "side" else shares[-1] * out + (1 - shares[-1]) * y
-
-    def _read(self, index: int, state: Tensor) -> Tensor:
-        state = F.dropout(state, self.method.dropout, self.training)
-        return F.linear(state, cast(self.down[index], state), cast(self.down_bias[index], state))
-
-    def _normed(self, index: int, side: Tensor) -> Tensor:
-        return F.rms_norm(side, side.shape[-1:], cast(self.norms[index], side), eps=1e-6)
+        other = cls(reduction=2, expansion=2, nonlinearity="gelu", dropout=0.25, attention=False, output="both")
+        return [cls(reduction=4), other]
