@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import provenance, write_json
+from benchmarks.provenance import ROOT, provenance, write_json
 
-OUT = Path(__file__).parents[1] / "runs/quantised/big_model.json"
+OUT = ROOT / "runs" / "quantised" / "big_model.json"
 BIG = {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 20, "vocab_size": 32000}
 LIMIT_SHARE = 0.9  # of the weights in bf16
 ROWS, TOKENS = 1, 64
@@ -64,9 +64,26 @@ def write_model(folder: Path, sizes: dict[str, int]) -> int:
     return sum(torch.Size(s).numel() for s in shapes.values())
 
 
-def train(folder: Path, limit: int, steps: int) -> dict[str, Any]:
-    """Steps of QLoRA below a limit on the address space, in this process."""
+def limit_memory(limit: int, beside_libraries: bool) -> None:
+    """Set the limit on this process's address space.
+
+    Args:
+        beside_libraries: what is mapped once everything is imported does not count.
+    """
+    if beside_libraries:
+        import bitsandbytes  # noqa: F401
+        import torch
+        from transformers import LlamaForCausalLM  # noqa: F401
+
+        import inlay.train  # noqa: F401
+
+        torch.ones(1, requires_grad=True).sum().backward()  # its thread
+        limit += status("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def train(folder: Path, steps: int) -> dict[str, Any]:
+    """Steps of QLoRA in this process."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,9 +119,8 @@ def train(folder: Path, limit: int, steps: int) -> dict[str, Any]:
     }
 
 
-def load_dense(folder: Path, limit: int) -> dict[str, Any]:
-    """The same model in bf16 below the same limit."""
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+def load_dense(folder: Path) -> dict[str, Any]:
+    """The same model in bf16."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -126,22 +142,31 @@ def status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def apart(action: str, folder: Path, limit: int, steps: int) -> dict[str, Any]:
+def apart(action: str, folder: Path, limit: int, steps: int, *, beside_libraries: bool) -> dict[str, Any]:
     """One of the two, in a process of its own; what it prints last is its result."""
     command = [sys.executable, "-m", "benchmarks.big_model", "--action", action, "--folder", str(folder)]
-    done = subprocess.run([*command, "--limit", str(limit), "--steps", str(steps)], capture_output=True, text=True)
+    command += ["--limit", str(limit), "--steps", str(steps)]
+    command += ["--beside-libraries"] if beside_libraries else []
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         return {"exit": done.returncode, "error": done.stderr.strip().splitlines()[-1][:300] if done.stderr else ""}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
-def measure(sizes: dict[str, int], steps: int) -> dict[str, Any]:
-    """Both, and the limit that they were under."""
+def measure(
+    sizes: dict[str, int], steps: int, *, share: float = LIMIT_SHARE, beside_libraries: bool = False
+) -> dict[str, Any]:
+    """Both, and the limit that they were under.
+
+    Args:
+        share: of the weights in bf16 that the limit is.
+        beside_libraries: as for `limit_memory`.
+    """
     folder = Path(tempfile.mkdtemp(prefix="big-model-"))
     try:
         parameters = write_model(folder, sizes)
-        limit = int(2 * parameters * LIMIT_SHARE)
+        limit = int(2 * parameters * share)
         return {
             "model": sizes,
             "parameters": parameters,
@@ -149,8 +174,8 @@ def measure(sizes: dict[str, int], steps: int) -> dict[str, Any]:
             "limit_bytes": limit,
             "limit": "RLIMIT_AS",
             "batch": [ROWS, TOKENS],
-            "nf4": apart("train", folder, limit, steps),
-            "bf16": apart("dense", folder, limit, steps),
+            "nf4": apart("train", folder, limit, steps, beside_libraries=beside_libraries),
+            "bf16": apart("dense", folder, limit, steps, beside_libraries=beside_libraries),
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -162,11 +187,11 @@ def main() -> None:
     parser.add_argument("--action", choices=("all", "train", "dense"), default="all", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--beside-libraries", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.action == "train":
-        print(json.dumps(train(asked.folder, asked.limit, asked.steps)))
-    elif asked.action == "dense":
-        print(json.dumps(load_dense(asked.folder, asked.limit)))
+    if asked.action != "all":
+        limit_memory(asked.limit, asked.beside_libraries)
+        print(json.dumps(train(asked.folder, asked.steps) if asked.action == "train" else load_dense(asked.folder)))
     else:
         found = measure(BIG, asked.steps)
         print(json.dumps(found, indent=2))

@@ -6,8 +6,8 @@
 
 TREC on MiniLM-L6 (accuracy) and E2E on the embedded base (BLEU, ROUGE-L), rows and bases as in `benchmarks.quality`,
 one epoch. Both sides have the same LoRA (rank 8, all linears), rate, batches and seeds, and are scored on the base
-that they were trained on: NF4 with double quantisation in blocks of 64, computing in bfloat16. The target is a mean over
-seeds within one point of 100. Results: runs/quantised/qlora-<task>.json.
+that they were trained on: NF4 with double quantisation in blocks of 64, computing in bfloat16. The target is a mean
+over seeds within one point of 100. Results: runs/quantised/qlora-<task>.json.
 """
 
 from __future__ import annotations

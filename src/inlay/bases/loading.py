@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ LIBRARIES = {
 }
 BLOCK = 64  # weights that share a constant, in QLoRA and here for int4
 MMAP_THRESHOLD = -3  # glibc's number for this option
+LARGEST = 32 * 2**20  # where glibc's own adaptation of it ends
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -181,13 +183,15 @@ def _returned_at_once() -> Iterator[None]:
     temporary ones: the process grows by a third of what it has read.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    stated = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    afterwards = int(stated) if stated.isdigit() else LARGEST
     if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, 2 * 2**20)
+        mallopt(MMAP_THRESHOLD, min(2 * 2**20, afterwards))
     try:
         yield
     finally:
         if mallopt is not None:
-            mallopt(MMAP_THRESHOLD, 32 * 2**20)  # where glibc's own adaptation ends
+            mallopt(MMAP_THRESHOLD, afterwards)
 
 
 def dequantise(model: nn.Module) -> None:

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+LINEAR = (nn.Linear, Conv1D)
 
 
 class Standins(TorchFunctionMode):
@@ -35,8 +38,9 @@ class Standins(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return attention(*args, gpu=self.gpu, **kwargs)
         if func is F.linear and self.quantised and len(args) > 1 and id(args[1]) in self.quantised:
-            made: Tensor = QuantisedProduct.apply(args[0], args[1])  # type: ignore[no-untyped-call]
-            return made if len(args) < 3 or args[2] is None else made + args[2]
+            return quantised_product(args[0], args[1], args[2] if len(args) > 2 else None)
+        if func is torch.addmm and self.quantised and id(args[2]) in self.quantised:  # transposed, as in GPT-2
+            return quantised_product(args[1], args[2].t(), args[0])
         return func(*args, **kwargs)
 
 
@@ -59,20 +63,23 @@ def attention(
     return made
 
 
+def quantised_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b for a quantised W, (out, in)."""
+    made: Tensor = QuantisedProduct.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return made
+
+
 class QuantisedProduct(torch.autograd.Function):
-    """x Wᵀ where W is made for the product, and made again in the backward pass."""
+    """x Wᵀ + b where W is made for the product, and made again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.mm(flat, _made(weight, x).t()).view(*x.shape[:-1], weight.shape[0])
+        return F.linear(x, _made(weight, x), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad = grads[0]
-        full = _made(ctx.weight, grad)
-        return torch.mm(grad.reshape(-1, grad.shape[-1]), full).view(*grad.shape[:-1], full.shape[1]), None
+        return torch.matmul(grads[0], _made(ctx.weight, grads[0])), None, None
 
 
 def _made(weight: Tensor, like: Tensor) -> Tensor:
@@ -96,10 +103,10 @@ def answering_autocast() -> Iterator[None]:
         torch.is_autocast_enabled = asked
 
 
-def quantisable(model: nn.Module, head: nn.Module | None) -> list[tuple[str, nn.Linear]]:
+def quantisable(model: nn.Module, head: nn.Module | None) -> list[tuple[str, nn.Module]]:
     """The linear layers that quantisation takes: those within numbered blocks, so neither heads nor embeddings."""
     return [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and any(part.isdigit() for part in path.split("."))
+        if isinstance(module, LINEAR) and module is not head and any(part.isdigit() for part in path.split("."))
     ]

@@ -94,6 +94,17 @@ def test_quantised_weights(skeleton: Skeleton) -> None:
     assert plain - packed == pytest.approx(linears * (2 - 4.127 / 8), rel=1e-3)
 
 
+def test_transposed_layers_are_quantised_too() -> None:
+    """GPT-2's: bitsandbytes takes them, so the planner must."""
+    config = GPT2Config(n_embd=128, n_head=4, n_layer=6, vocab_size=256)
+    planner = Planner(Skeleton(config), inlay.LoRA(rank=4), where="all-linear")
+    plain, packed = (planner.plan(Setting(quantisation=q, batch=2, length=16)) for q in (None, "nf4"))
+    assert plain.memory.weights - packed.memory.weights == pytest.approx(6 * 12 * 128**2 * (2 - 4.127 / 8), rel=1e-3)
+    forward = [planner._seen(Setting(quantisation=q, batch=2, length=16)).peaks["forward"] for q in (None, "nf4")]
+    made = 2 * 4 * 128**2  # the largest layer's weight, made for its product and let go of
+    assert forward[1]["temporary"] - forward[0]["temporary"] == pytest.approx(made, rel=0.1)
+
+
 def test_accumulation_keeps_gradients(skeleton: Skeleton) -> None:
     planner = Planner(skeleton, inlay.LoRA(rank=4), where="all-linear")
     one, four = (planner.plan(Setting(precision="fp32", batch=2, length=16, accumulate=n)) for n in (1, 4))
