@@ -84,7 +84,7 @@ def _seq2seq(roster: Roster, inner: Forward, call: Call, given: dict[str, Any]) 
         mask = source.new_ones((source.shape[0], length), dtype=torch.long)
     call = sequence.arranged(call, mask)
     given["attention_mask"] = sequence.joined(call, sequence.valid(call, mask), mask)
-    as_tuple = given.get("return_dict") is False
+    as_tuple = _wants_tuple(roster.model, given)
     with roster.bind(call.route, call):
         out = inner(**{**given, "return_dict": True})
     if encoded is None and getattr(out, "encoder_last_hidden_state", None) is not None:
@@ -109,7 +109,8 @@ def stack(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     if call.span is not None:
         raise UnsupportedError("virtual tokens in an encoder move the positions at which another delta acts")
     call, given = sequence.enter(replace(call, rows=embeds.shape[0]), given, embeds)
-    as_tuple = given.pop("return_dict", None) is False
+    as_tuple = _wants_tuple(host.module, given)
+    given |= {"return_dict": True} if as_tuple else {}
     with roster.bind(call.route, call):
         out = inner(**given)
     if not _encoder_decoder(roster):
@@ -248,6 +249,12 @@ def _generates(model: nn.Module) -> bool:
     """Whether labels of the model's tokens are tokens that follow a prompt, and not tags of all of them."""
     says: Callable[[], bool] | None = getattr(model, "can_generate", None)
     return says is None or says()
+
+
+def _wants_tuple(model: nn.Module, given: dict[str, Any]) -> bool:
+    """Whether the call, or else the configuration, asks for outputs without names."""
+    asked = given.get("return_dict")
+    return not (getattr(getattr(model, "config", None), "return_dict", True) if asked is None else asked)
 
 
 def _encoder_decoder(roster: Roster) -> bool:
