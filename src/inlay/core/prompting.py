@@ -54,7 +54,7 @@ def root(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
         if route.single and not prompted and not _reads_span(roster, route):
             return inner(*args, **kwargs)
         call = preparing.prepare(roster, route) if prompted else Call(route)
-    given = {**dict(zip(_names(host), args, strict=False)), **kwargs}
+    given = _given(host, args, kwargs)
     stacks = None if route.single or not preparing.stackable() else roster.kept.of(route)
     call = replace(call, rows=rows, tokens=tokens, padding=_padding(call, given), stacks=stacks)
     if rows is not None and tokens is not None and not _encoder_decoder(roster) and _reads_span(roster, route):
@@ -102,7 +102,7 @@ def stack(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
         call = preparing.prepare(roster, roster.current())
     if call is None or not call.sequences:
         return inner(*args, **kwargs)
-    given = {**dict(zip(_names(host), args, strict=False)), **kwargs}
+    given = _given(host, args, kwargs)
     embeds = given.get("inputs_embeds")
     if embeds is None:
         embeds = host.module.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
@@ -125,7 +125,7 @@ def source(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     rows, tokens = _shape(args, kwargs)
     if rows is None or tokens is None or roster.merged is not None or not _reads_span(roster, call.route):
         return inner(*args, **kwargs)
-    given = {**dict(zip(_names(host), args, strict=False)), **kwargs}
+    given = _given(host, args, kwargs)
     with roster.bind(call.route, replace(call, span=span_of(given, rows, tokens))):
         return inner(*args, **kwargs)
 
@@ -233,9 +233,13 @@ def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, i
     return None, None
 
 
-def _names(host: Host) -> list[str]:
+def _given(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward by their names."""
+    if not args:
+        return dict(kwargs)
     parameters = inspect.signature(inspect.unwrap(host.original_class.forward)).parameters
-    return [n for n, p in parameters.items() if n != "self" and p.kind is not p.VAR_KEYWORD]
+    names = [n for n, p in parameters.items() if n != "self" and p.kind is not p.VAR_KEYWORD]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _present(given: dict[str, Any], *names: str) -> Tensor:
