@@ -14,7 +14,7 @@ from inlay.core.errors import SelectionError
 from inlay.testing import LAWS
 from inlay.testing.check import check_law
 from inlay.testing.models import ZOO
-from tests.golden.hand import agree, inputs, numbers, shake
+from tests.golden.hand import agree, close, inputs, numbers, shake
 
 LAYERS = 2
 # Which modules' outputs are a sublayer's, before its residual is added; with no dropout, the projection's is.
@@ -184,9 +184,21 @@ def test_laws_of_pfeiffer_at_other_places(name: str, where: str, monkeypatch: py
         check_law(ZOO[name], inlay.Pfeiffer(reduction=2), law_name, law)
 
 
-def test_pfeiffer_is_not_put_at_norms_over_channels() -> None:
+def test_pfeiffer_at_norms_over_channels() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
+    images, norm = torch.randn(2, 3, 6, 6), plain[1]
+    expected = plain[0](images)
+    adapter = shake(inlay.attach(plain, inlay.Pfeiffer(reduction=2), where=["1"]))
+    own = {n.rpartition(".")[2]: t for n, t in adapter.tensors().items()}
+    pixels = F.group_norm(expected, 2, norm.weight, norm.bias).permute(0, 2, 3, 1)
+    moved = expected + bottleneck(own, pixels, F.relu).permute(0, 3, 1, 2)
+    close(plain(images), F.group_norm(moved, 2, norm.weight, norm.bias))
+
+
+def test_pfeiffer_is_not_put_at_norms_over_batches() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    with pytest.raises(SelectionError, match="does not act on each token by itself"):
+    with pytest.raises(SelectionError, match="running statistics of whole batches"):
         inlay.attach(plain, inlay.Pfeiffer(reduction=2), where=["1"])
 
 

@@ -71,18 +71,21 @@ class BeforeNorm(Delta):
 
     def __init__(self, site: Site, bottleneck: BottleneckDelta) -> None:
         super().__init__()
-        if isinstance(site.module, CHANNELS_FIRST):
+        if site.module._buffers.get("running_mean") is not None:
             raise SelectionError(
-                f"method 'pfeiffer': {site.path} is a {type(site.module).__name__}, which does not act on each token "
-                "by itself; give layer norms, or leave `where` out"
+                f"method 'pfeiffer': {site.path} keeps running statistics of whole batches, so its rows are not "
+                "independent; leave it out of `where`"
             )
+        self.features = 1 if isinstance(site.module, CHANNELS_FIRST) else -1  # which dimension they are
         self.bottleneck = bottleneck
 
     def initialise(self, site: Site) -> None:
         self.bottleneck.initialise(site)
 
     def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        moved = x.add(self.bottleneck.added(y).to(x.dtype), alpha=self.bottleneck.scale)
+        last = y.movedim(self.features, -1).contiguous()  # products of other strides round as gradients are asked for
+        added = self.bottleneck.added(last).movedim(-1, self.features)
+        moved = x.add(added.to(x.dtype), alpha=self.bottleneck.scale)
         return site.compute(moved) + (y - site.compute(x))  # what others at this norm did to y stays
 
 
