@@ -20,6 +20,7 @@ _HOMES = {
     "MergeReport": "inlay.core.merge",
     "combine": "inlay.arithmetic",
     "CombineReport": "inlay.arithmetic",
+    "compile_layers": "inlay.kernels.compiled",
     "Adapter": "inlay.core.adapter",
     "save": "inlay.formats",
     "load": "inlay.formats",
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
     from inlay.core.merge import unmerge as unmerge
     from inlay.formats import load as load
     from inlay.formats import save as save
+    from inlay.kernels.compiled import compile_layers as compile_layers
     from inlay.methods import methods as methods
     from inlay.methods.adalora import AdaLoRA as AdaLoRA
     from inlay.methods.average import Average as Average

@@ -53,7 +53,7 @@ PUBLIC = {
     *("NormTuning", "TrainableTokens", "LoReFT", "PTuning", "MultitaskPromptTuning"),
     *("Stack", "Parallel", "Average", "MAM", "AdapterFusion", "UniPELT"),
     *("Adapter", "MergeReport", "InlayError", "UserError", "__version__"),
-    *("combine", "CombineReport"),
+    *("combine", "CombineReport", "compile_layers"),
 }
 
 

@@ -106,6 +106,9 @@ def train(
     packing: Annotated[
         bool | None, typer.Option("--packing/--no-packing", help="Rows behind one another. Default: where exact.")
     ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile", help="Compile the layers first; says after how many steps it pays.")
+    ] = None,
     trunk_cache: Annotated[
         str | None,
         typer.Option(metavar="auto|off|PATH", help="Compute layers below the trained ones once. Default: auto."),

@@ -59,6 +59,7 @@ class RunConfig(BaseModel):
         early_stopping: evaluations without a better score after which the run ends.
         report_to: of ``tensorboard``, ``wandb``, ``mlflow``.
         packing: rows behind one another in place of padding; None is where that is exact.
+        compile: compile the layers before the first step, one by one (`inlay.kernels.compiled`).
         trunk_cache: where the states below the lowest trained layer are kept, so that they are computed once:
             a folder, ``auto`` (memory, where it is exact and pays) or ``off``.
         trunk_cache_limit: bytes it may take, such as ``4GiB``.
@@ -105,6 +106,7 @@ class RunConfig(BaseModel):
     early_stopping: int | None = Field(default=None, ge=1)
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     packing: bool | None = None
+    compile: bool = False
     trunk_cache: str = "auto"
     trunk_cache_limit: str = "4GiB"
 
@@ -112,6 +114,16 @@ class RunConfig(BaseModel):
     def _evaluates(self) -> Self:
         if self.early_stopping and self.eval_data is None and self.eval_split is None and self.eval_share == 0:
             raise ValueError("early_stopping needs evaluations: give eval_data, or an eval_share above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        beside = [name for name in ("packing", "gradient_checkpointing") if getattr(self, name)]
+        if self.compile and beside:
+            raise ValueError(
+                f"compile cannot be combined with {' and '.join(beside)}: a graph knows nothing of where rows begin, "
+                "and keeps or recomputes what it needs by itself. Leave one of them out"
+            )
         return self
 
     @field_validator("trunk_cache_limit")

@@ -48,7 +48,7 @@ def packs(config: RunConfig, task: str, model: Any, adapter: Adapter, rows: Data
     Raises:
         UnsupportedError: packing was asked for and is not exact here.
     """
-    if config.packing is False:
+    if config.packing is False or config.compile:  # a graph does not know where rows begin
         return False
     try:
         _prepare(config, task, model, adapter, rows)

@@ -24,6 +24,7 @@ from inlay.train.quiet import quiet_libraries
 from inlay.train.stop import Stopped, StopRequest, listening
 
 if TYPE_CHECKING:
+    from inlay.train.compiling import Compilation
     from inlay.train.trunk import TrunkCache
 
 IDENTITY = "identity.json"
@@ -45,6 +46,7 @@ class RunResult:
         peak_memory_bytes: of the device, or of this process on a CPU.
         tokens_per_second: not counting padding.
         micro_batch: rows a pass had at the end, where memory ran out and `batch_size` did not fit; else None.
+        compiled: what compiling the layers cost and gave (`Compilation`); None where they are not compiled.
     """
 
     out: Path
@@ -58,6 +60,7 @@ class RunResult:
     peak_memory_bytes: int
     tokens_per_second: float
     micro_batch: int | None = None
+    compiled: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "out": str(self.out), "adapter": str(self.adapter)}
@@ -175,6 +178,7 @@ def train_prepared(
     from transformers.trainer_callback import TrainerState
 
     from inlay.train.callbacks import Metrics, Pace, Progress, say
+    from inlay.train.compiling import compile_run
     from inlay.train.passes import ran_out
     from inlay.train.trainer import STATE_FILE, AdapterTrainer, patience_used_up, read_tensors
     from inlay.train.trunk import open_trunk
@@ -200,7 +204,12 @@ def train_prepared(
         callbacks=[*callbacks, metrics, Pace(request), *([bar] if bar else [])],
     )
     trainer.remove_callback(PrinterCallback)
+    compilation, undo = None, None
     try:
+        if config.compile:
+            compilation, undo = compile_run(prepared, first=trunk.cut.depth if trunk else 0)
+            if progress:
+                say(compilation.told(prepared.total_steps))
         if checkpoint is not None and state is not None and _over(state, prepared, patience_used_up):
             trainer.state = state  # killed between its last step and its end
             read_tensors(prepared.adapter, checkpoint / "adapter.safetensors")
@@ -210,7 +219,7 @@ def train_prepared(
         if request.number and not _over(trainer.state, prepared, patience_used_up):
             raise _stopped(folder, request)
         trainer.load_best()
-        return _finish(prepared, folder, trainer.state, metrics)
+        return _finish(prepared, folder, trainer.state, metrics, compilation)
     except Stopped:
         raise _stopped(folder, request) from None
     except (RuntimeError, MemoryError) as error:
@@ -221,6 +230,8 @@ def train_prepared(
             "--accumulate, give --gradient-checkpointing or a smaller --max-length, and --overwrite"
         ) from error
     finally:
+        if undo:
+            undo()
         if trunk:
             trunk.close()
         if bar:
@@ -305,7 +316,9 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
     return arguments
 
 
-def _finish(prepared: Prepared, folder: RunFolder, state: Any, metrics: Any) -> RunResult:
+def _finish(
+    prepared: Prepared, folder: RunFolder, state: Any, metrics: Any, compilation: Compilation | None
+) -> RunResult:
     """Save the adapter and its card, then say that the run is finished."""
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -325,6 +338,7 @@ def _finish(prepared: Prepared, folder: RunFolder, state: Any, metrics: Any) -> 
         peak_memory_bytes=peak_memory_bytes(),
         tokens_per_second=round(metrics.tokens_per_second, 1),
         micro_batch=metrics.micro_batch,
+        compiled=compilation.to_dict() if compilation else None,
     )
     write_beside(folder.adapter, lambda part: _write_adapter(prepared, result, part))
     write_text(folder.result, json.dumps(result.to_dict(), indent=2) + "\n")

@@ -83,6 +83,8 @@ def run_together(configs: Sequence[RunConfig], *, resume: bool = False, overwrit
         UserError: what is wrong with one of them before they start; or, when all others have ended, what broke one.
         Stopped: Ctrl-C or SIGTERM; every run has saved its checkpoint.
     """
+    if any(config.compile for config in configs):
+        raise ConfigError("compile is for runs by themselves: compiled layers serve one adapter at a time")
     folders = [RunFolder(config.out) for config in configs]
     begun = [resume and folder.config.is_file() for folder in folders]
     for folder, again in zip(folders, begun, strict=True):
