@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -39,6 +40,33 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
 def test_compiled_for_a_gpu(tmp_path: Path) -> None:
     """What the interpreter runs may still be nothing that a GPU does."""
     run("-W", "ignore", str(HERE / "compiled.py"), interpreted=False, cache=tmp_path)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_line_of_the_measurements_runs(tmp_path: Path) -> None:
+    out = tmp_path / "smoke.json"
+    run("-m", "benchmarks.gpu", "--smoke", "--out", str(out), interpreted=False, cache=tmp_path)
+    found = json.loads(out.read_text())["results"]
+    assert list(found) == ["kernels", "step_with_dropout", "step_without", "serving", "compiled"]
+    assert all(part["agree"] for part in found.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    from benchmarks.gpu import main
+
+    assert main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_what_takes_too_long_is_left_out() -> None:
+    pytest.importorskip("peft")
+    from benchmarks.gpu import SMOKE, measure
+
+    said: list[str] = []
+    assert all("left_out" in part for part in measure(SMOKE, latest_s=-1, say=said.append).values())
 
 
 def test_a_cpu_has_its_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
