@@ -1,12 +1,13 @@
 """The rows of training steps: LoRA at 58 M and 135 M, five other methods, and what a forward pass keeps.
 
-Where nothing is drawn at random, the steps over which ours and the peer's losses must agree are the steps that are
-timed. With dropout they are taken before, without it, because the two draw their masks from different generators.
+Where nothing is drawn at random, the first steps over which ours and the peer's losses must agree are those that are
+timed, and more after them. With dropout they are taken before, without it, because the two draw their masks from
+different generators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,23 +145,22 @@ def compare(contest: Contest, options: Options) -> dict[str, Any]:
     models = {"inlay": ours, "peer": contest.peer(ours, base)}
     batch = case.batch()
     losses: dict[str, list[float]] = {name: [] for name in models}
-    steps: dict[str, Callable[[], object]] = {
+    checked: dict[str, Callable[[], object]] = {
         name: recorded(step.training_step(model, batch), losses[name]) for name, model in models.items()
     }
+    steps = dict(checked)
     if case.dropout:
         for model in models.values():
             model.eval()  # without masks
-        for _ in range(options.checked):
-            for take in steps.values():
-                take()
+        take_on(checked, losses, options.checked)
         for model in models.values():
             model.train()
     if contest.floor:
         steps["floor"] = step.floor_step(base, batch)
     if contest.sft:
         steps["sft"] = sft_step(base, case.rank, batch, step.LEARNING_RATE)
-    rounds = options.runs if case.dropout else max(options.runs, options.checked - WARMUP)
-    timings = alternate(steps, runs=rounds, warmup=WARMUP)
+    timings = alternate(steps, runs=options.runs, warmup=WARMUP)
+    take_on(checked, losses, options.checked)
     return {
         "case": case.name,
         "shape": case.shape.to_dict(),
@@ -172,6 +172,13 @@ def compare(contest: Contest, options: Options) -> dict[str, Any]:
         "timings": {name: timing.to_dict() for name, timing in timings.items()},
         "ratios": {f"inlay/{name}": ratio(timings["inlay"], timings[name]) for name in timings if name != "inlay"},
     }
+
+
+def take_on(steps: Mapping[str, Callable[[], object]], losses: dict[str, list[float]], until: int) -> None:
+    """Go on until each has noted so many losses."""
+    while min(map(len, losses.values())) < until:
+        for take in steps.values():
+            take()
 
 
 def recorded(take: Callable[[], Tensor], losses: list[float]) -> Callable[[], object]:
