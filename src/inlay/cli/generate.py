@@ -23,7 +23,7 @@ def generate(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Transformers folder or hub name. Default: the embedded base."),
+        typer.Option(help="Transformers folder or hub name. Default: the adapters', else the embedded base."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a text.")] = 128,
     num_beams: Annotated[int, typer.Option(help="Beam search over so many; 1 is greedy.")] = 1,

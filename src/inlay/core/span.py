@@ -1,9 +1,11 @@
-"""Where each row's prompt lies in a forward, for deltas that act at some of its positions only (LoReFT).
+"""Where each row's prompt lies in a forward, for deltas that act at some of its positions only (LoReFT) or, beside an
+encoder, look at the row's other tokens (side attention).
 
-In training the prompt ends where the labels of a causal model begin; where they begin at the first token, without
-labels, and for encoders, it is the row without its padding. Of an encoder–decoder it is what the encoder reads. A
-forward that continues a cache (a step of generation) holds none of it; generation without a cache knows how long it
-was. A model that reads no tokens (pixels) has its whole rows for prompts: ends beyond a row are cut by who reads them.
+In training the prompt ends where the labels of a model that writes begin (tags of tokens hide none of them); where
+they begin at the first token, without labels, and for encoders, it is the row without its padding. Of an
+encoder–decoder it is what the encoder reads. A forward that continues a cache (a step of generation) holds none of
+it; generation without a cache knows how long it was. A model that reads no tokens (pixels) has its whole rows for
+prompts: ends beyond a row are cut by who reads them.
 """
 
 from __future__ import annotations

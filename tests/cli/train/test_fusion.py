@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import inlay
 from inlay import Pfeiffer
@@ -16,6 +17,8 @@ from inlay.train import RunConfig, load_base, run
 from tests import tiny
 
 Command = Callable[..., tuple[int, str, str]]
+SEQ_BN = {"mh_adapter": False, "output_adapter": True, "original_ln_before": True, "original_ln_after": True,
+          "residual_before_ln": True, "non_linearity": "relu", "reduction_factor": 8}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,28 @@ def test_two_runs_in_a_third(
     data = words[words.index("--data") + 1]
     code, out, error = command("evaluate", "--data", data, "--adapter", tmp_path / "fused" / "adapter", "--json")
     assert code == 0 and 0 <= json.loads(out)["metrics"]["accuracy"] <= 100, error
+
+
+def test_members_in_adapterhubs_files(bert: Path, words: list[Any], command: Command, tmp_path: Path) -> None:
+    model = load_base(bert, task="classification", label_names=["n", "y"]).model
+    hidden, layers, config = model.config.hidden_size, model.config.num_hidden_layers, SEQ_BN
+    torch.manual_seed(0)
+    for name in ("first", "second"):
+        stored = {}
+        for at in (f"bert.encoder.layer.{i}.output.adapters.{name}" for i in range(layers)):
+            stored[f"{at}.adapter_down.0.weight"] = torch.randn(4, hidden)
+            stored[f"{at}.adapter_down.0.bias"] = torch.ones(4)
+            stored[f"{at}.adapter_up.weight"] = torch.randn(hidden, 4)
+            stored[f"{at}.adapter_up.bias"] = torch.ones(hidden)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"config": config, "name": name}))
+        save_file(stored, tmp_path / name / "adapter.safetensors")
+    words = [f"adapters={tmp_path / 'first'},{tmp_path / 'second'}" if "adapters=" in str(w) else w for w in words]
+    code, _, error = command(*words, "--out", tmp_path / "fused")
+    assert code == 0, error
+    _, fused = tensors(bert, tmp_path / "fused" / "adapter", "ny")
+    last = [value for name, value in fused.tensors().items() if "members.1" in name and name.endswith("up")][-1]
+    assert torch.equal(last, stored[f"bert.encoder.layer.{layers - 1}.output.adapters.second.adapter_up.weight"])
 
 
 def test_it_goes_on_where_it_stopped(bert: Path, members: list[Path], tmp_path: Path) -> None:
