@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from inlay.core.chain import Chain, Fork, Placed, changes_input, enter, leave, leaves
 from inlay.core.delta import Delta
 from inlay.core.site import Site
-from inlay.core.watch import Watch, watchable
+from inlay.core.watch import Watch, versioned, watchable
 
 if TYPE_CHECKING:
     from inlay.core.call import Call
@@ -173,11 +173,12 @@ class Stacks:
                 site, delta = node
                 stacked = type(delta).grouped([_delta(host.deltas[n][position]) for n in segments.owners], site, dtype)
                 nodes.append((site, stacked))
-            if all(stacked is not None for _, stacked in nodes):
-                groups.append(Group(segments, tuple(nodes), changes_input(host.deltas[names[0]])))
-                self.watch.add(m for n in names for _, d in leaves(host.deltas[n]) for m in d.modules())
-                if any(stacked.reads_base for _, stacked in nodes):
-                    self.watch.add([host.module])
+            if any(stacked is None or (stacked.reads_base and not versioned(host.module)) for _, stacked in nodes):
+                continue
+            groups.append(Group(segments, tuple(nodes), changes_input(host.deltas[names[0]])))
+            self.watch.add(m for n in names for _, d in leaves(host.deltas[n]) for m in d.modules())
+            if any(stacked.reads_base for _, stacked in nodes):
+                self.watch.add([host.module])
         return tuple(groups), frozenset(n for g in groups for n in g.segments.owners)
 
 

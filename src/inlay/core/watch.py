@@ -2,14 +2,15 @@
 
 Every tensor is compared with what it was: the same object, storage and version (`Tensor._version`, by which
 autograd notices as well that something it saved has been written). PyTorch's fused optimizers write without counting
-versions, so every step of every optimizer makes whatever was kept old.
+versions, so every step of every optimizer makes whatever was kept old; tensors made in inference mode have none at
+all, so nothing is kept of them.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,8 +34,13 @@ _steps = _Steps()
 register_optimizer_step_post_hook(_steps.count)
 
 
+_looks = count()
+
+
 def stamp(tensor: Tensor) -> tuple[int, int, int]:
     """Changes whenever the tensor's values may have."""
+    if tensor.is_inference():
+        return tensor.data_ptr(), -1, next(_looks)
     return tensor.data_ptr(), tensor._version, _steps.made
 
 
@@ -76,7 +82,12 @@ class Watch:
 def watchable(module: nn.Module) -> bool:
     """Whether a module's own tensors are plain ones, in evaluation mode: a shard or a stand-in tells nothing."""
     tensors = _held([module._parameters, module._buffers])
-    return not module.training and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+    return not module.training and all(type(t) in (Tensor, nn.Parameter) for t in tensors) and versioned(module)
+
+
+def versioned(module: nn.Module) -> bool:
+    """Whether changes to a module's own tensors are counted: not to those made in inference mode."""
+    return not any(t.is_inference() for t in _held([module._parameters, module._buffers]))
 
 
 def _held(owners: Iterable[dict[str, Any]]) -> list[Tensor]:

@@ -50,3 +50,27 @@ def test_a_step_is_seen(key: str, fused: bool, mixed: bool) -> None:
             tensor.copy_(adapter.tensors()[name])
         expected = fresh(**batch).logits[0]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_models_and_adapters_made_in_inference_mode(key: str, whole: bool) -> None:
+    """Their tensors count no versions: nothing is kept of them, and a change in place is seen."""
+    specimen = ZOO["llama"]
+    batch = {name: t for name, t in specimen.batch(2, 0).items() if name != "labels"}
+    with torch.inference_mode(whole):
+        model = specimen.build()
+    with torch.inference_mode():
+        inlay.attach(model, METHODS[key], name="one")
+        inlay.attach(model, METHODS[key], name="two")
+        for seed in range(2):
+            for adapter in inlay.adapters(model).values():
+                for parameter in adapter.parameters():
+                    parameter.normal_(std=0.3)
+            with inlay.use(model, ["one", "two"]):
+                mixed = model(**batch).logits
+            for row, name in enumerate(("one", "two")):
+                with inlay.use(model, name):
+                    alone = model(**{n: t[row : row + 1] for n, t in batch.items()}).logits
+                real = batch["attention_mask"][row].bool()
+                torch.testing.assert_close(mixed[row][real], alone[0][real], atol=1e-4, rtol=1e-4, msg=f"{name} {seed}")
