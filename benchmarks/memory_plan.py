@@ -226,6 +226,7 @@ def serve() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/plan/memory.json"))
+    parser.add_argument("--replan", action="store_true", help="only plan again what was measured")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help="words that a combination must hold, with commas")
     parser.add_argument("--default-malloc", action="store_true")
@@ -235,6 +236,9 @@ def main() -> None:
         return
     from benchmarks.provenance import git_state, read_json
 
+    if options.replan:
+        replan(options.out)
+        return
     words = [w for w in options.only.split(",") if w]
     rows = [row for row in combinations() if all(w in map(str, row.values()) for w in words)]
     keys = list(rows[0])
@@ -253,6 +257,18 @@ def main() -> None:
             if not words:
                 write(options.out, results, options.default_malloc)
     print(summary(results))
+
+
+def replan(path: Path) -> None:
+    """Hold today's planner against what was measured."""
+    from benchmarks.provenance import read_json
+
+    content, planners = read_json(path), {}  # type: ignore[var-annotated]
+    for row in content["results"]:
+        row |= planned(row, planners)
+        row["error"] = row["planned"] / row["peak"] - 1
+    write(path, content["results"], content["malloc"] == "default")
+    print(summary(content["results"]))
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -254,3 +254,23 @@ def test_a_quantised_module_is_not_copied(where: str) -> None:
     model = specimen("nf4").build()
     with pytest.raises(UnsupportedError, match="is quantised"):
         inlay.attach(model, inlay.LoRA(rank=2), where=["q_proj"], layers=[1], modules_to_save=[where])
+
+
+def test_rows_that_the_library_computes_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 4-bit base that somebody else has loaded, with rows that blocks of 64 do not divide, on a CPU."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from inlay.bases import bitsandbytes as room
+
+    if room.exact(96, "nf4", 64):
+        pytest.skip("this bitsandbytes computes them right")
+    assert room.exact(64, "nf4", 64) and room.exact(704, "fp4", 64)
+    sizes = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=64)
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "exact", lambda *_: True)
+        tensors = dict(LlamaForCausalLM(config).state_dict())
+        model = read_quantised(AutoModelForCausalLM, config, tensors, "nf4", torch.float32)[0]
+    with pytest.raises(UnsupportedError, match="rows of 96 numbers wrongly on the CPU. Quantise this base to 8 bits"):
+        inlay.attach(model, inlay.LoRA(rank=2))
+    assert not inlay.adapters(model)

@@ -6,6 +6,9 @@
 
 Merging makes such a layer an `nn.Linear` of the dequantised weight, as long as the merge lasts.
 
+On a CPU, bitsandbytes 0.50 takes wrong constants for 4-bit rows of some lengths that blocks do not divide (32, 48, 96,
+160); `exact` finds out, and such layers are refused.
+
 On CPUs with AVX512-BF16 a 4-bit layer repacks itself in its first forward without gradients: its constants are
 rounded to bfloat16, and from then on no gradient passes through it. `settle` forbids that.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import cache
 from typing import Any
 
 import bitsandbytes as bnb
@@ -124,9 +128,25 @@ def _(layer: Any, weight: Tensor, bias: Tensor | None) -> Undo:
     return restore
 
 
+@cache
+def exact(width: int, kind: str, block: int) -> bool:
+    """Whether the CPU's kernel gives rows of so many numbers as blocks, codes and constants say."""
+    weight = torch.randn(block, width, generator=torch.Generator().manual_seed(0))
+    packed, state = bnb.functional.quantize_4bit(weight, blocksize=block, quant_type=kind)
+    codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1, block).long()
+    plain = (state.code[codes] * state.absmax[:, None]).view(weight.shape)
+    return torch.allclose(bnb.functional.dequantize_4bit(packed, state), plain, rtol=1e-4, atol=1e-6)
+
+
 @settle.register(Linear4bit)
 def _(layer: Any, dtype: torch.dtype) -> None:
-    _state(layer)  # or it is too late
+    state, weight = _state(layer), raw(layer, "weight")  # or it is too late
+    on_cpu = state is not None and weight is not None and weight.device.type == "cpu"
+    if on_cpu and not exact(state.shape[-1], state.quant_type, state.blocksize):
+        raise UnsupportedError(
+            f"bitsandbytes {bnb.__version__} computes 4-bit rows of {state.shape[-1]} numbers wrongly on the CPU. "
+            "Quantise this base to 8 bits, or leave it as it is"
+        )
     layer._inlay_settled, layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu, False
 
 

@@ -227,9 +227,22 @@ def _kept(skeleton: nn.Module, name: str) -> list[str]:
         raise ConfigError(f"{type(skeleton).__name__} has no linear layers in numbered blocks, so none to quantise")
     if name == "torchao-int4":
         _check_groups({path: (site.out_features, site.in_features) for path, site in quantised.items()})
+    if name in ("nf4", "fp4") and not torch.cuda.is_available():
+        _check_widths({path: site.in_features for path, site in quantised.items()}, name)
     if LIBRARIES[name] == "torchao" and any(not isinstance(s.module, nn.Linear) for s in quantised.values()):
         raise ConfigError(f"torchao cannot quantise the layers of {type(skeleton).__name__}; use nf4, fp4 or int8")
     return [re.escape(path) for path in linear if path not in quantised]
+
+
+def _check_widths(widths: dict[str, int], name: str) -> None:
+    from inlay.bases.bitsandbytes import exact
+
+    wrong = [f"{path} ({width})" for path, width in widths.items() if not exact(width, name, BLOCK)]
+    if wrong:
+        raise ConfigError(
+            f"quantize={name}: bitsandbytes computes rows of these lengths wrongly on the CPU: {', '.join(wrong[:4])}"
+            f"{' and others' if len(wrong) > 4 else ''}. Use int8, or leave --quantize out"
+        )
 
 
 def _check_groups(sizes: dict[str, tuple[int, int]]) -> None:

@@ -47,6 +47,7 @@ def trace(model: Any, adapter: Adapter, setting: Setting, *, task: str, gpu: boo
     """Run a step of `model`, whose parameters are on the meta device."""
     batch = inputs(model, setting, task)
     ledger = Ledger([*model.parameters(), *model.buffers(), *adapter.tensors().values(), *batch.values()])
+    cached = getattr(model.config, "use_cache", None)
     if setting.checkpointing:
         model.config.use_cache = False  # as transformers does, with a warning
         again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), Standins(gpu=gpu, quantised=quantised))}
@@ -75,6 +76,7 @@ def trace(model: Any, adapter: Adapter, setting: Setting, *, task: str, gpu: boo
             hook.remove()
         if setting.checkpointing:
             model.activation_checkpointing_disable()
+            model.config.use_cache = cached
     trained = [p for p in adapter.parameters() if p.requires_grad]
     grads = [p.grad for p in trained if p.grad is not None]
     kept = {number for grad in grads if (number := ledger.number_of(grad)) is not None}

@@ -119,6 +119,16 @@ def test_checkpointing_keeps_less_and_computes_more(skeleton: Skeleton) -> None:
     assert 1.1 < again.seconds / plain.seconds < 1.7
 
 
+def test_a_plan_does_not_depend_on_earlier_ones() -> None:
+    """Checkpointing switches the cache of keys and values off, which other steps keep."""
+    config = LlamaConfig(**SHALLOW.to_dict() | {"num_key_value_heads": 2})
+    setting = Setting(batch=4, length=32)
+    alone = Planner(Skeleton(config), inlay.LoRA(rank=4)).plan(setting)
+    planner = Planner(Skeleton(config), inlay.LoRA(rank=4))
+    planner.plan(replace(setting, checkpointing=True))
+    assert planner.plan(setting) == alone
+
+
 # -- the two short cuts ------------------------------------------------------------------------------
 
 
