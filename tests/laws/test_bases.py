@@ -271,6 +271,6 @@ def test_rows_that_the_library_computes_wrongly_are_refused(monkeypatch: pytest.
         patched.setattr(room, "exact", lambda *_: True)
         tensors = dict(LlamaForCausalLM(config).state_dict())
         model = read_quantised(AutoModelForCausalLM, config, tensors, "nf4", torch.float32)[0]
-    with pytest.raises(UnsupportedError, match="rows of 96 numbers wrongly on the CPU. Quantise this base to 8 bits"):
+    with pytest.raises(UnsupportedError, match="rows of 96 numbers wrongly on the CPU"):
         inlay.attach(model, inlay.LoRA(rank=2))
     assert not inlay.adapters(model)

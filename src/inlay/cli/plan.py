@@ -31,7 +31,8 @@ def plan(
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 weights. Default: the base's own.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="nf4, fp4, int8 or int4; none for --memory to try no other.")
+        str | None,
+        typer.Option(help="Formats as for inlay train (nf4, fp4, int8, …); none for --memory to try no other."),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations.")

@@ -11,16 +11,18 @@ from typing import Any, Literal, TypeAlias
 from inlay.core.errors import ConfigError
 
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
-Quantisation: TypeAlias = Literal["nf4", "fp4", "int8", "int4"]
+Quantisation: TypeAlias = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 
 BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Bytes a weight. 4 bits and one float32 in a block of 64; with double quantisation that float is kept in 8 bits,
-# with a float32 of its own for every 256 of them (QLoRA, arXiv:2305.14314, §3: 0.127 bits a weight).
+# with a float32 of its own for every 256 of them (QLoRA, arXiv:2305.14314, §3: 0.127 bits a weight). torchao's int4
+# has two bfloat16 for every 64 weights; the constants of a row of 8-bit weights are not counted.
 BYTES_PER_WEIGHT: Mapping[Quantisation, float] = {
     "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8,
     "fp4": (4 + 8 / 64 + 32 / (64 * 256)) / 8,
     "int8": 1.0,
-    "int4": (4 + 32 / 128) / 8,
+    "torchao-int8": 1.0,
+    "torchao-int4": (4 + 32 / 64) / 8,
 }
 ROLES = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporary")
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

@@ -105,6 +105,13 @@ def test_transposed_layers_are_quantised_too() -> None:
     assert forward[1]["temporary"] - forward[0]["temporary"] == pytest.approx(made, rel=0.1)
 
 
+def test_what_can_be_trained_can_be_planned() -> None:
+    from inlay.bases.loading import LIBRARIES
+    from inlay.plan.setting import BYTES_PER_WEIGHT
+
+    assert set(BYTES_PER_WEIGHT) == set(LIBRARIES)
+
+
 def test_accumulation_keeps_gradients(skeleton: Skeleton) -> None:
     planner = Planner(skeleton, inlay.LoRA(rank=4), where="all-linear")
     one, four = (planner.plan(Setting(precision="fp32", batch=2, length=16, accumulate=n)) for n in (1, 4))
