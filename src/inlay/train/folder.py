@@ -52,7 +52,6 @@ class RunFolder:
         self.adapter = self.root / "adapter"
         self.checkpoints = self.root / "checkpoints"
         self.best = self.checkpoints / "best.safetensors"
-        self._lock: IO[str] | None = None
 
     @property
     def used(self) -> bool:
@@ -97,20 +96,8 @@ class RunFolder:
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Hold the folder for this process; a second run in it is refused, and a dead one leaves no trace."""
-        import fcntl  # there is no such lock on Windows, where inlay does not run yet
-
         made = [path for path in (self.root, *self.root.parents) if not path.exists()]
-        with disk_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / ".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise OutputError(
-                f"the output folder {self.root} is already in use: another process is training in it. "
-                "Wait for its end (then --resume or --overwrite), or choose another --out"
-            ) from error
+        lock = self._lock()
         try:
             yield
         finally:
@@ -120,6 +107,28 @@ class RunFolder:
             with suppress(OSError):  # a run that was refused leaves no folders; used ones are not empty and stay
                 for path in made:
                     path.rmdir()
+
+    def _lock(self) -> IO[str]:
+        """The locked file of the folder. A run that ends removes it, and a file that was removed locks nobody out."""
+        import fcntl  # there is no such lock on Windows, where inlay does not run yet
+
+        path = self.root / ".lock"
+        while True:
+            with disk_errors(self.root):
+                self.root.mkdir(parents=True, exist_ok=True)
+                lock = path.open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.close()
+                raise OutputError(
+                    f"the output folder {self.root} is already in use: another process is training in it. "
+                    "Wait for its end (then --resume or --overwrite), or choose another --out"
+                ) from error
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                    return lock
+            lock.close()
 
     def clear(self) -> None:
         """Remove an earlier run's files."""

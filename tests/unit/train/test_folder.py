@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +79,25 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
     ):
         pass
     with RunFolder(tmp_path).claimed():
+        pass
+
+
+def test_a_lock_that_an_ending_run_removes_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the opening and the locking of its file: without a second look, two runs would be in one folder."""
+    held = fcntl.flock
+    ended = iter([True])
+
+    def locked(file: Any, how: int) -> None:
+        if next(ended, False):
+            (tmp_path / ".lock").unlink()
+        held(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", locked)
+    with (
+        RunFolder(tmp_path).claimed(),
+        pytest.raises(OutputError, match="another process is training"),
+        RunFolder(tmp_path).claimed(),
+    ):
         pass
 
 
