@@ -63,7 +63,10 @@ def sft_step(base: nn.Module, rank: int, batch: dict[str, Tensor], rate: float) 
     """
     import peft
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
+
+    from inlay.train.quiet import quiet_libraries
 
     labels = batch["labels"]
     rows = [
@@ -72,7 +75,7 @@ def sft_step(base: nn.Module, rank: int, batch: dict[str, Tensor], rate: float) 
     ]
     model: Any = copy.deepcopy(base)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         arguments = SFTConfig(
             output_dir=folder, per_device_train_batch_size=len(rows), max_steps=1, learning_rate=rate, report_to=[],
             disable_tqdm=True, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
@@ -81,6 +84,7 @@ def sft_step(base: nn.Module, rank: int, batch: dict[str, Tensor], rate: float) 
             model=model, args=arguments, train_dataset=Dataset.from_list(rows), peft_config=config,
             processing_class=_word_tokenizer(base.config.vocab_size),
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         trainer.train()  # one step, through which the trainer prepares model and optimizer
     given = next(iter(trainer.get_train_dataloader()))
     optimizer, scored = trainer.optimizer, int((given["labels"][:, 1:] != -100).sum())
