@@ -76,6 +76,29 @@ def test_mistakes(config: Path, command: Command, words: tuple[object, ...], mes
     assert (code, out) == (2, "") and message in error and "Traceback" not in error
 
 
+BIG = {
+    "LLaMA-65B": ("RTX A6000", 64, 512, "48GiB"),
+    "Llama-2-13B": ("RTX 4080", 16, 1024, "16GB"),
+}
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_big_models_on_one_card(name: str, command: Command, tmp_path: Path) -> None:
+    """The field's claims, by command: 65 billion with QLoRA on 48 GB, 13 billion on 16 GB; in 16 bits neither."""
+    from tests.unit.plan.configurations import config_of
+
+    gpu, rank, length, memory = BIG[name]
+    config_of(name).save_pretrained(tmp_path)
+    words = ("--base", tmp_path, "--method", "lora", "--set", f"rank={rank}", "--where", "all-linear", "--gpu", gpu)
+    words += ("--batch-size", 1, "--max-length", length, "--gradient-checkpointing", "--memory", memory)
+    code, out, error = command("plan", *words, "--json")
+    assert code == 0, error
+    settings = {(r["fits"] or r["beyond"])["setting"]["quantisation"]: r for r in json.loads(out)["settings"]}
+    assert settings.keys() == {None, "nf4"} and settings[None]["fits"] is None
+    fits = settings["nf4"]["fits"]
+    assert fits is not None and fits["base_parameters"] > 12 * 10**9
+
+
 def test_no_configuration(command: Command, tmp_path: Path) -> None:
     code, _, error = command("plan", "--base", tmp_path, "--gpu", "T4")
     assert code == 2 and "no config.json" in error
