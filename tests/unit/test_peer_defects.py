@@ -27,8 +27,8 @@ from inlay.core.errors import (
 )
 from inlay.core.pieces import PromptPiece
 from inlay.testing.models import ZOO
+from inlay.testing.specimen import randomise
 
-NO_QUANTISED = "quantised bases are not in yet"
 TYPED = {"where": ["q_proj", "v_proj"]}
 
 
@@ -207,14 +207,47 @@ def test_layers_that_share_their_weights_are_merged_apart() -> None:
     assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
 
 
-@pytest.mark.skip(reason=NO_QUANTISED)
+def in_four_bits() -> Any:
+    """A tiny Llama in NF4, its biases as they were."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from inlay.bases.loading import read_quantised
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    dense: Any = LlamaForCausalLM(LlamaConfig(vocab_size=97, attention_bias=True, **sizes))
+    randomise(dense, "four bits")
+    made: Any = read_quantised(AutoModelForCausalLM, dense.config, dense.state_dict(), "nf4", torch.float32)[0]
+    return made.eval()
+
+
+def merged_as_computed(model: Any, method: Any, **options: Any) -> None:
+    """The merged model computes what the adapter did, which was something else than the base; and the way back."""
+    base = logits(model)
+    shaken(model, method, **options)
+    expected = logits(model)
+    assert (expected - base).abs().max() > 1e-2, method
+    inlay.merge(model, "default")
+    assert torch.allclose(logits(model), expected, atol=1e-4 * max(1.0, float(expected.abs().max()))), method
+    inlay.unmerge(model)
+    assert torch.equal(logits(model), expected)
+    inlay.detach(model, "default")
+    assert torch.equal(logits(model), base)
+
+
 def test_a_bias_is_merged_with_its_scale_into_four_bits() -> None:
     """bitsandbytes 4-bit with `lora_bias`, merged: the bias is not scaled (1.0 for 4.0); `safe_merge` crashes."""
+    merged_as_computed(in_four_bits(), inlay.Stack(inlay.LoRA(rank=2, alpha=8.0), inlay.BitFit()))
 
 
-@pytest.mark.skip(reason=NO_QUANTISED)
 def test_every_method_that_merges_merges_into_four_bits() -> None:
     """RandLoRA merged into a bitsandbytes 4-bit base: the adapter is lost."""
+    model, tried = in_four_bits(), []
+    for key, cls in inlay.methods().items():
+        if cls.needs_data or cls.family not in ("low rank", "orthogonal", "rescaling") or key == "loftq":
+            continue  # loftq quantises by itself
+        merged_as_computed(model, cls.examples()[0])
+        tried.append(key)
+    assert len(tried) >= 14, tried
 
 
 def test_a_tied_head_keeps_its_own_weights_when_merged() -> None:
