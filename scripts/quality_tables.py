@@ -9,7 +9,6 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "runs" / "quality"
 TASKS = {"trec": "accuracy", "sst2": "accuracy", "e2e": "bleu", "transliteration": "exact_match"}
-SECOND = {"e2e": "rougeL", "transliteration": "rougeL"}
 PERCENT = ("accuracy", "exact_match", "rougeL")
 CLASSIFYING = ("trec", "sst2")
 JUDGE = "full"
