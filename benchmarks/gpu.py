@@ -37,7 +37,7 @@ from inlay.kernels.compiled import compile_layers
 
 LATEST_S = 420  # when the last part may begin
 LLAMA_1B = Shape(hidden=2048, intermediate=8192, layers=16, heads=32, vocabulary=32_000)
-TINY = Shape(hidden=32, intermediate=48, layers=2, heads=2, vocabulary=64, dtype=torch.float32)
+TINY = Shape(hidden=32, intermediate=48, layers=1, heads=2, vocabulary=64, dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ SMOKE = Scale(
     served=(3, 4),
     decoded=1,
     runs=2,
-    warmup=1,
+    warmup=0,
     backend="eager",
 )
 

@@ -44,12 +44,12 @@ def step(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
-def moved(model: Any, method: Any) -> None:
+def moved(model: Any, method: Any, *, where: str | None = "all-linear") -> None:
     torch.manual_seed(0)
-    adapter = inlay.attach(model, method, where="all-linear")
+    adapter = inlay.attach(model, method, where=where)
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter.normal_(std=0.1)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def test_layers_share_their_graphs_whatever_the_batch(counter: CompileCounter) -> None:
@@ -67,6 +67,18 @@ def test_layers_share_their_graphs_whatever_the_batch(counter: CompileCounter) -
     assert counter.frame_count == 2
     undo()
     assert all(block._compiled_call_impl is None for block in blocks_of(model))
+
+
+@pytest.mark.parametrize("method", [inlay.DoRA(rank=2), inlay.IA3(), inlay.Pfeiffer(reduction=4)], ids=lambda m: m.name)
+def test_methods_share_them_too(method: Any, counter: CompileCounter) -> None:
+    model = deep("llama", 4)
+    moved(model, method, where=None)
+    batch = ZOO["llama"].batch(2, 1)
+    expected = step(model, batch)
+    compile_layers(model)
+    for one, other in zip(step(model, batch), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 2
 
 
 def test_some_layers_only(counter: CompileCounter) -> None:
