@@ -18,25 +18,28 @@ def cross_entropy_(scores: Tensor, labels: Tensor, factor: float, cap: float | N
     """The loss of each row, (rows) in float32.
 
     Args:
-        scores: (rows, vocabulary), contiguous; the losses' gradient with respect to them afterwards.
+        scores: (rows, vocabulary), contiguous; the losses' gradient with respect to them afterwards, or anything.
         labels: (rows, 1).
         writes: whether that gradient is wanted.
     """
     rows, vocabulary = scores.shape
     few = max(1, SCORES_IN_CACHE // vocabulary) if scores.device.type in ("cpu", "meta") else rows
     losses = scores.new_empty(rows, dtype=torch.float32)
-    wide = scores.new_empty((min(few, rows), vocabulary), dtype=torch.float32)
+    narrow = scores.dtype != torch.float32
+    wide = scores.new_empty((min(few, rows), vocabulary), dtype=torch.float32) if narrow else None
     for start in range(0, rows, few):
-        at = slice(start, start + few)
-        z = wide[: min(few, rows - start)].copy_(scores[at])
-        losses[at] = _of_block(z, labels[at], factor, cap, scores[at] if writes else None)
+        own, at = scores[start : start + few], slice(start, start + few)
+        z = own if wide is None else wide[: own.shape[0]].copy_(own)
+        losses[at], gradient = _of_block(z, labels[at], factor, cap)
+        if writes and gradient is not own:
+            own.copy_(gradient)
         if scores.is_meta:
             break  # the other blocks allocate nothing more
     return losses
 
 
-def _of_block(z: Tensor, labels: Tensor, factor: float, cap: float | None, into: Tensor | None) -> Tensor:
-    """The losses of some rows whose scores are in z, which is written; their gradient goes into `into`."""
+def _of_block(z: Tensor, labels: Tensor, factor: float, cap: float | None) -> tuple[Tensor, Tensor]:
+    """The losses of some rows whose scores are in z, which is written, and their gradient, in z if there is no cap."""
     if factor != 1.0:
         z.mul_(factor)
     bent = None if cap is None else z.div_(cap).tanh_()
@@ -44,9 +47,7 @@ def _of_block(z: Tensor, labels: Tensor, factor: float, cap: float | None, into:
     highest, of_label = z.amax(1), z.gather(1, labels).squeeze(1)
     shares = torch.softmax(z, 1, out=z)  # one pass; the normaliser is what made the highest its share
     losses = highest - shares.amax(1).log() - of_label
-    if into is not None:
-        shares.scatter_add_(1, labels, shares.new_full(labels.shape, -1.0))
-        if bent is not None:
-            shares.mul_(1 - bent.square())
-        into.copy_(shares if factor == 1.0 else shares.mul_(factor))
-    return losses
+    shares.scatter_add_(1, labels, shares.new_full(labels.shape, -1.0))
+    if bent is not None:
+        shares.mul_(1 - bent.square())
+    return losses, shares if factor == 1.0 else shares.mul_(factor)
