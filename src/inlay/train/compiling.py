@@ -48,7 +48,9 @@ class Compilation:
 
     def told(self, total: int) -> str:
         """A line for who waits."""
-        pays = "it does not pay" if self.steps is None else f"it has paid after {self.steps} steps of {total}"
+        pays = "it does not pay"
+        if self.steps is not None:
+            pays = f"it {'has paid' if self.steps <= total else 'would have paid'} after {self.steps} steps of {total}"
         return (
             f"compiled {self.layers} layers in {self.seconds:.1f} s: a pass takes {self.pass_after:.3f} s, before "
             f"{self.pass_before:.3f} s; {pays}"

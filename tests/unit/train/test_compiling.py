@@ -93,5 +93,6 @@ def test_what_it_cannot_be_combined_with(completions: Path, steady: Path, tmp_pa
 
 def test_the_break_even_is_told() -> None:
     cost: dict[str, Any] = {"layers": 8, "seconds": 41.0, "pass_before": 1.2, "pass_after": 1.0}
-    assert "paid after 205 steps of 300" in Compilation(**cost, steps=205).told(300)
+    assert "has paid after 205 steps of 300" in Compilation(**cost, steps=205).told(300)
+    assert "would have paid after 205 steps of 20" in Compilation(**cost, steps=205).told(20)
     assert "does not pay" in Compilation(**cost, steps=None).told(300)
