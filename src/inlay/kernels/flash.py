@@ -52,7 +52,9 @@ def applies(
     return (
         plain
         and query.device.type in ("cpu", "meta")
-        and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and key.shape[1] == value.shape[1]
+        and (query.shape[1] == key.shape[1] or (enable_gqa and query.shape[1] % key.shape[1] == 0))
         and query.shape[-1] == value.shape[-1]
         and query.numel() > 0
         and (not is_causal or query.shape[2] == key.shape[2])
@@ -72,7 +74,8 @@ class FlashAttention(torch.autograd.Function):
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, _ = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        shared = (_repeated(t, query.shape[1]) for t in (key, value))
+        out, _ = kernel(query, *shared, 0.0, causal, attn_mask=mask, scale=scale)
         ctx.save_for_backward(query, key, value, mask)
         ctx.causal, ctx.scale = causal, scale
         return out  # type: ignore[no-any-return]
@@ -86,10 +89,19 @@ class FlashAttention(torch.autograd.Function):
         for start in range(0, query.shape[0], rows):
             at = slice(start, start + rows)
             added = None if mask is None else mask[start if mask.shape[0] > 1 else 0]
-            grad, q, k, v = (t[at].contiguous().flatten(0, 1) for t in (grads[0], query, key, value))
+            parts = (_repeated(t[at], query.shape[1]) for t in (grads[0], query, key, value))
+            grad, q, k, v = (t.contiguous().flatten(0, 1) for t in parts)
             for whole, part in zip(made, _gradients(grad, q, k, v, added, ctx.causal, ctx.scale), strict=True):
-                whole[at].copy_(part.view(whole[at].shape))
+                own = whole[at]
+                sharing = query.shape[1] // own.shape[1]  # heads of queries to one of keys and values
+                apart = part.view(*own.shape[:2], sharing, *own.shape[2:])
+                own.copy_(apart[:, :, 0] if sharing == 1 else apart.sum(2))
         return *made, None, None, None
+
+
+def _repeated(given: Tensor, heads: int) -> Tensor:
+    """Keys or values with a head for each of the queries', as grouped attention shares them."""
+    return given if given.shape[1] == heads else given.repeat_interleave(heads // given.shape[1], 1)
 
 
 def _gradients(

@@ -84,6 +84,23 @@ def test_some_rows_at_a_time(rows: int, at_once: int, monkeypatch: pytest.Monkey
         assert float((one - other).float().norm()) <= 0.015 * float(other.float().norm())
 
 
+@pytest.mark.parametrize("mask", [None, padded(11)])
+def test_grouped_queries(mask: Tensor | None) -> None:
+    """Six heads of queries share two of keys and values: the gradients of the shared are sums, the output the same."""
+    sizes = (6, 2, 2)
+    leaves = [drawn(2, 11, heads, 16, seed=i).requires_grad_() for i, heads in enumerate(sizes)]
+    found: list[Any] = []
+    for way in (FasterBackward(), contextlib.nullcontext()):
+        with way:
+            q, k, v = (t.transpose(1, 2) for t in leaves)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        assert (type(out.grad_fn).__name__ == "FlashAttentionBackward") == isinstance(way, FasterBackward)
+        found.append([out, *torch.autograd.grad(out, leaves, drawn(2, 6, 11, 16, seed=9))])
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        assert float((one - other).float().norm()) <= 0.015 * float(other.float().norm())
+
+
 @pytest.mark.parametrize(
     "given", [{"dropout_p": 0.1}, {"is_causal": True, "dropout_p": 0.5}, {"attn_mask": torch.zeros(5, 5)}]
 )
