@@ -126,10 +126,9 @@ def load_dense(folder: Path) -> dict[str, Any]:
 
     try:
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    except (MemoryError, RuntimeError, OSError) as error:
-        return {"fits": False, "error": str(error).splitlines()[0][:200]}
-    except Exception as error:  # safetensors' own type
-        return {"fits": False, "error": f"{type(error).__name__}: {error}"[:200]}
+    except Exception as error:  # MemoryError, RuntimeError, OSError, and safetensors' own type
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        return {"fits": False, "error": said.replace(f"{folder}/", "")[:200]}
     return {"fits": True}
 
 
