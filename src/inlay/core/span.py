@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from inlay.core.errors import UnsupportedError
+from inlay.core.labels import IGNORED
 from inlay.core.site import Site
 
 if TYPE_CHECKING:
     from inlay.core.host import Host
 
-IGNORED = -100
 FAR = 2**31
 
 

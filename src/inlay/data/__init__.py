@@ -15,11 +15,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inlay.core.labels import IGNORED
     from inlay.data.collating import Collator, collate
     from inlay.data.columns import Kind, Layout, Task, parse_columns, resolve_columns
     from inlay.data.digest import fingerprint
     from inlay.data.encoding import encode
-    from inlay.data.job import IGNORED, OnLong
+    from inlay.data.job import OnLong
     from inlay.data.labels import labels_of
     from inlay.data.parsed import ORIGIN, origins
     from inlay.data.prompting import Prompt, encode_prompt, prompts

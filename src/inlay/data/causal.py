@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from inlay.core.errors import DataError, UnsupportedError
+from inlay.core.labels import IGNORED
 from inlay.data.chat import chat_pieces
-from inlay.data.job import IGNORED, Encoded, Job
+from inlay.data.job import Encoded, Job
 from inlay.data.joining import Joiner
 from inlay.data.prompting import completions_of, prompts_of
 from inlay.data.rows import Rows

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from inlay.core.errors import ConfigError
+from inlay.core.labels import IGNORED
 from inlay.data.columns import TASKS, Task
-from inlay.data.job import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

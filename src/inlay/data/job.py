@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from inlay.core.errors import ConfigError, nearest, problems
+from inlay.core.labels import IGNORED
 from inlay.data.columns import TASKS_OF, Layout, Task
 from inlay.data.template import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""Label of positions that are not scored; cross-entropy in PyTorch ignores it."""
 
 OnLong = Literal["error", "truncate", "drop", "split"]
 ON_LONG: tuple[OnLong, ...] = ("error", "truncate", "drop", "split")

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.core.labels import IGNORED
 from inlay.kernels import gpu
 from inlay.kernels.cross_entropy import cross_entropy_
 from inlay.kernels.lazy import LazyTensor
 
-IGNORED = -100
 SCORES_AT_ONCE = 2**23  # numbers in a chunk's scores: 16 MiB in half precision
 FEWEST_ROWS = 128  # below, a matrix product does not reach its speed: 0.21 ms a row at 64, 0.17 here, 0.16 at 512
 AGREEMENT = 2e-3  # relative, between the two losses: half precision sums in another order

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from inlay.core.delta import Delta, DeltaMethod
 from inlay.core.errors import ConfigError
+from inlay.core.labels import IGNORED
 from inlay.core.measure import Batches, Measured, observe_inputs
 from inlay.core.method import Recipe
 from inlay.core.pattern import Pattern, frozen, value_at
@@ -36,8 +37,6 @@ from inlay.core.site import Site
 from inlay.core.view import ModelView
 from inlay.methods._low_rank import check_sizes, low_rank
 from inlay.methods._principal import Inputs, Principal
-
-IGNORED = -100  # the label of a position without one
 
 
 @dataclass(frozen=True, kw_only=True)

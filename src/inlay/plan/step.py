@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from inlay.core.adapter import Adapter
+from inlay.core.labels import IGNORED
 from inlay.kernels import labelled_head
 from inlay.plan.ledger import Entry, Ledger
 from inlay.plan.setting import Setting
 from inlay.plan.standins import Standins, answering_autocast
 
 PHASES = ("trial", "forward", "loss", "backward, first half", "backward, second half", "step")
-IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 
 from inlay.core.adapter import Adapter
 from inlay.core.errors import UnsupportedError
+from inlay.core.labels import IGNORED
 from inlay.core.pieces import DeltaPiece, PromptPiece
 from inlay.kernels import packed, trunk
 from inlay.train.config import RunConfig
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from inlay.data.collating import Collator
 
-IGNORED = -100
 LENGTHS = (17, 24, 11)  # of the texts that a model is tried on
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative, of one token's scores
 

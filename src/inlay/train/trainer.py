@@ -24,11 +24,11 @@ from transformers import Trainer
 
 from inlay.core.adapter import Adapter
 from inlay.core.errors import ConfigError
+from inlay.core.labels import IGNORED
 from inlay.train.folder import RunFolder, write_beside
 from inlay.train.order import LengthGroupedOrder
 from inlay.train.passes import Passes
 
-IGNORED = -100
 ADAPTER_FILE = "adapter.safetensors"
 STATE_FILE = "trainer_state.json"
 PASSES_FILE = "passes.json"
