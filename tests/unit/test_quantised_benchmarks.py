@@ -52,12 +52,13 @@ def test_points_between_bases(capsys: pytest.CaptureFixture[str]) -> None:
     assert "NF4 -0.50 points" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # how much address space libraries reserve depends on what else the machine does
 def test_a_model_larger_than_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights in bf16 do not fit beside the libraries; in NF4 they do, and are trained."""
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # or each thread reserves 64 MiB that it does not use
     found = big_model.measure(SIZES, steps=2, share=0.85, beside_libraries=True)
     assert found["bf16"]["fits"] is False and "alloc" in found["bf16"]["error"].lower()
     nf4 = found["nf4"]
+    assert "losses" in nf4, nf4
     assert len(nf4["losses"]) == 2 and nf4["losses"][1] < nf4["losses"][0]
     assert nf4["weights_quantised_bytes"] < 0.31 * found["bf16_bytes"]

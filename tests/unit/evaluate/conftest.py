@@ -83,6 +83,14 @@ def one_causal() -> Any:
 
 
 @pytest.fixture(scope="session")
+def one_seq2seq() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return _random(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, **_decoder_sizes())))
+
+
+@pytest.fixture(scope="session")
 def classifier() -> Any:
     """A decoder's head reads the last real token, so it must know the padding."""
     return _tiny_llama("LlamaForSequenceClassification", num_labels=3)

@@ -42,8 +42,10 @@ def test_completions_are_scored_by_likelihood(causal: Any, tokenizer: Any) -> No
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_rows_with_one_prompt_are_references_of_one_answer(kind: str, tokenizer: Any, request: Any) -> None:
-    model = request.getfixturevalue(f"one_{kind}")
+def test_rows_with_one_prompt_are_references_of_one_answer(
+    kind: str, tokenizer: Any, one_causal: Any, one_seq2seq: Any
+) -> None:
+    model = {"causal": one_causal, "seq2seq": one_seq2seq}[kind]
     names = ["exact_match", "bleu", "rougeL"]
     found = run(model, tokenizer, COMPLETIONS, kind, metrics=names)
     asked = [p.input_ids for p in prompts(COMPLETIONS, resolve_columns(COMPLETIONS), tokenizer, task=kind)]
