@@ -36,14 +36,14 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_for_a_gpu(tmp_path: Path) -> None:
     """What the interpreter runs may still be nothing that a GPU does."""
     run("-W", "ignore", str(HERE / "compiled.py"), interpreted=False, cache=tmp_path)
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_line_of_the_measurements_runs(tmp_path: Path) -> None:
     out = tmp_path / "smoke.json"
     run("-m", "benchmarks.gpu", "--smoke", "--out", str(out), interpreted=False, cache=tmp_path)

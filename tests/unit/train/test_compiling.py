@@ -48,7 +48,7 @@ def test_the_numbers_of_a_run_without_it(
     assert RunResult.read(ours.out / "result.json") == ours
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
 def test_machine_code(completions: Path, steady: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
