@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contenders import Shape, in_peft, token_rows, trained, with_inlay
-from benchmarks.timing import alternate, ratio
 from inlay import LoRA
 from inlay.core.method import Method
 
@@ -62,39 +61,6 @@ class Case:
         labels = ids.clone()
         labels[:, : self.tokens - round(self.labelled * self.tokens)] = -100
         return {"input_ids": ids, "labels": labels}
-
-
-def compare(case: Case, *, runs: int) -> dict[str, Any]:
-    """Check that inlay and PEFT learn the same, then time them and the floor alternately.
-
-    Returns:
-        The case, the agreement of the losses, the timings and the ratios.
-    """
-    base = case.shape.build().train()
-    ours = with_inlay(base, case.trained, ["default"], seed=case.seed, where=case.where)
-    models = {"inlay": ours} | ({"peft": in_peft(ours, base)} if case.peer else {})
-    batch = case.batch()
-    steps = {name: training_step(model, batch) for name, model in models.items()}
-    for model in models.values():
-        model.eval()  # masks of dropout come from different generators, so losses are compared without
-    agreement = losses_agree(case, steps)
-    for model in models.values():
-        model.train()
-    timings = alternate({**steps, "floor": floor_step(base, batch)}, runs=runs)
-    pairs = [(a, b) for a, b in (("inlay", "peft"), ("inlay", "floor"), ("peft", "floor")) if {a, b} <= timings.keys()]
-    ratios = {f"{a}/{b}": ratio(timings[a], timings[b]) for a, b in pairs}
-    return {
-        "case": case.name,
-        "shape": case.shape.to_dict(),
-        "batch": [case.rows, case.tokens],
-        "labelled": case.labelled,
-        "method": case.trained.to_dict(),
-        "losses": agreement,
-        "timings": {name: t.to_dict() for name, t in timings.items()},
-        "ratios": ratios,
-        "at_most": dict(case.at_most),
-        "missed": {r: ratios[r]["of_medians"] for r, most in case.at_most.items() if ratios[r]["of_medians"] > most},
-    }
 
 
 def activations(case: Case, *, most: float) -> dict[str, Any]:

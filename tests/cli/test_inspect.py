@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,9 +120,8 @@ def test_single_files(tmp_path: Path) -> None:
         describe(tmp_path / "other.safetensors")
 
 
-@pytest.mark.skipif("INLAY_SHARED" not in os.environ, reason="needs the shared files")
-def test_real_files() -> None:
-    weights = Path(os.environ["INLAY_SHARED"]) / "weights"
+def test_real_files(shared: Path) -> None:
+    weights = shared / "weights"
     lora = describe(weights / "lora_roberta_base_mnli" / "roberta_base_lora_mnli.bin", allow_pickle=True)
     assert lora["kind"] == "loralib" and lora["hyper_parameters"]["rank"] == [8]
     assert (

@@ -23,7 +23,8 @@ CASE = step.Case(name="tiny", shape=TINY, rank=2, rows=2, tokens=8, checked=4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_first_losses_equal_peft(dtype: torch.dtype, dropout: float) -> None:
-    found = step.compare(replace(CASE, shape=replace(TINY, dtype=dtype), dropout=dropout), runs=1)
+    case = replace(CASE, shape=replace(TINY, dtype=dtype), dropout=dropout)
+    found = steps.compare(steps.Contest(case=case), Options(runs=1, checked=4))
     assert found["losses"]["agree"], found["losses"]
     first, last = found["losses"]["first_and_last"]["inlay"]
     assert first != last  # a step that changed nothing would agree with anything

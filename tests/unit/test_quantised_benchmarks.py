@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("peft")
-pytest.importorskip("bitsandbytes")
-
 from benchmarks import big_model, memory_plan, qlora, quantised
 from benchmarks.contenders import Shape
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -18,7 +18,6 @@ Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 OnLong = Literal["error", "truncate", "drop", "split"]
 Optimizer = Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "adafactor", "sgd"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
 class RunConfig(BaseModel):
