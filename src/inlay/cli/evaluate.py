@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inlay.cli.importing import importing
 from inlay.cli.output import number, show_table, stages, write_json
 
 if TYPE_CHECKING:
@@ -63,14 +64,15 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Score a base, with or without an adapter, on a data file."""
-    from inlay.baselines import is_fitted
-    from inlay.baselines.scoring import evaluate_folder
-    from inlay.cli.models import base_of, load_adapted, template_of
-    from inlay.data import read_table
-    from inlay.evaluate.run import DEFAULTS, Settings, check_metrics
-    from inlay.evaluate.run import evaluate as score
-    from inlay.train import read_record
-    from inlay.train.rows import context_of
+    with importing():
+        from inlay.baselines import is_fitted
+        from inlay.baselines.scoring import evaluate_folder
+        from inlay.cli.models import base_of, load_adapted, template_of
+        from inlay.data import read_table
+        from inlay.evaluate.run import DEFAULTS, Settings, check_metrics
+        from inlay.evaluate.run import evaluate as score
+        from inlay.train import read_record
+        from inlay.train.rows import context_of
 
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     record = read_record(adapter) if adapter else None

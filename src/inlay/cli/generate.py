@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from inlay.cli.importing import importing
 from inlay.cli.output import stages, write_json
 
 BASE_ITSELF = "none"
@@ -43,11 +44,13 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Write what follows each prompt."""
-    import torch
+    with importing():
+        import torch
 
-    from inlay.cli.models import load_adapted, prompt_tokens
-    from inlay.evaluate.generate import generate_texts
-    from inlay.evaluate.progress import counting
+        from inlay.cli.models import load_adapted, prompt_tokens
+        from inlay.evaluate.generate import generate_texts
+        from inlay.evaluate.progress import counting
+        from inlay.train.loading import load_base  # noqa: F401
 
     asked, chosen = paired(prompts, adapter or [])
     folders = list(dict.fromkeys(word for word in chosen if word is not None))

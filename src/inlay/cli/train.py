@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from inlay.cli.importing import importing
+
 
 def train(
     data: Annotated[
@@ -144,7 +146,9 @@ def train(
         raise ConfigError("--data is missing: give a file of rows, e.g. --data rows.jsonl")
     if not resume:
         checked = RunConfig.of(asked, origin="options" if file is None else f"options and {file}")
-    from inlay.train.running import resumed_config
+    with importing():
+        import inlay.train.trainer  # noqa: F401
+        from inlay.train.running import resumed_config
 
     wanted = resumed_config(asked["out"], asked) if resume else checked
     result = _runner(wanted.method)(wanted, resume=resume, overwrite=overwrite)
@@ -247,8 +251,11 @@ def _runner(method: str) -> Any:
 def _is_baseline(method: str) -> bool:
     from inlay.baselines import BUILT_IN
     from inlay.core.errors import ConfigError, nearest
-    from inlay.methods import registry
 
+    with importing():
+        from inlay.methods import registry
+
+        registry()
     if method in BUILT_IN or method in registry():
         return method in BUILT_IN
     raise ConfigError(f"unknown method {method!r}{nearest(method, [*registry(), *BUILT_IN])}")
