@@ -9,12 +9,6 @@ import pytest
 from inlay.cli.importing import importing
 
 
-@pytest.fixture(autouse=True)
-def _thawed():
-    yield
-    gc.unfreeze()
-
-
 def test_nothing_is_collected_inside_and_what_is_there_stays_out_of_later_collections():
     with importing():
         assert not gc.isenabled()
