@@ -89,7 +89,7 @@ TASKS = {
         ),
         Task(
             name="transliteration", kind="seq2seq", files=lambda: _first_and_last(transliteration_as_jsonl(WORK)),
-            base=_transliteration_base, score="exact_match", metrics=("exact_match", "rougeL"), epochs=2,
+            base=_transliteration_base, score="exact_match", metrics=("exact_match", "rougeL"), epochs=1,
             batch_size=64, precision="fp32", new_tokens=40,
         ),
     )

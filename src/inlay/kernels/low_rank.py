@@ -7,25 +7,18 @@
                dx   = drop(dlow A)                    dy goes on unchanged
 
 One product writes into y, casts are of A and B only, and the dropped positions are drawn again from a seed instead
-of being kept. Where few are dropped, only they are drawn, by the gaps between them (which are geometric); else the
-mask takes 16 random bits an entry. Both come from a generator that one draw of torch's own has seeded and are an
-order of magnitude faster on a CPU than `F.dropout`, whose masks cost more than the layer's product. Its twin is
-`LowRank.post` in `inlay.methods._low_rank`.
+of being kept (`masks.py`). Its twin is `LowRank.post` in `inlay.methods._low_rank`.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inlay.kernels import gpu
-
-BITS = 16
-FEW = 0.2  # share of dropped entries from which a dense mask is faster
+from inlay.kernels.masks import drawn, fresh_seed, without, without_
 
 
 def applies(x: Tensor, y: Tensor, dropout: float) -> bool:
@@ -54,7 +47,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropo
         owned: whether nobody else holds y.
     """
     in_place = owned and y.is_contiguous() and not y._is_view()
-    seed = int(torch.randint(2**62, ())) if dropout else 0
+    seed = fresh_seed() if dropout else 0
     if not torch.is_grad_enabled():
         return _sum(y, _low(x, a.to(x.dtype), seed, dropout), b.to(x.dtype), scale / (1 - dropout), in_place)
     made: Tensor = LowRankSum.apply(y, x, a, b, scale, dropout, seed, in_place)  # type: ignore[no-untyped-call]
@@ -104,12 +97,12 @@ class LowRankSum(torch.autograd.Function):
             return grad, *_gradients_on_gpu(ctx, flat), None, None, None, None
         low_t = (b.to(flat.dtype).t() @ flat.t()).mul_(ctx.scale)  # (rank, n): narrow matrices first are faster
         d_x = d_a = d_b = None
-        dropped = _drawn(ctx.shape.numel(), ctx.seed, ctx.dropout) if ctx.dropout else None
+        dropped = drawn(ctx.shape.numel(), ctx.seed, ctx.dropout) if ctx.dropout else None
         if ctx.needs_input_grad[1]:
             d_x = (low_t.t() @ a.to(flat.dtype)).reshape(ctx.shape)
-            d_x = d_x if dropped is None else _without_(d_x, dropped)
+            d_x = d_x if dropped is None else without_(d_x, dropped)
         if ctx.needs_input_grad[2]:
-            seen = x if dropped is None else _without(x, dropped)
+            seen = x if dropped is None else without(x, dropped)
             d_a = (low_t @ seen.reshape(-1, x.shape[-1])).to(a.dtype)
         if ctx.needs_input_grad[3]:
             d_b = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)
@@ -130,52 +123,4 @@ def _gradients_on_gpu(ctx: Any, flat: Tensor) -> tuple[Tensor | None, Tensor | N
 
 
 def _dropped(x: Tensor, seed: int, share: float) -> Tensor:
-    return _without(x, _drawn(x.numel(), seed, share)) if share else x
-
-
-def _without(x: Tensor, dropped: Tensor) -> Tensor:
-    return _without_(x.clone(memory_format=torch.contiguous_format), dropped)
-
-
-def _without_(x: Tensor, dropped: Tensor) -> Tensor:
-    """x, contiguous and written, with zeros where `dropped` is: indices, or a mask of bits."""
-    if dropped.dtype == torch.int64:
-        x.view(-1).index_fill_(0, dropped, 0)
-    elif x.element_size() == dropped.element_size():
-        x.view(dropped.dtype).view(-1).bitwise_and_(dropped)  # twice as fast as a product with a boolean mask
-    else:
-        x.view(-1).mul_(dropped.neg())
-    return x
-
-
-@functools.cache
-def _gaps(share: float) -> Tensor:
-    """By 16 random bits, how far it is from one dropped entry to the next: quantiles of the geometric distribution.
-
-    To look them up takes half the time of computing logarithms of uniform numbers.
-    """
-    middles = (torch.arange(2**BITS, dtype=torch.float64, device="cpu") + 0.5) / 2**BITS
-    return (torch.log1p(-middles) / math.log1p(-share)).floor().long() + 1
-
-
-def _drawn(count: int, seed: int, share: float) -> Tensor:
-    """Which of `count` entries are dropped, each with probability `share`, the same for the same seed.
-
-    Returns:
-        (dropped) their indices, int64, where they are few; else (count) int16, 0 where dropped and all ones elsewhere.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    if share >= FEW:
-        words = torch.empty(-(-count * BITS // 64), dtype=torch.int64)
-        words.random_(-(2**63), None, generator=generator)
-        return words.view(torch.int16)[:count].ge_(round(share * 2**BITS) - 2 ** (BITS - 1)).neg_()
-    expected = count * share
-    at = torch.empty(0, dtype=torch.int64)
-    while at.numel() == 0 or int(at[-1]) < count:  # a second round is needed once in 10⁹ times
-        wanted = int(expected + 6 * math.sqrt(expected)) + 16
-        words = torch.empty(-(-wanted * BITS // 64), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-        gaps = _gaps(share).index_select(0, words.view(torch.int16).int().add_(2 ** (BITS - 1)))
-        last = int(at[-1]) if at.numel() else -1
-        more = gaps.cumsum(0).add_(last)
-        at = torch.cat([at, more]) if at.numel() else more
-    return at[: int(torch.searchsorted(at, count))]
+    return without(x, drawn(x.numel(), seed, share)) if share else x

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.kernels import low_rank
+from inlay.kernels import low_rank, masks
 from inlay.kernels.low_rank import add_low_rank
 
 
@@ -129,7 +129,7 @@ def test_little_is_kept_for_the_backward_pass() -> None:
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.15])
 def test_gaps_have_the_geometric_distribution(share: float) -> None:
     """Mean, spread and every cumulated probability, as near as 16 bits allow."""
-    gaps = low_rank._gaps(share).double()
+    gaps = masks._gaps(share).double()
     assert float(gaps.mean()) == pytest.approx(1 / share, rel=1e-4)
     assert float(gaps.var()) == pytest.approx((1 - share) / share**2, rel=1e-3)
     at = torch.arange(1, int(gaps.max()) + 1, dtype=torch.float64)

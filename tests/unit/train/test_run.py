@@ -111,12 +111,13 @@ def _without_dropout(asked: RunConfig) -> list[float]:
     from unittest import mock
 
     still = mock.patch("torch.nn.functional.dropout", lambda x, *a, **k: x)
+    plain = mock.patch("inlay.kernels.dropout.applies", lambda *_: False)
     attend = torch.nn.functional.scaled_dot_product_attention
     even = mock.patch(
         "torch.nn.functional.scaled_dot_product_attention", lambda *a, **k: attend(*a, **{**k, "dropout_p": 0.0})
     )
     order = mock.patch("inlay.train.order.LengthGroupedOrder.__iter__", lambda self: iter(range(len(self))))
-    with still, even, order:
+    with still, plain, even, order:
         result = run(asked.changed(learning_rate=1e-12), progress=False)
     return [line["loss"] for line in metrics(result) if "loss" in line]
 

@@ -1,0 +1,69 @@
+"""The base's own dropout, its masks drawn faster and never kept.
+
+    y = x ∘ m / (1 − p),   m ~ Bernoulli(1 − p)        dx = dy ∘ m / (1 − p)
+
+On a CPU `F.dropout` takes 6 ns an entry, which in small encoders is a tenth of the step, and keeps its mask in the
+type of x. Here the dropped entries are drawn by a seed (`masks.py`) and drawn again for the backward pass. The masks
+are other ones than `F.dropout` would draw by the same seed of torch's; its twin is `F.dropout` all the same, by
+distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlay.core import prompting
+from inlay.core.host import Host
+from inlay.kernels.masks import drawn, fresh_seed, without_
+
+
+def dropout(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A dropout module's forward."""
+    module: Any = host.module
+    x: Any = args[0] if args else None
+    if len(args) != 1 or kwargs or not applies(module, x):
+        return inner(*args, **kwargs)
+    return Dropout.apply(x, module.p, fresh_seed())  # type: ignore[no-untyped-call]
+
+
+def applies(module: Any, x: Any) -> bool:
+    """Whether something is dropped on a CPU, not compiled; of tensors without values it answers as for a CPU's."""
+    return (
+        not torch.compiler.is_compiling()
+        and module.training
+        and not module.inplace
+        and 0 < module.p < 1
+        and type(x) is Tensor
+        and x.is_floating_point()
+        and x.device.type in ("cpu", "meta")
+    )
+
+
+class Dropout(torch.autograd.Function):
+    """See the module."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float, seed: int) -> Tensor:
+        ctx.share, ctx.seed = share, seed
+        return _kept(x, share, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _kept(grads[0], ctx.share, ctx.seed), None, None
+
+
+def _kept(x: Tensor, share: float, seed: int) -> Tensor:
+    return without_((x * (1 / (1 - share))).contiguous(), drawn(x.numel(), seed, share))
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """torch's own; what is derived from it may compute anything."""
+    return type(module) is nn.Dropout
+
+
+prompting.WRAPPERS["dropout"] = dropout
+prompting.RECOGNISED["dropout"] = is_dropout
