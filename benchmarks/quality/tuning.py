@@ -98,15 +98,15 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     for name, method in itertools.product(given.tasks, given.methods):
         out = given.out / f"rates-{name}.json"
-        recipe = method_named(method).recipe.learning_rate
         before = read_json(out).get("rates", {}).get(method, {})
+        recipe = before.get("recipe", method_named(method).recipe.learning_rate)
         known = {float(rate): loss for rate, loss in before.get("loss", {}).items()}
         if before and ("refused" in before or not untried(recipe, known)):
             continue
         began = time.process_time()
         try:
             tried = search(TASKS[name], method, recipe, known)
-            entry: dict[str, Any] = {"chosen": chosen(tried), "loss": tried}
+            entry: dict[str, Any] = {"recipe": recipe, "chosen": chosen(tried), "loss": tried}
         except UserError as error:
             entry = {"refused": str(error)[:300]}
         entry["cpu_seconds"] = round(before.get("cpu_seconds", 0.0) + time.process_time() - began, 1)

@@ -51,7 +51,8 @@ class LLaMAAdapter(PromptMethod):
     paper: ClassVar[str] = "arXiv:2303.16199"
     family: ClassVar[str] = "soft prompt"
     # The authors' finetuning.sh: base rate 9e-3 times 32 rows / 256, warm-up over 2 of 5 epochs.
-    recipe: ClassVar[Recipe] = Recipe(learning_rate=1.1e-3, schedule="cosine", warmup=0.4, weight_decay=0.02)
+    # The rate is tuned (docs/quality.md); the rest is the paper's.
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2, schedule="cosine", warmup=0.4, weight_decay=0.02)
     default_where: ClassVar[str] = "attention"
 
     length: int = 10
