@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from inlay.core import prompting
 from inlay.core.host import Host
@@ -66,7 +67,7 @@ def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
     """The model's own forward, with the loss computed at its labels only where that is the same."""
     layer = _head_of(host) if not torch.compiler.is_compiling() else None
     labels = kwargs.get("labels")
-    if layer is None or not isinstance(labels, Tensor) or labels.dim() != 2 or not _usual(kwargs):
+    if layer is None or not isinstance(labels, Tensor) or labels.dim() != 2 or not _usual(host.module, kwargs):
         return inner(*args, **kwargs)
     form = (tuple(sorted(kwargs)), len(args), host.module.training)
     seen = _SEEN.setdefault(host.module, {})
@@ -76,6 +77,8 @@ def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
         return inner(*args, **kwargs)
     asked = Scoring(skip=True)
     out = _run(host, inner, args, kwargs, asked)
+    if _more_losses(out):  # asked for since the trial
+        return inner(*args, **kwargs)
     hidden = asked.hidden[-1]
     loss = _loss(host, layer, hidden, labels, kwargs)
     logits = LazyTensor(lambda: _scores(host, layer, hidden), (*hidden.shape[:-1], layer.weight.shape[0]), hidden)
@@ -90,9 +93,25 @@ def forget(model: nn.Module) -> None:
     _SEEN.pop(model, None)
 
 
-def _usual(kwargs: dict[str, Any]) -> bool:
-    """Whether the call leaves labels, scores and their order to the model."""
-    return kwargs.get("shift_labels") is None and not kwargs.get("logits_to_keep")
+def _usual(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the call leaves labels, scores and their order to the model, and the model its loss to transformers.
+
+    A loss that somebody put in (weights of classes) may agree on the tokens of a trial and on no others.
+    """
+    loss = getattr(model, "loss_function", None)
+    return (
+        kwargs.get("shift_labels") is None
+        and not kwargs.get("logits_to_keep")
+        and kwargs.get("ignore_index", IGNORED) == IGNORED
+        and (loss is None or loss in LOSS_MAPPING.values())
+    )
+
+
+def _more_losses(out: Any) -> bool:
+    """Whether a model that was given no labels has a number to add to its loss: experts' loads, too small for a trial
+    to notice."""
+    values = out if isinstance(out, tuple) else out.values()
+    return any(isinstance(v, Tensor) and v.dim() == 0 for v in values)
 
 
 def _head_of(host: Host) -> nn.Linear | None:
@@ -135,7 +154,7 @@ def _agree(
     A few tokens are enough, and spare the memory of all scores. Of a model without values (meta) only shapes are
     compared, so that a plan sees what a trained one does.
     """
-    kwargs = _few(host, kwargs)
+    kwargs = kwargs if args else _few(host, kwargs)
     with torch.no_grad(), torch.random.fork_rng():
         asked = Scoring(skip=False)
         token = _SCORING.set(asked)
@@ -157,10 +176,10 @@ def _agree(
             return False
         asked = Scoring(skip=True)
         try:  # some models add to their scores (a bias over the vocabulary), which needs them to be there
-            _run(host, inner, args, kwargs, asked)
+            out = _run(host, inner, args, kwargs, asked)
         except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
             return False
-        return len(asked.hidden) == 1
+        return len(asked.hidden) == 1 and not _more_losses(out)
 
 
 def _few(host: Host, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,46 @@ def test_a_loss_of_the_models_own_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     assert not isinstance(model(**batch).logits, LazyTensor)
 
 
+def test_a_loss_put_in_later_is_computed() -> None:
+    """One that agrees on the tokens of the trial and on no others."""
+    model, batch, _ = attached("llama")
+    own, ids = model.loss_function, torch.full_like(batch["input_ids"], 7)
+    assert isinstance(model(**batch).logits, LazyTensor)
+    model.loss_function = lambda logits, labels, **given: own(logits, labels, **given) * (1 + (labels == 7).sum())
+    expected = own(model(ids).logits, ids, model.config.vocab_size) * (1 + ids.numel())
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
+
+
+def test_another_index_that_is_ignored() -> None:
+    """Given in the call; the first batch holds none of it."""
+    model, batch, _ = attached("llama")
+    ids = batch["input_ids"].clamp(min=6)
+    for tokens in (ids, torch.cat([ids[:, :3], torch.full_like(ids[:, 3:], 5)], 1)):
+        out = model(input_ids=tokens, labels=tokens, ignore_index=5)
+        scores, labels = out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(scores, labels, ignore_index=5))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_loads_of_experts_stay_in_the_loss(named: bool) -> None:
+    """A thousandth of a small number: less than the trial tells apart."""
+    model, batch, _ = attached("mixtral")
+    plain = model(**batch, return_dict=named)[0]
+    for part in (model, model.model):
+        part.config.output_router_logits = True
+    expected = plain + model.config.router_aux_loss_coef * model(**batch).aux_loss
+    assert expected != plain
+    torch.testing.assert_close(model(**batch, return_dict=named)[0], expected, atol=1e-6, rtol=1e-6)
+    labelled_head.forget(model)
+    torch.testing.assert_close(model(**batch, return_dict=named)[0], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_tokens_by_place() -> None:
+    model, batch, _ = attached("llama")
+    ids = batch["input_ids"]
+    torch.testing.assert_close(model(ids, labels=ids).loss, model(input_ids=ids, labels=ids).loss)
+
+
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_the_function_against_its_twin(factor: float, cap: float | None) -> None:
