@@ -22,14 +22,16 @@ from typing import IO, Any
 
 from inlay.core.errors import OutputError
 
-_OWN_FILES = ("run.yaml", "metrics.jsonl", "result.json", ".lock")
-_OWN_FOLDERS = ("adapter", "checkpoints", "runs")
+_OWN = ("result.json", "adapter", "checkpoints", "runs", "metrics.jsonl", "run.yaml")  # as they are removed
+_UNFINISHED = tuple(f".{name}.part" for name in _OWN)  # what a kill leaves of `write_beside`
 _PREFIX = "checkpoint-"
 _REMEDY = "Whole files are kept: free space, then go on with --resume, or choose another --out"
-_FULL = {
+_SAID = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file would be too large",
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long",
 }
 _FULL_WORDS = (
     "No space left",
@@ -68,14 +70,16 @@ class RunFolder:
         Raises:
             OutputError: the folder is in use, or there is nothing to resume or no run to overwrite.
         """
-        if self.root.exists() and not self.root.is_dir():
+        with disk_errors(self.root):
+            there = self.root.exists()
+        if there and not self.root.is_dir():
             raise OutputError(f"{self.root} is a file; give a folder for --out")
         if resume and not self.config.is_file():
             raise OutputError(f"{self.root} holds no run to resume (no run.yaml). Leave --resume out to start one")
         if not self.used or resume:
             return
         if overwrite:
-            foreign = sorted(e.name for e in self.root.iterdir() if e.name not in (*_OWN_FILES, *_OWN_FOLDERS))
+            foreign = sorted(e.name for e in self.root.iterdir() if e.name not in (".lock", *_OWN, *_UNFINISHED))
             if foreign or not self.config.is_file():
                 shown = ", ".join(foreign[:5]) or "no run.yaml"
                 raise OutputError(
@@ -119,24 +123,27 @@ class RunFolder:
                 lock = path.open("a+", encoding="utf-8")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 lock.close()
                 raise OutputError(
                     f"the output folder {self.root} is already in use: another process is training in it. "
                     "Wait for its end (then --resume or --overwrite), or choose another --out"
                 ) from error
+            except OSError:
+                pass  # a file system that knows no locks, as on some clusters: nobody can be kept out
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                     return lock
             lock.close()
 
     def clear(self) -> None:
-        """Remove an earlier run's files."""
-        for name in _OWN_FOLDERS:
-            shutil.rmtree(self.root / name, ignore_errors=True)
-        for name in _OWN_FILES:
-            if name != ".lock":
-                (self.root / name).unlink(missing_ok=True)
+        """Remove an earlier run's files: first what says that it is finished, last what says that it is a run."""
+        for path in (self.root / name for name in (*_UNFINISHED, *_OWN)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            with disk_errors(path):
+                path.unlink(missing_ok=True)
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{_PREFIX}{step}"
@@ -189,8 +196,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _why(error: BaseException) -> str | None:
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return _FULL[error.errno]
+    if isinstance(error, OSError) and error.errno in _SAID:
+        return _SAID[error.errno]
     if any(word in str(error) for word in _FULL_WORDS):
         return "the disk is full" if "too large" not in str(error) else "the file would be too large"
     if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError)):

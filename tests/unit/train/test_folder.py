@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         OSError(errno.EFBIG, "File too large"),
         RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"),
         PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EROFS, "Read-only file system"),
     ],
 )
 def test_what_libraries_say_of_a_full_disk(error: Exception) -> None:
@@ -99,6 +101,47 @@ def test_a_lock_that_an_ending_run_removes_is_none(tmp_path: Path, monkeypatch: 
         RunFolder(tmp_path).claimed(),
     ):
         pass
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(file: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with RunFolder(tmp_path / "run").claimed() as nothing:
+        assert nothing is None
+
+
+def test_what_a_kill_left_half_written_is_the_runs_own(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    write_text(folder.config, "data: x\n")
+    (tmp_path / ".adapter.part").mkdir()
+    (tmp_path / ".result.json.part").write_text("{")
+    folder.check(resume=False, overwrite=True)
+    folder.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_half_removed_can_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle of `clear` leaves no run that seems finished, and none that cannot be overwritten."""
+    folder = RunFolder(tmp_path)
+    for path in (folder.config, folder.result, folder.metrics):
+        write_text(path, "{}")
+    folder.adapter.mkdir()
+
+    def killed(path: Path, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.clear()
+    assert not folder.finished
+    folder.check(resume=False, overwrite=True)
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the name is too long"):
+        RunFolder(tmp_path / ("x" * 300)).check(resume=False, overwrite=False)
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
