@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import gzip
 import io
@@ -127,7 +128,7 @@ def decoded(raw: bytes, name: str, encoding: str) -> str:
         DataError: bytes that are not in `encoding`, with their lines.
     """
     try:
-        return raw.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+        return raw.decode("utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
     except UnicodeDecodeError as error:
         if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"{name} looks like UTF-16, not {encoding}. Read it with encoding=utf-16") from error

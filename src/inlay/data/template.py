@@ -24,7 +24,7 @@ class Template:
         end: whether the end token follows the completion (and is learnt).
 
     Raises:
-        ConfigError: braces that do not close, or places without a name.
+        ConfigError: braces that do not close, places without a name, or formats that no text has.
     """
 
     prompt: str = "{prompt}"
@@ -33,8 +33,10 @@ class Template:
 
     def __post_init__(self) -> None:
         try:
-            found = [f"{{{name}}} is not a column's name" for name in self.names if not name or "." in name]
-        except ValueError as error:
+            found = [f"{{{name}}} is not a column's name" for name in self.names if not name or {*name} & {*".["}]
+            if not found:
+                self.render(dict.fromkeys(self.names, ""))  # conversions and formats that no text has
+        except (ValueError, KeyError) as error:
             found = [f"{error}; write {{{{ and }}}} for braces that are meant as text"]
         if found:
             raise ConfigError(problems(f"template prompt {self.prompt!r}", found))

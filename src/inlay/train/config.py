@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from inlay.core.errors import ConfigError, nearest, problems
 from inlay.train.sizes import parse_bytes
@@ -64,7 +64,7 @@ class RunConfig(BaseModel):
         trunk_cache_limit: bytes it may take, such as ``4GiB``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: str
     out: str
@@ -124,6 +124,13 @@ class RunConfig(BaseModel):
                 "and keeps or recomputes what it needs by itself. Leave one of them out"
             )
         return self
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_switch(cls, value: Any, field: ValidationInfo) -> Any:
+        if isinstance(value, bool) and field.field_name not in ("gradient_checkpointing", "packing", "compile"):
+            raise ValueError(f"{field.field_name} is {value}, no number or text (as YAML reads `yes` and `on`)")
+        return value
 
     @field_validator("trunk_cache_limit")
     @classmethod

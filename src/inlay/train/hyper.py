@@ -67,6 +67,12 @@ def build_method(name: str, settings: Mapping[str, Any]) -> Method:
     return cls.from_dict(check_fields(cls, nested, heading=f"method {name!r}", noun="hyper-parameter"))
 
 
+def usual_places(method: Method, quantize: str | None) -> str | None:
+    """Where a run puts a method when nothing is said; None is the method's own places."""
+    # QLoRA: adapters at every linear layer make up for what 4 bits lose.
+    return "all-linear" if quantize and method.family == "low rank" else None
+
+
 def _methods_in(value: Any) -> Any:
     """A value in which every mapping that names a method is that method (`Stack`, `Parallel`, `Average`)."""
     if isinstance(value, Mapping) and "method" in value:
@@ -82,6 +88,10 @@ def check_fields(cls: type, values: Mapping[str, Any], *, heading: str, noun: st
     for key, value in values.items():
         if key not in hints:
             found.append(f"unknown {noun} {key!r}{nearest(key, hints)}")
+            continue
+        options = get_args(hints[key]) or (hints[key],)
+        if isinstance(value, bool) and bool not in options and any(kind in options for kind in (int, float)):
+            found.append(f"{key}={value!r} is not {_called(hints[key])}")  # YAML's `yes`, which would count as 1
             continue
         try:
             checked[key] = TypeAdapter(hints[key], config=_CLASSES).validate_python(value)

@@ -176,6 +176,11 @@ def test_template_options():
         Template(prompt="{}")
     with pytest.raises(ConfigError, match=r"write \{\{ and"):
         Template(prompt="{a")
+    with pytest.raises(ConfigError, match=r"\{a\[0\]\} is not a column's name"):
+        Template(prompt="{a[0]}")
+    for meant_for_numbers in ("{a:d}", "{a!x}"):
+        with pytest.raises(ConfigError, match=r"write \{\{ and"):
+            Template(prompt=meant_for_numbers)
     with pytest.raises(DataError, match=r"\{promt\} is no column; did you mean 'prompt'"):
         Template(prompt="{promt}").check(["prompt", "id"])
     # a value that looks like a template stays as it is

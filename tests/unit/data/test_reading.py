@@ -96,6 +96,7 @@ def test_other_delimiter_quotes_header_and_encoding(write):
 def test_byte_order_mark_and_separators_inside_json(write):
     path = write("x.jsonl", '\ufeff{"text": "a\u2028b"}\n')
     assert plain(read_table(path)) == [{"text": "a\u2028b"}]
+    assert plain(read_table(path, reading=Reading(encoding="UTF_8"))) == [{"text": "a\u2028b"}]
 
 
 def test_long_cells_and_the_index_column_of_pandas(write):

@@ -56,6 +56,20 @@ def test_numbers_as_yaml_writes_them(tmp_path: Path) -> None:
     assert RunConfig.read(tmp_path / "run.yaml").learning_rate == 1e-3
 
 
+def test_what_yaml_reads_as_a_switch_is_no_number(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: x\nout: y\nsteps: yes\npacking: yes\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run\.yaml: steps is True"):
+        RunConfig.read(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="rank=True is not a whole number"):
+        build_method("lora", {"rank": True, "rank_stabilised": True})
+
+
+@pytest.mark.parametrize("name", ["epochs", "learning_rate"])
+def test_numbers_have_an_end(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is inf"):
+        RunConfig.of({"data": "x", "out": "y", name: float("inf")})
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
 def test_files_that_are_no_configuration(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
