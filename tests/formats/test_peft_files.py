@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import inlay
-from inlay.core.errors import AdapterFileError, AdapterNameError, ConfigError, UnsupportedError, UserError
+from inlay.core.errors import AdapterFileError, AdapterNameError, ConfigError, OutputError, UnsupportedError, UserError
 from inlay.methods import method_named
 from inlay.testing.models import ZOO
 from tests.formats.peft_hand import in_inlay, in_peft, logits, ours, same, theirs
@@ -176,7 +176,7 @@ def cut(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ({"target_modules": ["q_proj", "v_prj"]}, "'v_prj' matches no module of this model"),
         ({"target_modules": "nothing.*"}, "matches no module of this model"),
         ({"target_modules": "(q_proj"}, "is no regular expression"),
-        ({"exclude_modules": ["k_prj"]}, "exclude_modules: 'k_prj'"),
+        ({"exclude_modules": ["k_prj"]}, "fit this model: exclude_modules: 'k_prj'"),  # said once
         ({"layers_to_transform": [0, 7]}, "no adapted layer has the number 7"),
         ({"rank_pattern": {"up_proj": 3}}, "rank_pattern: 'up_proj' fits none of the adapted modules"),
         ({"modules_to_save": ["clasifier"]}, "modules_to_save: 'clasifier' matches no module"),
@@ -190,6 +190,8 @@ def cut(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "DoRA on a moved base has no counterpart"),
+        ({"init_lora_weights": "loftq", "use_dora": True}, "DoRA on a moved base has no counterpart"),
         ({"a_new_key": 3}, "a_new_key is 3"),
         ({"peft_type": "XLORA"}, "peft_type 'XLORA' has no counterpart"),
         ({"use_dora": True}, "lora_magnitude_vector is missing"),
@@ -251,6 +253,43 @@ def test_our_own_file_is_recognised_beside_others(lora: Path) -> None:
     inlay.save(model, "default", lora)
     again = ZOO["llama"].build()
     assert inlay.load(again, lora).digest == adapter.digest
+
+
+class Named(torch.nn.Module):
+    """One layer's name is the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = torch.nn.ModuleDict({"proj": torch.nn.Linear(8, 8)})
+        self.proj = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.proj(self.inner["proj"](x).tanh())
+        return made
+
+
+def test_a_pattern_for_one_module_alone(tmp_path: Path) -> None:
+    """The scale of `proj` is not that of `inner.proj`, whose name ends like it."""
+    config = peft.LoraConfig(r=2, target_modules=["proj"], alpha_pattern={"^proj": 64}, init_lora_weights=False)
+    wrapped, x = peft.get_peft_model(Named(), config), torch.randn(3, 8)
+    wrapped.save_pretrained(tmp_path)
+    model = Named()
+    inlay.load(model, tmp_path)
+    torch.testing.assert_close(model(x), wrapped.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+def test_an_older_adapter_of_ours_is_not_read_in_the_place_of_a_new_one(tmp_path: Path) -> None:
+    """One folder may hold an adapter in both formats, but not two adapters."""
+    model, adapter = ours("llama", inlay.IA3())
+    inlay.save(model, "default", tmp_path)
+    inlay.save(model, "default", tmp_path, format="peft")
+    there = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+    with torch.no_grad():
+        next(adapter.parameters()).add_(1)
+    with pytest.raises(OutputError, match="with other values, which loading the folder would find first"):
+        inlay.save(model, "default", tmp_path, format="peft")
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == there
 
 
 ODD = [None, True, -1, 1e300, float("nan"), "(", ["x"], [1], {"x": 1}, {"q_proj": "x"}, [[1, 2]]]

@@ -216,6 +216,47 @@ def test_mistakes_leave_no_trace(weights: Any, options: Any, error: type[Excepti
     assert torch.equal(ZOO["llama"].logits(model(**batch)), before)
 
 
+@pytest.mark.parametrize("method", [inlay.LoRA(rank=2), inlay.IA3()])
+def test_what_diverged_is_refused(method: Any) -> None:
+    """An error of NaN hides among others, and a model of NaN is no merged one."""
+    model = two("llama", method, method)
+    with torch.no_grad():
+        list(inlay.adapters(model)["b"].parameters())[1].view(-1)[0] = float("nan")
+    for what in (lambda: combine(model, WEIGHTS, name="sum"), lambda: inlay.merge(model, "b")):
+        with pytest.raises(UnsupportedError, match="not finite"):
+            what()
+    assert set(inlay.adapters(model)) == {"a", "b"}
+    inlay.merge(model, "a")
+
+
+def test_a_layer_whose_name_is_the_end_of_anothers() -> None:
+    """A rank that is meant for one of them is not the other's."""
+    model = torch.nn.ModuleDict({"inner": torch.nn.ModuleDict({"proj": torch.nn.Linear(8, 8)})})
+    model["proj"] = torch.nn.Linear(8, 8)
+    for rank_pattern in ({"inner.proj": 3}, {"inner.proj": 2, "proj": 4}):
+        inlay.attach(model, inlay.LoRA(rank=2, rank_pattern=rank_pattern), name="a", where=["proj"])
+        for parameter in inlay.adapters(model)["a"].parameters():
+            torch.nn.init.normal_(parameter)
+        report = combine(model, {"a": 1.0}, name="sum")
+        ranks = {key: site.rank for key, site in report.sites.items()}
+        assert ranks == {"inner.proj": rank_pattern["inner.proj"], "proj": rank_pattern.get("proj", 2)}
+        for name, value in merged(model, "sum").items():
+            torch.testing.assert_close(value, merged(model, "a")[name], atol=1e-5, rtol=1e-5)
+        inlay.detach(model, "sum")
+        inlay.detach(model, "a")
+
+
+def test_what_a_bias_loses_is_said() -> None:
+    """In bfloat16 a bias is rounded like a weight."""
+    model = ZOO["bert"].build().bfloat16()
+    adapter = inlay.attach(model, inlay.BitFit(), name="a")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 1e-3)
+    report = inlay.merge(model, "a")
+    assert 1e-5 < report.worst < 0.1 and max(report.lost.values()) > 0.1
+
+
 def test_a_failure_while_installing_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     from inlay.core import install
 

@@ -30,7 +30,9 @@ from inlay.arithmetic.sparse import SPARSE, Sparse, Sparsifier
 from inlay.core.adapter import Adapter
 from inlay.core.build import build, check_free, initialise
 from inlay.core.errors import ConfigError, UnsupportedError, nearest, problems
+from inlay.core.finite import check_finite
 from inlay.core.install import install
+from inlay.core.pattern import pinned
 from inlay.core.pieces import DeltaPiece, Piece
 from inlay.core.roster import roster_of
 from inlay.core.select import Places
@@ -81,7 +83,8 @@ def combine(
 
     Raises:
         AdapterNameError: an adapter that is not there, or a name that is taken.
-        UnsupportedError: an adapter without a weight view, or a sum that no adapter can hold.
+        UnsupportedError: an adapter without a weight view or with values that are not finite, or a sum that no
+            adapter can hold.
         ConfigError: numbers that make no sense. In every case the model is as it was.
     """
     roster = roster_of(model)
@@ -89,6 +92,7 @@ def combine(
     check_free(model, name)  # before anything is decomposed
     adapters = [roster.require(n) for n in weights]
     check_has_weights(adapters)
+    check_finite(adapters)
     asked = _Asked(
         model=model, adapters=adapters, weights=list(weights.values()), name=name, how=how, rank=rank,
         density=density, seed=seed,
@@ -234,7 +238,7 @@ def _lora(asked: _Asked, found: Mapping[str, Factors], pieces: Mapping[str, Piec
     """A LoRA adapter with these factors, at scale 1."""
     ranks = {key: factors.rank for key, factors in found.items()}
     most = max(ranks.values())
-    varied = {key: r for key, r in ranks.items() if r != most}
+    varied = pinned(ranks, most)
     method = LoRA(
         rank=most, alpha=float(most), rank_pattern=varied, alpha_pattern={k: float(r) for k, r in varied.items()}
     )

@@ -98,13 +98,18 @@ def _native(folder: Path) -> dict[str, Any]:
 
 def _account(header: dict[str, Any]) -> dict[str, Any]:
     """What the method itself has to tell, from the few tensors that it looks at."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
+    from inlay.core.errors import AdapterFileError, ConfigError
+    from inlay.formats.exchange import CRASHES
     from inlay.methods import method_named
 
-    method = method_named(header["method"]["method"]).from_dict(header["method"])
-    with safe_open(header["path"], framework="pt") as file:
-        return method.account(_Stored(file))
+    try:
+        method = method_named(header["method"]["method"]).from_dict(header["method"])
+        with safe_open(header["path"], framework="pt") as file:
+            return method.account(_Stored(file))
+    except (ConfigError, SafetensorError, *CRASHES) as error:
+        raise AdapterFileError(f"{header['path']}: its header cannot be used ({error})") from error
 
 
 class _Stored(Mapping[str, Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from inlay.core.adapter import Adapter
 from inlay.core.chain import weights
 from inlay.core.errors import UnsupportedError, problems
+from inlay.core.finite import check_finite
 from inlay.core.layer import Undo, read_weight, requantise_weight, write_weight
 from inlay.core.pieces import DeltaPiece, PromptPiece
 from inlay.core.roster import Merged, Roster, roster_of
@@ -21,9 +23,9 @@ class MergeReport:
     """What merging cost.
 
     Attributes:
-        layers: path → largest absolute difference between the merged weight and the value the base's
+        layers: path → largest absolute difference between the merged weight and bias and the values the base's
             type could hold; 0 where the type lost nothing.
-        lost: path → size of that difference as a share of the adapter's own change to the weight (Frobenius norms):
+        lost: path → size of that difference as a share of the adapter's own change to both (Frobenius norms):
             at 1 the rounding is as large as what was learnt.
         untied: whether an input embedding and an output head that shared a matrix no longer do.
     """
@@ -65,6 +67,7 @@ def merge(model: nn.Module, name: str, *, requantize: bool = False) -> MergeRepo
     ]
     if wrong:
         raise UnsupportedError(problems(f"adapter {name!r} ({adapter.method.name}) has no weights to merge", wrong[:8]))
+    check_finite([adapter])
     undo: list[Undo] = []
     errors: dict[str, float] = {}
     lost: dict[str, float] = {}
@@ -104,15 +107,32 @@ def _merge_deltas(
         placed = host.deltas.get(adapter.name)
         if not placed:
             continue
-        weight, bias = read_weight(host.module)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        before, exact_bias = weight.to(wide), None if bias is None else bias.to(wide)
-        exact, exact_bias = weights(placed, before, exact_bias)
-        undo.append((requantise_weight if requantize else write_weight)(host.module, exact, exact_bias))
-        error = read_weight(host.module)[0].to(wide) - exact
-        errors[host.path] = float(error.abs().max()) if error.numel() else 0.0
-        change = float((exact - before).norm())
-        lost[host.path] = float(error.norm()) / change if change else 0.0
+        before = _wide(read_weight(host.module))
+        exact = weights(placed, *before)
+        undo.append((requantise_weight if requantize else write_weight)(host.module, *exact))
+        rounded = _apart(_wide(read_weight(host.module)), exact)
+        errors[host.path] = max((float(part.abs().max()) for part in rounded if part.numel()), default=0.0)
+        change = _size(_apart(exact, before))
+        lost[host.path] = _size(rounded) / change if change else 0.0
+
+
+def _wide(layer: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    weight, bias = layer
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(wide), None if bias is None else bias.to(wide)
+
+
+def _apart(layer: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+    """Differences of weight and bias; a bias that is not there is zero."""
+    (weight, bias), (other_weight, other_bias) = layer, other
+    apart = [weight - other_weight]
+    if bias is not None:
+        apart.append(bias if other_bias is None else bias - other_bias)
+    return apart
+
+
+def _size(parts: list[Tensor]) -> float:
+    return math.hypot(*(float(part.norm()) for part in parts))
 
 
 def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> None:

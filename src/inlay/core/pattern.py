@@ -25,6 +25,13 @@ def value_at(key: str, pattern: Pattern[Number], default: Number) -> Number:
     return max(fitting)[1] if fitting else default
 
 
+def pinned(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
+    """The shortest pattern with these very values at these sites, some of whose keys may be the ends of others'."""
+    different = {key for key, value in values.items() if value != default}
+    ends = tuple(f".{key}" for key in different)
+    return {key: value for key, value in values.items() if key in different or key.endswith(ends)}
+
+
 def unused(pattern: Pattern[Number], keys: Iterable[str]) -> list[str]:
     """The pattern's keys that fit no site: each is an error of whoever wrote it."""
     there = list(keys)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from inlay.core.adapter import Adapter
-from inlay.core.errors import AdapterFileError, ConfigError, UnsupportedError
+from inlay.core.errors import AdapterFileError, ConfigError, OutputError, UnsupportedError
 from inlay.core.roster import roster_of
 
 FORMATS = ("native", "peft")
@@ -22,7 +22,8 @@ def save(model: nn.Module, name: str, folder: str | Path, *, format: str = "nati
     Raises:
         AdapterNameError: there is no such adapter.
         UnsupportedError: the adapter has no counterpart in the format; it says what has none.
-        OutputError: the folder cannot be written; what was there before is still there.
+        OutputError: the folder cannot be written, or would be read as another adapter that is there already; what
+            was there before is still there.
     """
     from inlay.formats import native, peft
 
@@ -36,6 +37,11 @@ def save(model: nn.Module, name: str, folder: str | Path, *, format: str = "nati
     adapter = roster.require(name)
     if format == "native":
         return native.write(model, adapter, Path(folder))
+    if native.recognises(Path(folder)) and not native.holds(Path(folder), adapter):
+        raise OutputError(
+            f"{folder} holds an adapter of inlay's own with other values, which loading the folder would find first; "
+            "choose another folder, or remove it"
+        )
     return peft.write(model, adapter, Path(folder))
 
 

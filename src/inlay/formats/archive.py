@@ -40,12 +40,25 @@ def header_of(path: Path) -> dict[str, Any]:
             raw = json.loads(file.read(length))
         except RecursionError as error:
             raise ValueError("its header is nested too deeply") from error
-    if not isinstance(raw, dict):
+    if not isinstance(raw, dict) or not isinstance(raw.get("__metadata__", {}), dict):
         raise ValueError("its header is not a table of tensors")
-    end = max((t["data_offsets"][1] for n, t in raw.items() if n != "__metadata__"), default=0)
+    tensors = [t for n, t in raw.items() if n != "__metadata__"]
+    if not all(map(_describes, tensors)):
+        raise ValueError("its header does not say type, shape and place of every tensor")
+    end = max((t["data_offsets"][1] for t in tensors), default=0)
     if 8 + length + end != size:
         raise ValueError(f"its tensors end at byte {8 + length + end} of a file of {size}")
     return raw
+
+
+def _describes(entry: Any) -> bool:
+    """Whether a header's entry has what every tensor's has."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
+        return False
+    return all(type(number) is int for number in [*shape, *place])
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class Archive:
         try:
             raw = header_of(self.path)
             return {n: tuple(t["shape"]) for n, t in raw.items() if n != "__metadata__"}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (OSError, ValueError) as error:
             raise AdapterFileError(f"{self.path}: not a whole safetensors file ({error}); copy it again") from error
 
     @cached_property

@@ -72,8 +72,16 @@ def recognises(folder: Path) -> bool:
     path = folder / FILE if folder.is_dir() else folder
     try:
         return path.name == FILE and "inlay" in header_of(path).get("__metadata__", {})
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return False
+
+
+def holds(folder: Path, adapter: Adapter) -> bool:
+    """Whether the adapter of ours in `folder` has this adapter's very values."""
+    stored = adapter.method.stored(adapter)[1]
+    return bool(
+        read_header(folder)["digest"] == digest_of({n: t.detach().cpu().contiguous() for n, t in stored.items()})
+    )
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -88,19 +96,28 @@ def read_header(folder: Path) -> dict[str, Any]:
         header = json.loads(raw.pop("__metadata__", {}).get("inlay", "null"))
     except FileNotFoundError as error:
         raise AdapterFileError(f"{folder}: no {FILE} there; expected a folder that inlay.save wrote") from error
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
-    if (
-        not isinstance(header, dict)
-        or header.get("format") != FORMAT
-        or not KEYS >= set(header) >= KEYS - {"base_name", "inlay"}
-    ):
+    if not _complete(header):
         raise AdapterFileError(f"{path}: not an adapter of inlay's format {FORMAT} (its header lacks or adds entries)")
     return {
         **header,
         "path": str(path),
         "tensors": {n: {"dtype": t["dtype"], "shape": t["shape"]} for n, t in raw.items()},
     }
+
+
+def _complete(header: Any) -> bool:
+    """Whether every entry is there and of its type; what the entries mean is found out by loading."""
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        return False
+    types = {"name": str, "method": dict, "places": dict, "modules_to_save": list, "base": dict, "digest": str}
+    return (
+        KEYS >= set(header) >= KEYS - {"base_name", "inlay"}
+        and all(isinstance(header[key], kind) for key, kind in types.items())
+        and isinstance(header["method"].get("method"), str)
+        and all(value is None or isinstance(value, str) for value in header["base"].values())
+    )
 
 
 def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, copies: bool = True) -> Adapter:

@@ -38,6 +38,7 @@ NAMES = {
     "embedding": {"a": "lora_embedding_A", "b": "lora_embedding_B", "magnitude": "lora_magnitude_vector"},
 }
 OFFSET = ("pissa", "olora")
+MOVED = (*OFFSET, "corda", "lora_ga", "loftq", "mica")  # starts that take their first factors off the base's weight
 REFUSED = {
     "the bias vectors of the base are trained, which is another method (bitfit)": ("lora_bias",),
     "inlay's LoRA has nothing of the kind": (
@@ -81,22 +82,27 @@ def _method(config: Config, paths: list[str], transposed: bool) -> Method:
 
     rank, alpha = config.whole("r", 8), config.number("lora_alpha", 8)
     dropout, stabilised = config.number("lora_dropout", 0.0), bool(config.get("use_rslora", False))
-    ranks = targets.by_pattern(config, "rank_pattern", paths)
-    alphas = targets.by_pattern(config, "alpha_pattern", paths)
-    if config.get("use_dora", False):
-        if stabilised:  # DoRA has no rank-stabilised scale of its own; alpha √r / r is the same number
-            alphas = {p: alphas.get(p, alpha) * math.sqrt(ranks.get(p, rank)) for p in paths}
-        return DoRA(rank=rank, alpha=alpha, dropout=dropout, rank_pattern=ranks, alpha_pattern=alphas)
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start in OFFSET:
+    ranks = targets.by_pattern(config, "rank_pattern", paths, rank)
+    alphas = targets.by_pattern(config, "alpha_pattern", paths, alpha)
+    start, dora = str(config.get("init_lora_weights", True)).lower(), bool(config.get("use_dora", False))
+    if start in OFFSET and not dora:
         if start == "olora" and transposed:
             config.wrong.append("PEFT's OLoRA factorises the transposed weight of a Conv1D, which is another start")
         return _shifted(config, start, rank, alpha, bool(ranks or alphas or stabilised))
-    if start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq", "mica")):
+    if start.startswith(MOVED):
+        way = (
+            "and DoRA on a moved base has no counterpart"
+            if dora
+            else "save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
         config.wrong.append(
             f"init_lora_weights is {start!r}, which moved the base's weights when training began and cannot be "
-            "repeated exactly; save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+            f"repeated exactly; {way}"
         )
+    if dora:
+        if stabilised:  # DoRA has no rank-stabilised scale of its own; alpha √r / r is the same number
+            alphas = {p: alphas.get(p, alpha) * math.sqrt(ranks.get(p, rank)) for p in paths}
+        return DoRA(rank=rank, alpha=alpha, dropout=dropout, rank_pattern=ranks, alpha_pattern=alphas)
     return LoRA(
         rank=rank, alpha=alpha, dropout=dropout, rank_stabilised=stabilised, rank_pattern=ranks, alpha_pattern=alphas
     )

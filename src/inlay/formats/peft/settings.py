@@ -25,11 +25,12 @@ SMALL = 1e-5  # PEFT's AdaLoRA divides by rank + 1e-5
 
 def _patterns(config: Config, paths: list[str]) -> dict[str, Any]:
     config.ignore(*TRAINING, "use_effective_conv2d")
+    rank, alpha = config.whole("r", 8), config.number("alpha", 8)
     return {
-        "rank": config.whole("r", 8),
-        "alpha": config.number("alpha", 8),
-        "rank_pattern": targets.by_pattern(config, "rank_pattern", paths),
-        "alpha_pattern": targets.by_pattern(config, "alpha_pattern", paths),
+        "rank": rank,
+        "alpha": alpha,
+        "rank_pattern": targets.by_pattern(config, "rank_pattern", paths, rank),
+        "alpha_pattern": targets.by_pattern(config, "alpha_pattern", paths, alpha),
     }
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from inlay.core.pattern import pinned
 from inlay.core.view import ModelView
 from inlay.formats.peft.config import Config
 
@@ -43,7 +44,8 @@ def sites(config: Config, view: ModelView, stored: Collection[str]) -> list[str]
     else:
         found = _matching(config, "target_modules", wanted, paths)
     if excluded:
-        found = [p for p in found if p not in _matching(config, "exclude_modules", excluded, paths)]
+        without = set(_matching(config, "exclude_modules", excluded, paths))
+        found = [p for p in found if p not in without]
     if layers is not None and layers != [] and not isinstance(wanted, str):
         numbers = [layers] if isinstance(layers, int) else list(layers)
         found = [p for p in found if _layer(p, pattern) in numbers]
@@ -84,8 +86,8 @@ def _layer(path: str, pattern: Any) -> int | None:
     return None
 
 
-def by_pattern(config: Config, key: str, paths: Sequence[str]) -> dict[str, Any]:
-    """Path → value of a pattern like `rank_pattern`; a key that fits no path is a problem."""
+def by_pattern(config: Config, key: str, paths: Sequence[str], default: float) -> dict[str, Any]:
+    """Path → value of a pattern like `rank_pattern`, for our patterns; a key that fits no path is a problem."""
     pattern: Mapping[str, Any] = config.get(key, {})
     found: dict[str, Any] = {}
     used: set[str] = set()
@@ -100,7 +102,7 @@ def by_pattern(config: Config, key: str, paths: Sequence[str]) -> dict[str, Any]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
     ]
     config.wrong += [f"{key}: {w!r} fits none of the adapted modules" for w in pattern if w not in used]
-    return found
+    return pinned({path: found.get(path, default) for path in paths}, default)
 
 
 def saved_modules(config: Config, view: ModelView, *, note: bool = True) -> list[str]:
