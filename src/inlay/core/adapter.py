@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,30 @@ from inlay.core.shared import shared_in
 
 if TYPE_CHECKING:
     from inlay.core.clock import Clock
+
+
+class Held(nn.Module):
+    """An adapter's own values of a parameter, where optimizers, devices and state dicts see them."""
+
+    def __init__(self, value: nn.Parameter) -> None:
+        super().__init__()
+        self.value = value
+
+
+class Copies(Mapping[str, nn.Parameter]):
+    """Full parameter name → the adapter's own values, as they are held now: a module's parameters may be replaced."""
+
+    def __init__(self, held: Mapping[str, Held] | None = None) -> None:
+        self.held = dict(held or {})
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self.held[name].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
 
 
 @dataclass(eq=False)
@@ -40,7 +64,7 @@ class Adapter:
     method: Method
     places: Places
     pieces: list[Piece]
-    copies: dict[str, nn.Parameter] = field(default_factory=dict)
+    copies: Copies = field(default_factory=Copies)
     modules_to_save: tuple[str, ...] = ()
     clock: Clock | None = None
     prompts: tuple[PromptPiece, ...] = field(init=False)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from inlay.core.adapter import Adapter
+from inlay.core.adapter import Adapter, Copies, Held
 from inlay.core.chain import arranged, check_fork
 from inlay.core.delta import Delta
 from inlay.core.errors import AdapterNameError, SelectionError, UnsupportedError, problems
@@ -37,7 +37,7 @@ def build(
     _check_parts(pieces, method)
     _check_reached(view, pieces)
     _check_forks(pieces)
-    copies = {}
+    copies: dict[str, Held] = {}
     for path in saved:
         packed = [p for p, m in view.modules.items() if _covered(p, [path]) and store_of(m) is not None]
         if packed:
@@ -47,8 +47,8 @@ def build(
             )
         for parameter_name, value in _own_parameters(view, path).items():
             dtype = value.dtype if value.dtype == torch.float64 else torch.float32
-            copies[parameter_name] = nn.Parameter(value.detach().to(dtype, copy=True))
-    return Adapter(name, method, _storable(places, pieces), pieces, copies, tuple(saved))
+            copies[parameter_name] = Held(nn.Parameter(value.detach().to(dtype, copy=True)))
+    return Adapter(name, method, _storable(places, pieces), pieces, Copies(copies), tuple(saved))
 
 
 def _own_parameters(view: ModelView, path: str) -> dict[str, nn.Parameter]:
@@ -93,12 +93,12 @@ def initialise(
 def _saved_modules(view: ModelView, wanted: Sequence[str]) -> list[str]:
     found, wrong = [], []
     for word in wanted:
-        paths = [p for p in view.modules if p and (p == word or p.endswith("." + word))]
+        paths = [first for p, first in view.names.items() if p and (p == word or p.endswith("." + word))]
         if not paths:
             wrong.append(f"{word!r} matches no module")
         elif not any(True for p in paths for _ in view.modules[p].parameters()):
             wrong.append(f"{word!r} has no parameters to train")
-        found += [p for p in paths if p not in found]
+        found += [p for p in dict.fromkeys(paths) if p not in found]
     if wrong:
         raise SelectionError(problems("modules_to_save", wrong))
     return found

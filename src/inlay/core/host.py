@@ -22,6 +22,7 @@ from inlay.core.route import Route
 from inlay.core.subset import Difference
 
 if TYPE_CHECKING:
+    from inlay.core.adapter import Held
     from inlay.core.grouped import Group
     from inlay.core.roster import Roster
 
@@ -59,7 +60,7 @@ class Host:
         self.roster, self.path, self.module = roster, path, module
         self.deltas: dict[str, Chain] = {}
         self.differences: dict[str, dict[str, Difference]] = {}
-        self.copies: dict[str, dict[str, nn.Parameter]] = {}
+        self.copies: dict[str, dict[str, Held]] = {}
         self.feeds: list[Host] = []
         self.original_class = type(module)
         self.original_forward: Forward | None = module.__dict__.get("forward")
@@ -96,7 +97,7 @@ class Host:
             return value
         copied = self.copies.get(adapter, {}).get(name)
         if copied is not None:
-            return copied.to(value.dtype)
+            return copied.value.to(value.dtype)
         difference = self.differences.get(adapter, {}).get(name)
         return value if difference is None else difference.apply_to(value)
 

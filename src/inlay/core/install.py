@@ -125,12 +125,12 @@ def _place(roster: Roster, adapter: Adapter) -> None:
                 _place_parameter(roster, adapter.name, value, piece, differences[piece.name])
             case PromptPiece():
                 _place_prompt(roster, adapter.name, piece)
-    for full, copy in adapter.copies.items():
+    for full, held in adapter.copies.held.items():
         path, _, parameter = full.rpartition(".")
         value = roster.model.get_submodule(path)._parameters[parameter]
         for host, own in _holders(roster, value):
-            host.copies.setdefault(adapter.name, {})[own] = copy
-            _store(host, adapter.name, f"copy_{own}", _Held(copy))
+            host.copies.setdefault(adapter.name, {})[own] = held
+            _store(host, adapter.name, f"copy_{own}", held)
             grant(roster, host.path, "forward")
     roster.adapters[adapter.name] = adapter
 
@@ -239,14 +239,6 @@ def _count_positions(roster: Roster, view: ModelView, encoder_path: str | None, 
             f"the positions of {type(roster.model).__name__} are in none of the known places (learned table, rotary "
             "embedding), so a prompt cannot be put in front of its text exactly"
         )
-
-
-class _Held(nn.Module):
-    """Keeps a copied parameter in the module tree, so that optimizers, devices and state dicts see it."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        super().__init__()
-        self.value = parameter
 
 
 def _host(roster: Roster, path: str) -> Host:

@@ -146,7 +146,7 @@ def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors
             if id(old) not in new:
                 copy = host.copies.get(adapter.name, {}).get(name)
                 value = (
-                    copy
+                    copy.value
                     if copy is not None
                     else host.differences[adapter.name][name].apply_to(
                         old.to(torch.promote_types(old.dtype, torch.float32))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -25,6 +27,18 @@ class Merged:
 
     name: str
     undo: list[Callable[[], None]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Merged:
+        """A copied model takes back its own merge: `copy` leaves functions, and what they close over, as they are."""
+        return Merged(self.name, [_of_copy(step, memo) for step in self.undo])
+
+
+def _of_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy; of a function, one that closes over copies."""
+    if not isinstance(value, FunctionType) or value.__closure__ is None:
+        return deepcopy(value, memo)
+    cells = tuple(CellType(_of_copy(cell.cell_contents, memo)) for cell in value.__closure__)
+    return FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
 
 
 @dataclass(eq=False)

@@ -111,7 +111,7 @@ def _resolve(view: ModelView, entry: Any, kinds: tuple[Kind, ...]) -> tuple[list
         sites = [s for s in view.layers.values() if s.kind in kinds and _keyword(view, entry, s)]
         return sites, None if sites else f"{entry!r} matches no {' or '.join(kinds)} layer of this model"
     suffix, _, part = entry.partition(":")
-    matching = [p for p in view.modules if p == suffix or p.endswith("." + suffix)]
+    matching = {first for p, first in view.names.items() if p == suffix or p.endswith("." + suffix)}
     if matching and part:
         sites = [s for role in ("query", "key", "value") for s in view.by_role(role) if s.part and s.part.name == part]
         sites = [s for s in sites if s.path in matching]

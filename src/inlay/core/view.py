@@ -69,12 +69,22 @@ class ModelView:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """Every module of the base by path, the root under the empty path."""
-        found: dict[str, nn.Module] = {}
+        """Every module of the base by path, the root under the empty path; one at several places by the first."""
+        return {path: module for path, module in self._reached if self.names[path] == path}
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Every path that leads to a module → the one that it has in `modules`."""
+        first: dict[int, str] = {}
+        return {path: first.setdefault(id(module), path) for path, module in self._reached}
+
+    @cached_property
+    def _reached(self) -> list[tuple[str, nn.Module]]:
+        found: list[tuple[str, nn.Module]] = []
         stack: list[tuple[str, nn.Module]] = [("", self.model)]
         while stack:
             path, module = stack.pop()
-            found[path] = module
+            found.append((path, module))
             children = [(n, c) for n, c in module._modules.items() if c is not None]
             for name, child in reversed(children):
                 if not getattr(type(child), "inlay_storage", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,73 @@ def test_a_prompt_that_leaves_no_learnt_position_says_so() -> None:
     with pytest.raises(inlay.UserError):
         inlay.attach(model, PromptTuning(length=60))
         model(input_ids=torch.ones((1, 12), dtype=torch.long))
+
+
+class Twice(nn.Module):
+    """One layer at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.again(self.first(x).relu()))
+        return out
+
+
+@pytest.mark.parametrize("where", [["first", "again"], ["again"]])
+def test_a_layer_at_two_places_has_one_piece_that_acts_at_both(where: list[str]) -> None:
+    model, x = Twice(), torch.randn(3, 6)
+    classes, before = [type(m) for m in model.modules()], model(x)
+    adapter = inlay.attach(model, LoRA(rank=2), where=where)
+    inlay.attach(model, LoRA(rank=2), name="other", where=["first"])
+    inlay.attach(model, LoRA(rank=2), name="whole", where=["last"], modules_to_save=["again"])
+    assert list(adapter.tensors()) == ["delta/first/a", "delta/first/b"]
+    for name in ("default", "other", "whole"):
+        with inlay.use(model, name):
+            shake(inlay.adapters(model)[name])
+            expected = model(x)
+            assert not torch.equal(expected, before)
+            inlay.merge(model, name)
+            close(model(x), expected)
+            inlay.unmerge(model)
+    for name in ("default", "other", "whole"):
+        inlay.detach(model, name)
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(model(x), before)
+
+
+def test_a_copy_made_while_merged_takes_back_its_own_merge() -> None:
+    specimen = ZOO["llama"]
+    model, batch = specimen.build(), specimen.batch(2, 0)
+    expected = model(**batch).logits + 0
+    shake(inlay.attach(model, LoRA(rank=2), modules_to_save=["lm_head"]))
+    inlay.merge(model, "default")
+    merged, copied = model(**batch).logits + 0, copy.deepcopy(model)
+    inlay.unmerge(copied)
+    assert torch.equal(model(**batch).logits + 0, merged)
+    with inlay.use(copied, None):
+        assert torch.equal(copied(**batch).logits + 0, expected)
+
+
+@pytest.mark.parametrize("how", ["assign", "to_empty", "functional_call"])
+def test_copies_of_modules_are_what_the_model_holds_now(how: str) -> None:
+    """Whoever replaces parameters instead of writing them is heeded."""
+    specimen = ZOO["llama"]
+    model, batch = specimen.build(), specimen.batch(2, 0)
+    adapter = inlay.attach(model, LoRA(rank=2), modules_to_save=["lm_head"])
+    state = {n: torch.randn_like(t) if "inlay" in n else t.clone() for n, t in model.state_dict().items()}
+    written = copy.deepcopy(model)
+    written.load_state_dict(state)
+    if how == "functional_call":
+        out = torch.func.functional_call(model, state, (), {**batch, "labels": None})
+        close(out.logits, written(**batch).logits + 0)
+        return
+    if how == "to_empty":
+        model.to(torch.device("meta")).to_empty(device="cpu")
+    model.load_state_dict(state, assign=how == "assign")
+    held = {id(p) for p in model.parameters()}
+    assert all(id(p) in held for p in adapter.parameters())
+    if how == "assign":
+        close(model(**batch).logits + 0, written(**batch).logits + 0)
