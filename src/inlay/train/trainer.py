@@ -12,6 +12,7 @@ What differs from the plain Trainer, and nothing else:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -122,10 +123,7 @@ class AdapterTrainer(Trainer):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
         if model.training:
             if not torch.isfinite(loss):
-                raise ConfigError(
-                    f"the loss is {loss.item()} at step {self.state.global_step + 1}: training diverged. "
-                    "Lower --learning-rate, or give --precision fp32 if the base is bf16, and --overwrite"
-                )
+                raise diverged(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
             if num_items_in_batch is not None:
                 loss = loss * (self.items(inputs) / num_items_in_batch) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -149,7 +147,7 @@ class AdapterTrainer(Trainer):
         name, greater = criterion(self.task)
         score, best = scores[f"{metric_key_prefix}_{name}"], self.state.best_metric
         ready = self.adapter.method.ready(self.adapter)
-        if ready and (best is None or (score > best if greater else score < best)):
+        if ready and math.isfinite(score) and (best is None or (score > best if greater else score < best)):
             self.state.best_metric, self.state.best_global_step = score, self.state.global_step
             self._keep_best()
         self.log(scores)
@@ -221,9 +219,23 @@ class AdapterTrainer(Trainer):
         write_beside(self.folder.best, lambda part: write_tensors(self.adapter, part))
 
     def load_best(self) -> None:
-        """Put the best adapter's values back, where an evaluation found one."""
+        """Put the best adapter's values back, where an evaluation found one.
+
+        Raises:
+            ConfigError: there is none, and the last step left values that are no numbers.
+        """
         if self.state.best_global_step not in (None, self.state.global_step):
             read_tensors(self.adapter, self.folder.best)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.adapter.parameters()):
+            raise diverged(f"step {self.state.global_step} left values in the adapter that are no numbers")
+
+
+def diverged(what: str) -> ConfigError:
+    """The error of a training that gives no numbers any more."""
+    return ConfigError(
+        f"{what}: training diverged. Lower --learning-rate, or give --precision fp32 if the base is bf16, and "
+        "--overwrite"
+    )
 
 
 def criterion(task: str) -> tuple[str, bool]:
