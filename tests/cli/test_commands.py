@@ -54,6 +54,17 @@ def test_evaluate_asks_as_training_did(command: Command, base: Path, rows: Path,
     assert len(set(losses.values())) == 3
 
 
+def test_evaluate_reads_and_cuts_as_it_is_told(command: Command, base: Path, tmp_path: Path) -> None:
+    """What the messages about such files advise can be said."""
+    table = tmp_path / "long.tsv"
+    table.write_text("a cat\tsat\n" + "a dog " * 200 + "\tran\n")
+    words = ("evaluate", "--base", base, "--data", table, "--reading", "header=prompt,completion")
+    code, _, err = command(*words)
+    assert code == 2 and "row 2" in err and "on_long: truncate" in err
+    assert document(command(*words, "--on-long", "truncate", "--json"))["rows"] == 2
+    assert command(*words, "--on-long", "drop")[0] == 2
+
+
 def test_evaluate_other_columns_and_bad_input(command: Command, base: Path, rows: Path, tmp_path: Path) -> None:
     table = tmp_path / "other.csv"
     table.write_text("question,answer\na,b\n")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from inlay.baselines import artefact
 from inlay.baselines.baseline import Baseline, Fitted, Rows
-from inlay.core.errors import AdapterFileError
-from inlay.data import Layout, Template
+from inlay.core.errors import AdapterFileError, ConfigError
+from inlay.data import Layout, OnLong, Template
 from inlay.evaluate.metrics import METRICS, score
 from inlay.evaluate.progress import Progress
 from inlay.evaluate.run import DEFAULTS, LIKELIHOOD, Evaluation, Prediction, check_metrics, sides
@@ -66,11 +66,13 @@ def evaluate_folder(
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     num_beams: int = 1,
+    on_long: OnLong | None = None,
     progress: Progress | None = None,
 ) -> Scored:
     """Score a stored baseline on the base it belongs to.
 
     Raises:
+        ConfigError: rows that are too long cannot be treated so.
         AdapterFileError: the folder is not whole.
         BaseMismatchError: `base` is not the one it was fitted on.
     """
@@ -79,6 +81,8 @@ def evaluate_folder(
     stored, record = artefact.read(folder), read_record(folder)
     if record is None:
         raise AdapterFileError(f"{folder} has no training.json, which says how its rows were read; copy it again")
+    if on_long not in (None, *stored.baseline.on_long):
+        raise ConfigError(f"on_long is {on_long!r}, expected {' or '.join(stored.baseline.on_long)}")
     source = base or record.base
     task: Any = record.task
     loaded = load_base(source, task=load_task(task, source), label_names=_names(task, record.labels, source))
@@ -93,6 +97,7 @@ def evaluate_folder(
         template=Template(prompt=record.prompt_template, separator=record.separator),
         max_length=max_length or record.max_length,
         batch_size=batch_size,
+        on_long=on_long or "error",
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         progress=progress,

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -55,6 +55,14 @@ def evaluate(
         Path | None,
         typer.Option(help="Write predictions and references to this JSONL file; needs a metric of answers."),
     ] = None,
+    on_long: Annotated[
+        Literal["error", "truncate", "split"] | None,
+        typer.Option(help="Longer rows: error, truncate or split. Default: split for plain text, else error."),
+    ] = None,
+    reading: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="How the file is read: format=csv, header=text,label … Repeatable."),
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -68,17 +76,19 @@ def evaluate(
         from inlay.baselines import is_fitted
         from inlay.baselines.scoring import evaluate_folder
         from inlay.cli.models import base_of, load_adapted, template_of
-        from inlay.data import read_table
+        from inlay.data import Reading, read_table
         from inlay.evaluate.run import DEFAULTS, Settings, check_metrics
         from inlay.evaluate.run import evaluate as score
         from inlay.train import read_record
+        from inlay.train.hyper import parse_fields
         from inlay.train.rows import context_of
 
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     record = read_record(adapter) if adapter else None
     if base is None and record is None and adapter is not None and not is_fitted(adapter):
         base = base_of([adapter])
-    dataset = read_table(data, split=split)
+    how = Reading(**parse_fields(Reading, reading or [], heading="--reading", noun="option"))
+    dataset = read_table(data, split=split, reading=how)
     layout, task = _purpose(dataset, columns, task, record, base)
     names = names if names is not None else list(DEFAULTS[layout.kind])
     check_metrics(names, layout)
@@ -97,6 +107,7 @@ def evaluate(
                 max_length=max_length,
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
+                on_long=on_long,
                 progress=report,
             )
         told = {"data": data, "base": scored.base, "adapter": adapter, "seconds": time.monotonic() - began}
@@ -112,6 +123,7 @@ def evaluate(
         num_beams=num_beams,
         label_names=_labels(loaded, record),
         template=template_of(record),
+        on_long=on_long,
     )
     began = time.monotonic()
     with stages(as_json) as report:

@@ -15,7 +15,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="New folder for the merged model.")],
     base: Annotated[
         str | None,
-        typer.Option(help="Transformers folder or hub name. Default: the embedded base."),
+        typer.Option(help="Transformers folder or hub name. Default: the adapter's, else the embedded base."),
     ] = None,
     quantize: Annotated[
         str | None,
