@@ -121,9 +121,9 @@ def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
     folder = RunFolder(out)
     folder.check(resume=True, overwrite=False)
     saved = RunConfig.read(folder.config).changed(out=str(folder.root.resolve()))
-    values = saved.model_dump()
+    values = saved.model_dump(mode="json")  # as the file has it: lists, no tuples
     wrong = []
-    for name, value in RunConfig.of({**values, **asked}).model_dump().items():
+    for name, value in RunConfig.of({**values, **asked}).model_dump(mode="json").items():
         if name not in asked or name == "out" or value == values[name]:
             continue
         if name in ("data", "eval_data", "base") and Path(str(value)).expanduser().resolve() == Path(str(values[name])):

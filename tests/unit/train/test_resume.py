@@ -131,6 +131,16 @@ def test_nothing_else_may_have_changed(completions: Path, llama: Path, tmp_path:
         run(asked, resume=True, progress=False)
 
 
+def test_the_same_command_again_has_the_same_options(tmp_path: Path) -> None:
+    """Lists come from the command line as tuples, from the file as lists."""
+    words = {"data": "x", "out": str(tmp_path), "method": "prompt-tuning"}
+    settings = {"init": "labels", "labels": ("yes", "no")}
+    (tmp_path / "run.yaml").write_text(RunConfig.of({**words, "settings": settings}).to_yaml(), encoding="utf-8")
+    assert resumed_config(tmp_path, {"out": str(tmp_path), "settings": {"labels": ("yes", "no")}})
+    with pytest.raises(ConfigError, match="settings is"):
+        resumed_config(tmp_path, {"out": str(tmp_path), "settings": {"labels": ("no", "yes")}})
+
+
 def test_a_signal_finishes_the_step_and_saves(completions: Path, llama: Path, tmp_path: Path) -> None:
     asked = config(completions, llama, tmp_path / "a", settings={"dropout": 0.3}, steps=9)
     whole = run(asked, progress=False)
