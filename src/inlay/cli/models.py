@@ -58,7 +58,7 @@ def load_adapted(
         if is_fitted(folder):
             raise ConfigError(f"{folder} is a baseline, not an adapter; it can be scored with inlay evaluate")
     records = {folder: read_record(folder) for folder in folders}
-    labels = _agreed("labels", records, lambda record: record.labels)
+    labels = _agreed("labels", records, lambda record: record.labels if record.task == "classification" else None)
     if base is None:
         base = base_of(folders)
     if task is None:

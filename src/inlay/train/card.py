@@ -109,7 +109,7 @@ def _use(config: RunConfig, record: TrainingRecord, base: str) -> list[str]:
     words = "" if config.base is None else f"--base {base} "
     verb = "generate" if record.task in ("causal", "seq2seq") else "evaluate"
     rest = '"..."' if verb == "generate" else "--data rows.jsonl"
-    labels = "" if record.labels is None else f", num_labels={len(record.labels)}"
+    labels = "" if record.labels is None or record.task != "classification" else f", num_labels={len(record.labels)}"
     labels = ", num_labels=1" if record.task == "regression" else labels
     path = "inlay.assets.base_path()" if config.base is None else repr(base)
     return [

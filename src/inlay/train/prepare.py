@@ -15,13 +15,14 @@ import numpy as np
 from inlay.core.errors import ConfigError, problems
 from inlay.core.method import Method
 from inlay.train.config import RunConfig, Task
-from inlay.train.hyper import build_method
+from inlay.train.hyper import build_method, usual_places
 from inlay.train.loading import Base, base_source, load_base
 from inlay.train.members import located, standing
 from inlay.train.optimizers import check_optimizer
 from inlay.train.packing import PackingCollator, packs
 from inlay.train.record import TrainingRecord, versions
 from inlay.train.rows import (
+    answers_for,
     encoded,
     guess_task,
     labels_for,
@@ -89,6 +90,7 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
     rows, held, layout = read_rows(config)
     task = config.task or guess_task(layout, absolute(base_source(config.base)))
     labels = labels_for(rows, layout, task)
+    answers = answers_for(rows, layout, labels)
     rows, held = split_rows(rows, held, config)
     set_seed(config.seed)  # a fresh head and the adapter are drawn from it
     own, base = _bases(config, layout, task, labels, beside)
@@ -118,7 +120,7 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
         held_out=held_out,
         collator=PackingCollator(collator) if config.packing else collator,
         total_steps=total_steps,
-        record=_record(config, layout, task, labels, digests),
+        record=_record(config, layout, task, answers, digests),
         identity={"data": digests, "base": base_fingerprint(base.model, without=adapter.copies).to_dict()},
     )
 
@@ -216,7 +218,7 @@ def _check_beside(config: RunConfig, task: str, labels: list[str] | None, beside
     pairs: dict[str, tuple[Any, Any]] = {
         "base": (absolute(base_source(config.base)), absolute(base_source(other.base))),
         "task": (task, beside.task),
-        "labels": (labels, None if beside.record.labels is None else list(beside.record.labels)),
+        "labels": (labels, list(beside.record.labels or ()) if beside.task == "classification" else None),
         **{name: (getattr(config, name), getattr(other, name)) for name in SHARED},
     }
     wrong = [f"{name} is {a!r}, but {b!r} in {other.out}" for name, (a, b) in pairs.items() if a != b]
@@ -239,8 +241,8 @@ def default_epochs(steps_per_epoch: int) -> float:
 def _where(config: RunConfig, method: Method) -> Any:
     import re
 
-    if config.where is None and config.quantize and method.family == "low rank":
-        return "all-linear"  # QLoRA: adapters at every linear layer make up for what 4 bits lose
+    if config.where is None:
+        return usual_places(method, config.quantize)
     if isinstance(config.where, str) and config.where.startswith("re:"):
         try:
             return re.compile(config.where.removeprefix("re:"))

@@ -56,6 +56,18 @@ def labels_for(rows: Dataset, layout: Layout, task: Task) -> list[str] | None:
     return labels_of(rows, layout) if task == "classification" else None
 
 
+def answers_for(rows: Dataset, layout: Layout, labels: list[str] | None) -> list[str] | None:
+    """The labels that evaluating chooses from: also those that a language model answers with."""
+    from inlay.data import labels_of
+
+    if labels is not None or layout.kind != "classification":
+        return labels
+    try:
+        return labels_of(rows, layout)
+    except DataError:  # one label alone: nothing to choose from
+        return None
+
+
 def split_rows(rows: Dataset, held: Dataset | None, config: RunConfig) -> tuple[Dataset, Dataset | None]:
     """Hold rows out for evaluation, drawn by the seed, where no file for it is given."""
     if held is not None or config.eval_share == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import inlay
 from inlay.core.errors import ConfigError, DataError, OutputError
 from inlay.train import RunConfig, RunResult, load_base, read_record, run
+from inlay.train.trainer import AdapterTrainer
 from tests import tiny
 
 
@@ -152,6 +154,34 @@ def test_early_stopping_keeps_the_best(completions: Path, llama: Path, tmp_path:
     assert result.stopped_early and result.best_step == min(scores, key=lambda step: scores[step])
     assert result.steps == result.best_step + 4
     assert result.metrics["eval_loss"] == scores[result.best_step]
+
+
+def test_a_last_step_that_diverges_leaves_no_adapter(
+    completions: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No later step has a loss that shows it; the evaluation's is no number, which must not pass for the best."""
+    step = AdapterTrainer.training_step
+
+    def spoilt(trainer: AdapterTrainer, *args: Any, **options: Any) -> Any:
+        loss = step(trainer, *args, **options)
+        next(p for p in trainer.adapter.parameters() if p.grad is not None).grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", spoilt)
+    with pytest.raises(ConfigError, match="step 1 left values in the adapter that are no numbers"):
+        run(config(completions, llama, tmp_path / "run", steps=1), progress=False)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_labels_that_a_decoder_answers_with_are_recorded(llama: Path, tmp_path: Path) -> None:
+    """Evaluating chooses among them, whichever of them its own rows have."""
+    data = tmp_path / "labelled.jsonl"
+    rows = [{"text": f"the cat {n}", "label": ("red", "blue", "green")[n % 3]} for n in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(config(data, llama, tmp_path / "run", task="causal", steps=1, eval_share=0), progress=False)
+    record = read_record(result.adapter)
+    assert record is not None and record.labels == ("blue", "green", "red")
+    assert "num_labels" not in (result.adapter / "README.md").read_text(encoding="utf-8")
 
 
 def test_gradient_checkpointing_changes_nothing(completions: Path, llama: Path, tmp_path: Path) -> None:
