@@ -77,22 +77,21 @@ def number(rows: list[Row], key: str) -> str:
 
 
 def near_table() -> str:
-    """Which methods come near full fine-tuning with few parameters."""
+    """Which methods come near full fine-tuning with few parameters, by the seeds that each has with it."""
     lines = []
     for task in CLASSIFYING:
         found = results(task)
-        if not found.get(JUDGE):
-            continue
-        bar = statistics.mean(in_points(found[JUDGE], "accuracy"))
-        near = {
-            method: statistics.mean(in_points(rows, "accuracy"))
-            for method, rows in found.items()
-            if rows and method != JUDGE and 0 < rows[0]["share"] < SMALL
-        }
-        near = {m: value for m, value in sorted(near.items(), key=lambda item: -item[1]) if value >= bar - NEAR}
-        listed = ", ".join(f"`{m}` {value:.1f}" for m, value in near.items()) or "none"
-        seeds = "1 seed" if len(found[JUDGE]) == 1 else f"{len(found[JUDGE])} seeds"
-        lines.append(f"- **{task}**, full fine-tuning {bar:.1f} ({seeds}): {len(near)} methods: {listed}.")
+        full = {row["seed"]: row for row in found.pop(JUDGE, [])}
+        behind: dict[str, tuple[float, int]] = {}  # points, seeds
+        for method, rows in found.items():
+            both = [row for row in rows if row["seed"] in full and 0 < row.get("share", 0) < SMALL]
+            if both:
+                mean = statistics.mean(in_points(both, "accuracy"))
+                judge = statistics.mean(in_points([full[row["seed"]] for row in both], "accuracy"))
+                behind[method] = judge - mean, len(both)
+        near = sorted((gap, -seeds, method) for method, (gap, seeds) in behind.items() if gap <= NEAR)
+        listed = ", ".join(f"`{method}` {-gap:+.1f} ({-less})" for gap, less, method in near) or "none"
+        lines.append(f"- **{task}**, points from full fine-tuning (seeds): {len(near)} methods: {listed}.")
     return "\n".join(lines)
 
 
