@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
-from inlay.kernels.masks import drawn, fresh_seed, without_
+from inlay.kernels.masks import MOST, drawn, fresh_seed, without_
 
 
 def dropout(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -36,7 +36,7 @@ def applies(module: Any, x: Any) -> bool:
         not torch.compiler.is_compiling()
         and module.training
         and not module.inplace
-        and 0 < module.p < 1
+        and 0 < module.p <= MOST
         and type(x) is Tensor
         and x.is_floating_point()
         and x.device.type in ("cpu", "meta")
@@ -53,6 +53,8 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():  # differentiated in its turn
+            return Dropout.apply(grads[0], ctx.share, ctx.seed), None, None  # type: ignore[no-untyped-call]
         return _kept(grads[0], ctx.share, ctx.seed), None, None
 
 

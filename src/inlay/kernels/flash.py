@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.kernels import second
 
 BLOCK = 128  # queries at a time
 AT_ONCE = 2**19  # scores at a time, over heads and rows: 1 MiB, twice
@@ -82,6 +83,7 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        second.refuse("flash attention", "load the model with attn_implementation='eager'")
         query, key, value, mask = ctx.saved_tensors
         made = [torch.empty_like(t) for t in (query, key, value)]
         size = query.shape[1] * min(BLOCK, query.shape[2]) * key.shape[2]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
-from inlay.kernels import gpu
+from inlay.kernels import gpu, second
 
 CHILDREN = ("gate_proj", "up_proj", "down_proj", "act_fn")
 # Module → whether its forward is the one of the formula.
@@ -77,6 +77,9 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            twin = second.gradients(lambda g, u: ctx.function(g) * u, (gate, up), ctx.needs_input_grad[:2], grads[0])
+            return *twin, None
         if gpu.serves(gate):
             from inlay.kernels.gpu import gated as kernel
 

@@ -28,7 +28,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from inlay.core import prompting
 from inlay.core.host import Host
 from inlay.core.labels import IGNORED
-from inlay.kernels import gpu
+from inlay.kernels import gpu, second
 from inlay.kernels.cross_entropy import cross_entropy_
 from inlay.kernels.lazy import LazyTensor
 
@@ -294,6 +294,7 @@ class LabelledLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        second.refuse("the loss at the labels", "call the model without labels and compute the loss from its logits")
         return ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None, None, None, None
 
 

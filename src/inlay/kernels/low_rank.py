@@ -15,10 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.kernels import gpu
-from inlay.kernels.masks import drawn, fresh_seed, without, without_
+from inlay.kernels import gpu, second
+from inlay.kernels.masks import MOST, drawn, fresh_seed, without, without_
 
 
 def applies(x: Tensor, y: Tensor, dropout: float) -> bool:
@@ -32,6 +33,7 @@ def applies(x: Tensor, y: Tensor, dropout: float) -> bool:
         and type(y) is Tensor
         and x.dtype == y.dtype
         and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
+        and dropout <= MOST
         and (dropout == 0 or x.device.type in ("cpu", "meta") or gpu.serves(x))
     )
 
@@ -92,6 +94,8 @@ class LowRankSum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, low, a, b = ctx.saved_tensors
         grad = grads[0]
+        if torch.is_grad_enabled():
+            return grad, *_with_graph(ctx, grad), None, None, None, None
         flat = grad.reshape(-1, grad.shape[-1])  # (n, out)
         if ctx.dropout and gpu.serves(flat):
             return grad, *_gradients_on_gpu(ctx, flat), None, None, None, None
@@ -107,6 +111,25 @@ class LowRankSum(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             d_b = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)
         return grad, d_x, d_a, d_b, None, None, None, None
+
+
+def _with_graph(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, A and B, for a backward pass that is differentiated itself."""
+    x, _, a, b = ctx.saved_tensors
+    _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
+    if ctx.dropout and gpu.serves(grad):
+        second.refuse("dropout in a fused low-rank update on a GPU", "set the method's dropout to 0")
+    if x is None and wants_b:
+        second.refuse("a low-rank update whose A is frozen", "train A, too")
+    if x is None:  # the update is linear in it, so any will do
+        x = grad.new_zeros(ctx.shape).requires_grad_(wants_x)
+    kept = without_(torch.ones_like(x).contiguous(), drawn(x.numel(), ctx.seed, ctx.dropout)) if ctx.dropout else None
+
+    def update(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        seen = x if kept is None else x * kept
+        return F.linear(F.linear(seen, a.to(x.dtype)), b.to(x.dtype) * float(ctx.scale))
+
+    return second.gradients(update, (x, a, b), (wants_x, wants_a, wants_b), grad)
 
 
 def _gradients_on_gpu(ctx: Any, flat: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

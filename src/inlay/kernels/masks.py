@@ -15,11 +15,12 @@ from torch import Tensor
 
 BITS = 16
 FEW = 0.2  # share of dropped entries from which a dense mask is faster
+MOST = 0.9  # above, 16 bits no longer say the share of those that stay to a ten-thousandth
 
 
 def fresh_seed() -> int:
     """Drawn by torch's own generator, whose seed and saved states so decide about masks, too."""
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def without(x: Tensor, dropped: Tensor) -> Tensor:
@@ -49,21 +50,22 @@ def _gaps(share: float) -> Tensor:
 
 
 def drawn(count: int, seed: int, share: float) -> Tensor:
-    """Which of `count` entries are dropped, each with probability `share`, the same for the same seed.
+    """Which of `count` entries are dropped, each with probability `share` (at most `MOST`), the same by the same seed.
 
     Returns:
         (dropped) their indices, int64, where they are few; else (count) int16, 0 where dropped and all ones elsewhere.
     """
     generator = torch.Generator().manual_seed(seed)
     if share >= FEW:
-        words = torch.empty(-(-count * BITS // 64), dtype=torch.int64)
+        words = torch.empty(-(-count * BITS // 64), dtype=torch.int64, device="cpu")
         words.random_(-(2**63), None, generator=generator)
         return words.view(torch.int16)[:count].ge_(round(share * 2**BITS) - 2 ** (BITS - 1)).neg_()
     expected = count * share
-    at = torch.empty(0, dtype=torch.int64)
+    at = torch.empty(0, dtype=torch.int64, device="cpu")
     while at.numel() == 0 or int(at[-1]) < count:  # a second round is needed once in 10⁹ times
         wanted = int(expected + 6 * math.sqrt(expected)) + 16
-        words = torch.empty(-(-wanted * BITS // 64), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        words = torch.empty(-(-wanted * BITS // 64), dtype=torch.int64, device="cpu")
+        words.random_(-(2**63), None, generator=generator)
         gaps = _gaps(share).index_select(0, words.view(torch.int16).int().add_(2 ** (BITS - 1)))
         last = int(at[-1]) if at.numel() else -1
         more = gaps.cumsum(0).add_(last)

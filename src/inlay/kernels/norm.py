@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
-from inlay.kernels import gpu
+from inlay.kernels import gpu, second
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the gradient's norm
 # Norm → ε and what is added to its weight; None where the formula is not its own.
@@ -95,12 +95,14 @@ class RootMeanSquare(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float, inner: Callable[[Tensor], Tensor]
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.formula = epsilon, offset
+        ctx.formula, ctx.inner = (epsilon, offset), inner
         return inner(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *second.gradients(ctx.inner, (x,), (True,), grads[0]), None, None, None, None
         return gradient(grads[0], x, weight, *ctx.formula), None, None, None, None
 
 

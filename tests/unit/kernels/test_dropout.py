@@ -107,3 +107,9 @@ def test_no_mask_is_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(x)
     assert sum(t.numel() for t in kept) <= x.numel() + 512 * 2 + 3 * 64
+
+
+@pytest.mark.parametrize("share", [0.99, 0.9999999])
+def test_a_share_that_16_bits_cannot_say_is_torchs_own(share: float) -> None:
+    model = attached(nn.Dropout(share))
+    assert torch.equal(*ways(model, torch.ones(300, 8)))
