@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,8 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
     adapter = None if method.needs_data else _attach(base, method, config)
     config = config.changed(max_length=max_length_of(config, layout, base, adapter), on_long=on_long_of(config, layout))
     train = encoded(rows, layout, base, task, labels, config)
-    collator: Any = collate(base.tokenizer, task)
+    # As evaluation pads: on the left, positions that a model counts by itself would begin at the padding.
+    collator: Any = replace(collate(base.tokenizer, task), side="right")
     if adapter is None:
         adapter = _attach(base, method, config, _batches(train, collator, config))
     if own is not base:

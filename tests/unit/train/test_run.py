@@ -14,6 +14,7 @@ import torch
 import inlay
 from inlay.core.errors import ConfigError, DataError, OutputError
 from inlay.train import RunConfig, RunResult, load_base, read_record, run
+from inlay.train.prepare import prepare
 from inlay.train.trainer import AdapterTrainer
 from tests import tiny
 
@@ -171,6 +172,18 @@ def test_a_last_step_that_diverges_leaves_no_adapter(
     with pytest.raises(ConfigError, match="step 1 left values in the adapter that are no numbers"):
         run(config(completions, llama, tmp_path / "run", steps=1), progress=False)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_padding_stands_on_the_right_whatever_the_tokenizer_says(completions: Path, tmp_path: Path) -> None:
+    """Models that count positions by themselves begin at a row's first place, and evaluation pads so."""
+    base = tiny.llama(tmp_path / "base")
+    said = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**said, "padding_side": "left"}))
+    prepared = prepare(config(completions, base, tmp_path / "run", packing=False))
+    assert prepared.base.tokenizer.padding_side == "left"
+    shortest, *_, longest = sorted(prepared.train, key=lambda row: len(row["input_ids"]))
+    mask = prepared.collator([shortest, longest])["attention_mask"]
+    assert bool(mask[:, 0].all()) and not bool(mask.all())
 
 
 def test_labels_that_a_decoder_answers_with_are_recorded(llama: Path, tmp_path: Path) -> None:
