@@ -52,6 +52,27 @@ def test_search(config: Path, command: Command, tmp_path: Path) -> None:
     assert "activations" in page and "<script src=" not in page.lower()
 
 
+def test_what_is_not_said_is_as_in_training(config: Path, command: Command, tmp_path: Path) -> None:
+    """Beside quantised weights bf16, and a low-rank method at every linear layer; float16 on a GPU only."""
+    facts = json.loads((config / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"dtype": "float16"}))
+    few, fixed = ("--batch-size", 1, "--max-length", 16, "--json"), ("--method", "lora", "--base", tmp_path)
+
+    def plans(*words: object) -> list[dict[str, object]]:
+        told = json.loads(command("plan", *fixed, *few, *words)[1])
+        return told["plans"] if "plans" in told else [s["fits"] for s in told["settings"]]
+
+    def precisions(*words: object) -> dict[object, object]:
+        return {p["setting"]["quantisation"]: p["setting"]["precision"] for p in plans(*words)}  # type: ignore[index]
+
+    assert precisions() == {None: "fp32"} and precisions("--gpu", "T4") == {None: "fp16"}
+    searched = plans("--memory", "gpu", "--gpu", "T4")
+    assert precisions("--memory", "gpu", "--gpu", "T4") == {None: "fp16", "nf4": "bf16"}
+    trained = {p["setting"]["quantisation"]: p["trainable"] for p in searched}  # type: ignore[index]
+    (everywhere,), (quantised,) = plans("--where", "all-linear"), plans("--quantize", "int8")
+    assert trained["nf4"] == quantised["trainable"] == everywhere["trainable"] != trained[None]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

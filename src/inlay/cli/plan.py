@@ -66,23 +66,28 @@ def plan(
 
         check_chart(plot)
     skeleton = _skeleton(base, task)
-    start = _start(skeleton, precision, quantize, gradient_checkpointing, batch_size, accumulate, max_length)
+    on_gpu = gpu is not None or device == "cuda"
+    start = _start(skeleton, precision, quantize, gradient_checkpointing, batch_size, accumulate, max_length, on_gpu)
     methods = _methods(method or ("lora" if memory is not None else None), set_)
     machine = _machine(gpu, device)
     if memory == "gpu":
         limit = machine.memory if gpu is not None else None
         if limit is None:
             raise ConfigError("--memory gpu needs --gpu with a name; or give an amount such as 16GiB")
-    planners = {m.name: _planner(skeleton, m, where, machine) for m in methods}
     name = base or "the embedded base"
     if limit is None:
+        planners = {m.name: _planner(skeleton, m, where, start.quantisation, machine) for m in methods}
         rows, refused = _each(planners, start, as_json)
         _show_plans(rows, refused, machine, name, as_json)
         shown = rows
     else:
-        fits = _search(
-            planners, limit - machine.overhead_bytes, start, quantize, batch_size, max_length, gradient_checkpointing
-        )
+        ways = [
+            (_planner(skeleton, m, where, kept, machine), _kept_in(start, kept, skeleton, precision, on_gpu))
+            for m in methods
+            for kept in ([start.quantisation] if quantize is not None else [None, "nf4"])
+        ]
+        room = limit - machine.overhead_bytes
+        fits = _search(ways, room, batch_size, max_length, gradient_checkpointing)
         _show_fits(fits, limit, machine, name, as_json)
         shown = [fit.fits for fit in fits if fit.fits is not None]
     if plot is not None:
@@ -103,7 +108,7 @@ def _skeleton(base: str | None, task: str | None) -> Skeleton:
 
 def _start(
     skeleton: Skeleton, precision: str | None, quantize: str | None, checkpointing: bool,
-    batch_size: int | None, accumulate: int, max_length: int | None,
+    batch_size: int | None, accumulate: int, max_length: int | None, on_gpu: bool,
 ) -> Setting:  # fmt: skip
     from inlay.core.errors import ConfigError, nearest
     from inlay.plan import Setting
@@ -116,16 +121,23 @@ def _start(
     context = skeleton.context
     if max_length is not None and context is not None and max_length > context:
         raise ConfigError(f"max_length is {max_length}, but the base reads {context} tokens. Give at most {context}")
-    chosen: Any = precision or skeleton.precision
-    kept: Any = None if quantize == "none" else quantize
-    return Setting(
-        precision="bf16" if kept in ("nf4", "fp4") and precision is None else chosen,
-        quantisation=kept,
+    start = Setting(
         checkpointing=checkpointing,
         batch=batch_size or BATCH,
         length=max_length or min(LENGTH, context or LENGTH),
         accumulate=accumulate,
     )
+    return _kept_in(start, None if quantize == "none" else quantize, skeleton, precision, on_gpu)
+
+
+def _kept_in(start: Setting, quantize: str | None, skeleton: Skeleton, precision: str | None, on_gpu: bool) -> Setting:
+    """The setting with weights as `inlay train` keeps them: bf16 beside quantised ones, float16 on a GPU only."""
+    from dataclasses import replace
+
+    usual = "bf16" if quantize is not None else skeleton.precision
+    chosen: Any = precision or ("fp32" if usual == "fp16" and not on_gpu else usual)
+    kept: Any = quantize
+    return replace(start, precision=chosen, quantisation=kept)
 
 
 def _methods(words: str | None, set_: list[str] | None) -> list[Any]:
@@ -147,13 +159,14 @@ def _machine(gpu: str | None, device: str | None) -> Machine:
     return machine_named(gpu) if gpu is not None else calibrate(device or "cpu")
 
 
-def _planner(skeleton: Skeleton, method: Any, where: str | None, machine: Machine) -> Planner:
+def _planner(skeleton: Skeleton, method: Any, where: str | None, quantize: str | None, machine: Machine) -> Planner:
     import re
 
     from inlay.core.errors import ConfigError
     from inlay.plan import Planner
+    from inlay.train.hyper import usual_places
 
-    places: Any = where
+    places: Any = where or usual_places(method, quantize)
     if where is not None and where.startswith("re:"):
         try:
             places = re.compile(where.removeprefix("re:"))
@@ -184,28 +197,31 @@ def _each(planners: dict[str, Planner], setting: Setting, quiet: bool) -> tuple[
 
 
 def _search(
-    planners: dict[str, Planner], room: float, start: Setting, quantize: str | None, batch_size: int | None,
-    max_length: int | None, checkpointing: bool,
+    ways: list[tuple[Planner, Setting]], room: float, batch_size: int | None, max_length: int | None,
+    checkpointing: bool,
 ) -> list[Fit]:  # fmt: skip
+    """Of each method what fits first, the least quantised weights before the others."""
     from inlay.core.errors import ConfigError
     from inlay.plan.search import BATCHES, LENGTHS, search
 
     if room <= 0:
         raise ConfigError("the process alone needs more than --memory; give more")
-    found: list[Fit] = []
-    for planner in planners.values():
+    found: list[tuple[str, Fit]] = []
+    for planner, start in ways:
         context = planner.skeleton.context
         lengths = [n for n in LENGTHS if context is None or n <= context] or [context or LENGTHS[0]]
-        found += search(
+        fits = search(
             planner,
             room,
             start=start,
-            quantisations=[start.quantisation] if quantize is not None else [None, "nf4"],
+            quantisations=[start.quantisation],
             lengths=[max_length] if max_length else lengths[:3],
             batches=[batch_size] if batch_size else BATCHES,
             checkpointing=[True] if checkpointing else [False, True],
         )
-    return found
+        found += [(planner.method.name, fit) for fit in fits]
+    order = list(dict.fromkeys(name for name, _ in found))
+    return [fit for _, fit in sorted(found, key=lambda f: (order.index(f[0]), f[1].fits is None))]
 
 
 def _show_plans(plans: list[Plan], refused: dict[str, str], machine: Machine, base: str, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -69,7 +70,7 @@ class Machine:
 
 
 def machine_named(name: str) -> Machine:
-    """A GPU by its name, in any spelling with the same letters and digits.
+    """A GPU by its name, in any spelling with the same letters and digits; the memory's size may be left out.
 
     Raises:
         ConfigError: unknown.
@@ -78,7 +79,9 @@ def machine_named(name: str) -> Machine:
     wanted = _plain(name.lower().removeprefix("nvidia").removeprefix("geforce").strip())
     wanted = wanted.removeprefix("geforce")
     found = plain.get(wanted) or next(
-        (known for key, known in plain.items() if wanted and key.startswith(wanted)), None
+        # What is left out must be the size alone: an RTX 4060 is not an RTX 4060 Ti, of twice the memory.
+        (known for key, known in plain.items() if wanted and re.fullmatch(re.escape(wanted) + r"\d+gb", key)),
+        None,
     )
     if found is None:
         raise ConfigError(f"unknown GPU {name!r}{nearest(name, GPUS)}")

@@ -162,9 +162,15 @@ class Planner:
         return _extrapolated(first, second, (setting.batch - FEW_ROWS[1]) / (FEW_ROWS[1] - FEW_ROWS[0]))
 
     def _even(self, precision: Precision, fewer: int, few: int, depth: int) -> bool:
-        """Whether every layer adds the same to the adapter."""
-        a, b, all_ = (self._model(precision, n).sizes.adapter for n in (fewer, few, None))
-        return math.isclose(b + (b - a) * (depth - few) / (few - fewer), all_, rel_tol=1e-3)
+        """Whether every layer adds the same to the adapter, and to the base.
+
+        The base's layers differ where encoder and decoder are not equally deep, or some layers have experts.
+        """
+        more, rest = few - fewer, depth - few  # layers
+        a, b, all_ = (self._model(precision, n).sizes for n in (fewer, few, None))
+        a_, b_, base = a.base_parameters, b.base_parameters, all_.base_parameters
+        adapter = b.adapter + (b.adapter - a.adapter) * rest / more
+        return math.isclose(adapter, all_.adapter, rel_tol=1e-3) and (base - b_) * more == (b_ - a_) * rest
 
     def _trace(self, setting: Setting, layers: int | None) -> Trace:
         plain = replace(setting, accumulate=1, optimizer_bytes=8.0, padded=setting.padded and setting.batch > 1)

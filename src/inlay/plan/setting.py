@@ -108,10 +108,10 @@ def bytes_of(text: str) -> int:
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise ConfigError(f"memory {text!r} is not an amount: give a number and a unit, such as 16GiB or 24GB")
-    amount = round(float(match[1]) * unit)
-    if amount < 1:
-        raise ConfigError(f"memory {text!r} is nothing: give an amount such as 16GiB")
-    return amount
+    amount = float(match[1]) * unit
+    if not 1 <= round(min(amount, 2.0**80)) < 2**80:
+        raise ConfigError(f"memory {text!r} is nothing, or more than there is: give an amount such as 16GiB")
+    return round(amount)
 
 
 def told_bytes(amount: float) -> str:

@@ -149,6 +149,15 @@ def test_few_layers_tell_of_all(skeleton: Skeleton, method: Any, checkpointing: 
     assert few == pytest.approx(whole, rel=0.01)
 
 
+def test_stacks_that_are_not_equally_deep() -> None:
+    """The prompt does not grow with the layers, and the base grows unevenly."""
+    config = T5Config(d_model=32, d_ff=48, num_heads=4, d_kv=8, vocab_size=64, num_layers=9, num_decoder_layers=5)
+    skeleton, method = Skeleton(config, task="seq2seq"), inlay.PromptTuning(length=2, init="random")
+    setting = Setting(precision="fp32", batch=2, length=16)
+    few = Planner(skeleton, method).plan(setting).memory
+    assert few == Planner(skeleton, method, whole=True).plan(setting).memory
+
+
 def test_few_rows_tell_of_many(skeleton: Skeleton) -> None:
     planner = Planner(skeleton, inlay.LoRA(rank=4))
     setting = Setting(precision="fp32", batch=16, length=64)
@@ -198,7 +207,7 @@ def test_amounts(text: str, amount: int) -> None:
     assert bytes_of(text) == amount
 
 
-@pytest.mark.parametrize("text", ["", "much", "16 G", "-3GB", "0GiB", "GiB"])
+@pytest.mark.parametrize("text", ["", "much", "16 G", "-3GB", "0GiB", "GiB", "9" * 400 + "GiB"])
 def test_amounts_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match=r"is not an amount|is nothing"):
         bytes_of(text)
@@ -214,9 +223,11 @@ def test_gpus(name: str) -> None:
     assert machine.gpu and machine.memory is not None and machine.memory > 20 * 2**30
 
 
-def test_unknown_gpu() -> None:
+@pytest.mark.parametrize("name", ["RTX 9999", "RTX 4060", "RTX", "L40"])
+def test_unknown_gpu(name: str) -> None:
+    """Another card's name may begin like it, and have twice the memory."""
     with pytest.raises(ConfigError, match="unknown GPU"):
-        machine_named("RTX 9999")
+        machine_named(name)
 
 
 def test_search_gives_the_largest_batch_and_the_next(skeleton: Skeleton) -> None:
