@@ -90,7 +90,7 @@ def near_table() -> str:
                 judge = statistics.mean(in_points([full[row["seed"]] for row in both], "accuracy"))
                 behind[method] = judge - mean, len(both)
         near = sorted((gap, -seeds, method) for method, (gap, seeds) in behind.items() if gap <= NEAR)
-        listed = ", ".join(f"`{method}` {-gap:+.1f} ({-less})" for gap, less, method in near) or "none"
+        listed = ", ".join(f"`{method}` {round(-gap, 1) + 0.0:+.1f} ({-less})" for gap, less, method in near) or "none"
         lines.append(f"- **{task}**, points from full fine-tuning (seeds): {len(near)} methods: {listed}.")
     return "\n".join(lines)
 

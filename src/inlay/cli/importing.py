@@ -1,4 +1,4 @@
-"""Importing large libraries without looking for garbage among what they make."""
+"""Importing large libraries: their notices off, and without looking for garbage among what they make."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def importing() -> Iterator[None]:
     appear, and the one that starts every training loop, take a fifth of a command's start-up. Where all of it was
     imported before, nothing is kept: garbage may lie about, the model of an earlier run among it.
     """
+    from inlay.train.quiet import hush
+
+    hush()
     was_on, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:

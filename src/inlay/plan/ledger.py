@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)
 _ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+_GROUPED = torch.ops.aten._grouped_mm.default
 META, CPU = torch.device("meta"), torch.device("cpu")
 
 
@@ -69,7 +70,7 @@ class Ledger(TorchDispatchMode):
                 args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
         elif kwargs.get("device") == META and _whole(given, args, kwargs):
             kwargs["device"] = CPU
-        out = func(*args, **kwargs)
+        out = _grouped_product(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         made = [self._note(tensor) for tensor in outputs]
         packet = func._overloadpacket
@@ -107,6 +108,16 @@ def _answer(func: Any, tensor: Tensor) -> bool | int | float:
     if func is torch.ops.aten.equal.default or tensor.dtype == torch.bool:
         return True
     return 0.0 if tensor.is_floating_point() else 0
+
+
+def _grouped_product(*args: Any, **kwargs: Any) -> Tensor:
+    """Products with experts' weights: without values only bfloat16 is taken, with values every type."""
+
+    def narrow(tensor: Tensor) -> Tensor:
+        return tensor.to(torch.bfloat16) if tensor.is_meta and tensor.is_floating_point() else tensor
+
+    made: Tensor = _GROUPED(*tree_map_only(Tensor, narrow, args), **tree_map_only(Tensor, narrow, kwargs))
+    return made.to(args[0].dtype)
 
 
 def _without_values(tensor: Tensor) -> Tensor:

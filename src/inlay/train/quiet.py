@@ -6,6 +6,15 @@ import logging as python_logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# The first two speak while transformers is imported, the last to everyone without an optional package for 4-bit layers.
+TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
+
+
+def hush() -> None:
+    """Let these say errors only; best before they are imported."""
+    for name in TALKATIVE:
+        python_logging.getLogger(name).setLevel(python_logging.ERROR)
+
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
@@ -14,13 +23,10 @@ def quiet_libraries() -> Iterator[None]:
     What these notices are about (weights that are missing or of other shapes, special tokens) is checked
     in `loading.py`, which raises instead.
     """
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed
-        python_logging.getLogger(name).setLevel(python_logging.ERROR)
+    hush()
     import datasets
     from transformers.utils import logging
 
-    # Says that an optional package for 4-bit layers on a CPU is absent, to everyone who imports it.
-    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     dataset_bars = datasets.are_progress_bars_disabled()
     logging.set_verbosity_error()

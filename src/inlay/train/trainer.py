@@ -25,6 +25,7 @@ from transformers import Trainer
 
 from inlay.core.adapter import Adapter
 from inlay.core.errors import ConfigError
+from inlay.core.finite import not_finite
 from inlay.core.labels import IGNORED
 from inlay.train.folder import RunFolder, write_beside
 from inlay.train.order import LengthGroupedOrder
@@ -226,7 +227,7 @@ class AdapterTrainer(Trainer):
         """
         if self.state.best_global_step not in (None, self.state.global_step):
             read_tensors(self.adapter, self.folder.best)
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.adapter.parameters()):
+        if not_finite(self.adapter):
             raise diverged(f"step {self.state.global_step} left values in the adapter that are no numbers")
 
 

@@ -240,3 +240,17 @@ def test_search_gives_the_largest_batch_and_the_next(skeleton: Skeleton) -> None
     assert (plain.fits.setting.batch, plain.beyond.setting.batch) == (4, 8)
     nothing = search(planner, 1000, start=start, quantisations=[None, "nf4"], lengths=[64], batches=[1])
     assert len(nothing) == 4 and all(f.fits is None and f.beyond is not None for f in nothing)
+
+
+def test_experts_in_every_precision() -> None:
+    """Their grouped products are known for bfloat16 only where there are no values."""
+    from transformers import Qwen2MoeConfig
+
+    config = Qwen2MoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, num_experts=4, num_experts_per_tok=2,
+        vocab_size=64,
+    )  # fmt: skip
+    planner = Planner(Skeleton(config), inlay.LoRA(rank=2))
+    narrow, wide = (planner.plan(Setting(precision=p, batch=2, length=16)).memory for p in ("bf16", "fp32"))
+    assert wide.weights == pytest.approx(2 * narrow.weights, rel=0.01) and wide.activations > 1.3 * narrow.activations
