@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks import mixed, switching
 from benchmarks.contenders import Shape, copy_values, in_peft, randomise, token_rows, with_inlay, with_peft
 from benchmarks.provenance import ROOT, provenance, write_json
-from benchmarks.step import TOLERANCE, Case, floor_step, losses_agree, training_step
+from benchmarks.step import TOLERANCE, Case, agreement, floor_step, training_step
 from benchmarks.timing import Timing, alternate, ratio
 from inlay import LoRA
 from inlay.kernels import gpu
@@ -136,14 +136,15 @@ def _steps(scale: Scale, case: Case, *, floor: bool = False) -> dict[str, Any]:
     steps = {name: training_step(model, batch) for name, model in (("inlay", ours), ("peft", theirs))}
     for model in (ours, theirs):
         model.eval()  # masks of dropout come from different generators, so losses are compared without
-    agreement = losses_agree(case, steps)
+    ours, theirs = ([float(take()) for _ in range(case.checked)] for take in steps.values())
+    losses = agreement(ours, theirs, TOLERANCE[case.shape.dtype])
     for model in (ours, theirs):
         model.train()
     if floor:
         steps["floor"] = floor_step(base, batch)
     timings = _timed(scale, steps)
     peaks = {name: _peak(scale, step) for name, step in steps.items()}
-    found = {"case": case.name, "batch": scale.batch, "losses": agreement, "agree": agreement["agree"]}
+    found = {"case": case.name, "batch": scale.batch, "losses": losses, "agree": losses["agree"]}
     found |= _reported(timings, [("inlay", "peft"), *([("inlay", "floor"), ("peft", "floor")] if floor else [])])
     return found | {"peak_bytes_above_the_models": peaks, "peak: inlay/peft": peaks["inlay"] / max(peaks["peft"], 1)}
 

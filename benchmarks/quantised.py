@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.contenders import Shape, copy_values, token_rows, trained, with_inlay
 from benchmarks.provenance import ROOT, provenance, write_json
+from benchmarks.step import agreement
 from inlay import LoRA
 
 OUT = ROOT / "runs" / "quantised" / "peft.json"
@@ -138,15 +139,6 @@ def compare(shape: Shape, *, rows: int, tokens: int, runs: int, checked: int) ->
             }
     seconds = {name: {"wall": c.wall, "processor": c.cpu} for name, c in contenders.items()}
     return {"against": found, "seconds": seconds}
-
-
-def agreement(ours: list[float], theirs: list[float], tolerance: float) -> dict[str, Any]:
-    """How far two series of losses are apart, relative."""
-    worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
-    return {
-        "inlay": ours, "peer": theirs, "worst_relative_difference": worst, "tolerance": tolerance,
-        "agree": worst <= tolerance,
-    }  # fmt: skip
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:

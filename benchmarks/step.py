@@ -34,7 +34,6 @@ class Case:
         method: what is trained; where nothing else is said, LoRA.
         where: its places; its paper's if None.
         at_most: the targets, by ratio.
-        peer: whether PEFT has the method.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Case:
     method: Method | None = None
     where: str | None = "all-linear"
     at_most: Mapping[str, float] = field(default_factory=dict)
-    peer: bool = True
     rank: int = 8
     rows: int = 4
     tokens: int = 256
@@ -130,21 +128,13 @@ def floor_step(base: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
     return step
 
 
-def losses_agree(case: Case, steps: dict[str, Callable[[], Tensor]]) -> dict[str, Any]:
-    """Take the first steps with both, from the same random state, and compare every loss."""
-    losses: dict[str, list[float]] = {}
-    for name, step in steps.items():
-        torch.manual_seed(case.seed + 1)
-        losses[name] = [float(step()) for _ in range(case.checked)]
-    if not case.peer:
-        return {"steps": case.checked, "agree": True, "peer": None}
-    pairs = list(zip(losses["inlay"], losses["peft"], strict=True))
-    worst = max(abs(a - b) / abs(b) for a, b in pairs)
-    tolerance = TOLERANCE[case.shape.dtype]
+def agreement(ours: list[float], theirs: list[float], tolerance: float) -> dict[str, Any]:
+    """Whether two series of losses are equal, relatively."""
+    worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
     return {
-        "steps": case.checked,
+        "steps": len(ours),
         "worst_relative_difference": worst,
         "tolerance": tolerance,
         "agree": worst <= tolerance,
-        "first_and_last": {name: [round(v[0], 5), round(v[-1], 5)] for name, v in losses.items()},
+        "first_and_last": {name: [round(v[0], 5), round(v[-1], 5)] for name, v in (("inlay", ours), ("peer", theirs))},
     }

@@ -168,7 +168,7 @@ def compare(contest: Contest, options: Options) -> dict[str, Any]:
         "labelled": case.labelled,
         "method": case.trained.to_dict(),
         "peer": contest.named,
-        "losses": agreement(losses, options.checked, step.TOLERANCE[case.shape.dtype]),
+        "losses": agreed(losses, options, case.shape),
         "timings": {name: timing.to_dict() for name, timing in timings.items()},
         "ratios": {f"inlay/{name}": ratio(timings["inlay"], timings[name]) for name in timings if name != "inlay"},
     }
@@ -181,19 +181,12 @@ def take_on(steps: Mapping[str, Callable[[], object]], losses: dict[str, list[fl
             take()
 
 
+def agreed(losses: dict[str, list[float]], options: Options, shape: Shape) -> dict[str, Any]:
+    """Whether the first losses of ours and the peer's are equal."""
+    first = {name: noted[: options.checked] for name, noted in losses.items()}
+    return step.agreement(first["inlay"], first["peer"], step.TOLERANCE[shape.dtype])
+
+
 def recorded(take: Callable[[], Tensor], losses: list[float]) -> Callable[[], object]:
     """A step that notes its loss."""
     return lambda: losses.append(float(take()))
-
-
-def agreement(losses: dict[str, list[float]], checked: int, tolerance: float) -> dict[str, Any]:
-    """Whether the first losses of ours and the peer's are equal, relatively."""
-    pairs = list(zip(losses["inlay"], losses["peer"], strict=True))[:checked]
-    worst = max(abs(a - b) / abs(b) for a, b in pairs)
-    return {
-        "steps": len(pairs),
-        "worst_relative_difference": worst,
-        "tolerance": tolerance,
-        "agree": worst <= tolerance,
-        "first_and_last": {name: [round(v[0], 5), round(v[len(pairs) - 1], 5)] for name, v in losses.items()},
-    }

@@ -21,7 +21,7 @@ import inlay
 from benchmarks import step
 from benchmarks.contenders import LLAMA_135M, Shape, in_peft
 from benchmarks.report import Options, Part, Row, milliseconds, table
-from benchmarks.steps import WARMUP, agreement, recorded, take_on
+from benchmarks.steps import WARMUP, agreed, recorded, take_on
 from benchmarks.timing import alternate, now, ratio
 from inlay import LoRA
 from inlay.kernels import trunk
@@ -55,7 +55,7 @@ def compare(shape: Shape, top: int, options: Options) -> Part:
     timings = alternate(steps, runs=options.runs, warmup=WARMUP)
     take_on(steps, losses, options.checked)
     found = {name: timing.to_dict() for name, timing in timings.items()}
-    check = agreement(losses, options.checked, step.TOLERANCE[shape.dtype])
+    check = agreed(losses, options, shape)
     work = f"top {top} of {shape.layers} layers with the trunk cache, from the second epoch: step / PEFT's"
     quotient = ratio(timings["inlay"], timings["peer"])
     row = Row(

@@ -19,7 +19,8 @@ def test_steps_equal_peft() -> None:
     assert set(found["against"]) == {"peft", "peft-prepared"}
     for peer in found["against"].values():
         assert peer["losses"]["agree"], peer["losses"]
-        assert peer["losses"]["inlay"][0] != peer["losses"]["inlay"][-1]
+        first, last = peer["losses"]["first_and_last"]["inlay"]
+        assert first != last
 
 
 def test_what_falls_short_is_said() -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from inlay.train.quiet import hush
+
 
 @contextmanager
 def importing() -> Iterator[None]:
@@ -16,8 +18,6 @@ def importing() -> Iterator[None]:
     appear, and the one that starts every training loop, take a fifth of a command's start-up. Where all of it was
     imported before, nothing is kept: garbage may lie about, the model of an earlier run among it.
     """
-    from inlay.train.quiet import hush
-
     hush()
     was_on, before = gc.isenabled(), len(sys.modules)
     gc.disable()

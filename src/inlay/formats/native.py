@@ -40,8 +40,7 @@ KEYS = {"format", "name", "method", "places", "modules_to_save", "base", "base_n
 
 def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
     """Write the adapter beside its final name, then rename: the folder never holds half a file."""
-    method, stored = adapter.method.stored(adapter)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in stored.items()}
+    method, tensors = _stored(adapter)
     header = {
         "format": FORMAT,
         "name": adapter.name,
@@ -78,10 +77,13 @@ def recognises(folder: Path) -> bool:
 
 def holds(folder: Path, adapter: Adapter) -> bool:
     """Whether the adapter of ours in `folder` has this adapter's very values."""
-    stored = adapter.method.stored(adapter)[1]
-    return bool(
-        read_header(folder)["digest"] == digest_of({n: t.detach().cpu().contiguous() for n, t in stored.items()})
-    )
+    return bool(read_header(folder)["digest"] == digest_of(_stored(adapter)[1]))
+
+
+def _stored(adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
+    """What is written: the method as it is stored, and the tensors as they lie in the file."""
+    method, tensors = adapter.method.stored(adapter)
+    return method, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def read_header(folder: Path) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
     asked = Scoring(skip=True)
     out = _run(host, inner, args, kwargs, asked)
     if _more_losses(out):  # asked for since the trial
+        seen[form] = False
         return inner(*args, **kwargs)
     hidden = asked.hidden[-1]
     loss = _loss(host, layer, hidden, labels, kwargs)

@@ -50,8 +50,7 @@ class LLaMAAdapter(PromptMethod):
     name: ClassVar[str] = "llama-adapter"
     paper: ClassVar[str] = "arXiv:2303.16199"
     family: ClassVar[str] = "soft prompt"
-    # The authors' finetuning.sh: base rate 9e-3 times 32 rows / 256, warm-up over 2 of 5 epochs.
-    # The rate is tuned (docs/quality.md); the rest is the paper's.
+    # Tuned rate (docs/quality.md; the authors' 9e-3 is for 256 rows); warm-up over 2 of 5 epochs as in finetuning.sh.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2, schedule="cosine", warmup=0.4, weight_decay=0.02)
     default_where: ClassVar[str] = "attention"
 

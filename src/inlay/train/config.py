@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -128,7 +128,8 @@ class RunConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_no_switch(cls, value: Any, field: ValidationInfo) -> Any:
-        if isinstance(value, bool) and field.field_name not in ("gradient_checkpointing", "packing", "compile"):
+        takes = cls.model_fields[str(field.field_name)].annotation
+        if isinstance(value, bool) and bool not in (takes, *get_args(takes)):
             raise ValueError(f"{field.field_name} is {value}, no number or text (as YAML reads `yes` and `on`)")
         return value
 
