@@ -92,7 +92,9 @@ def test_at_once_is_one_after_another(data: st.DataObject) -> None:
     mask = torch.ones_like(ids)
     mask[0, : data.draw(st.integers(0, tokens - 1))] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    one, two = (outputs(model, choice, batch, loop=loop) for loop in (False, True))
+    two = outputs(model, choice, batch, loop=True)
+    outputs(model, choice, batch, loop=False)  # the second forward finds the stacks of the first
+    one = outputs(model, choice, batch, loop=False)
     seen = mask.bool() if one.dim() == 3 and one.shape[1] == tokens else slice(None)
     assert (one - two)[seen].abs().max() <= TOLERANCE[dtype] * two.std()
 
