@@ -5,8 +5,9 @@
              c c c c c                 attention a text at a time, without a mask
 
 Everything but attention sees tokens one by one, so packing is exact where attention is: a registered attention
-function takes each text's queries, keys and values by themselves (texts of one length in one call) and gives them
-to the model's own implementation, and no mask is ever made. On a GPU, in half precision, torch's variable-length
+function takes each text's queries, keys and values by themselves and gives them to the model's own implementation, and
+no mask is ever made: texts of like length share a call, the shorter ones filled up at their ends, which nothing before
+an end sees. On a GPU, in half precision, torch's variable-length
 kernel takes all texts in one call (its speed here was never measured). The naive twin is the padded batch; `isolates`
 tries both on the model at hand.
 """
@@ -33,6 +34,7 @@ from inlay.core.host import Host
 from inlay.core.view import ModelView
 
 NAME = "packed_"
+WASTE = 1.25  # slots to tokens, at most, of texts that share a call
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -43,6 +45,81 @@ class Run:
     start: int
     count: int
     length: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Neighbouring texts as rows of one length, that of the longest.
+
+    Attributes:
+        runs: the texts.
+        take: the token of each slot, counted from the first text's first; a slot behind a text's end holds its last.
+        back: the slot of each token.
+        ends: the slots behind texts' ends.
+    """
+
+    runs: tuple[Run, ...]
+    take: Tensor
+    back: Tensor
+    ends: Tensor
+
+    @staticmethod
+    def of(runs: tuple[Run, ...], device: torch.device) -> Rows:
+        lengths = torch.tensor([run.length for run in runs for _ in range(run.count)])
+        slots = torch.arange(int(lengths.max()))
+        inside = slots < lengths[:, None]  # (texts, slots)
+        starts = lengths.cumsum(0) - lengths
+        take = starts[:, None] + torch.minimum(slots, lengths[:, None] - 1)
+        flat = inside.flatten()
+        made = (take.flatten(), flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1))
+        return Rows(runs, *(t.to(device) for t in made))
+
+    @property
+    def texts(self) -> int:
+        return sum(run.count for run in self.runs)
+
+    def apart(self, packed: Tensor) -> Tensor:
+        """(1, heads, tokens, size) → (texts, heads, length, size)."""
+        start = self.runs[0].start
+        own = packed[0].transpose(0, 1)[start : start + self.back.numel()]  # (tokens, heads, size)
+        if self.ends.numel():
+            own = Filled.apply(own, self.take, self.back)  # type: ignore[no-untyped-call]
+        return own.unflatten(0, (self.texts, -1)).transpose(1, 2)
+
+    def together(self, apart: Tensor) -> Tensor:
+        """(texts, length, heads, size) → (1, tokens, heads, size)."""
+        own = apart.flatten(0, 1)
+        if self.ends.numel():
+            own = Cut.apply(own, self.take, self.back, self.ends)  # type: ignore[no-untyped-call]
+        return own[None]
+
+
+class Filled(torch.autograd.Function):
+    """Tokens in slots. Nobody reads what slots behind an end become, so no gradient comes back from there."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, take: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return tokens.flatten(1).index_select(0, take).view(-1, *tokens.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (back,) = ctx.saved_tensors
+        return grads[0].flatten(1).index_select(0, back).view(-1, *grads[0].shape[1:]), None, None
+
+
+class Cut(torch.autograd.Function):
+    """Slots back to tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, take: Tensor, back: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(take, ends)
+        return slots.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        take, ends = ctx.saved_tensors
+        return grads[0].index_select(0, take).index_fill(0, ends, 0), None, None, None
 
 
 _RUNS: ContextVar[tuple[Run, ...] | None] = ContextVar("inlay_packed", default=None)
@@ -136,10 +213,11 @@ def _registered(original: str) -> str:
         if not needed and _takes_all(query, value, kwargs):
             return at_once(query, key, value, runs, window, kwargs.get("scaling")), None
         parts = []
-        for run in runs:
-            q, k, v = (_apart(t, run) for t in (query, key, value))
-            own = _causal(run.length, window, q) if needed or (window and run.length > window) else None
-            parts.append(base(module, q, k, v, own, **kwargs)[0].reshape(1, -1, query.shape[1], value.shape[-1]))
+        for rows in _rows(runs, query.device):
+            q, k, v = (rows.apart(t) for t in (query, key, value))
+            length = q.shape[2]
+            own = _causal(length, window, q) if needed or (window and length > window) else None
+            parts.append(rows.together(base(module, q, k, v, own, **kwargs)[0]))
         return torch.cat(parts, 1), None
 
     AttentionInterface.register(name, attention)
@@ -182,10 +260,21 @@ def _starts(runs: tuple[Run, ...], device: torch.device) -> tuple[Tensor, int]:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
 
 
-def _apart(packed: Tensor, run: Run) -> Tensor:
-    """The texts of a run as rows: (1, heads, tokens, size) → (count, heads, length, size)."""
-    own = packed[0, :, run.start : run.start + run.count * run.length]
-    return own.reshape(own.shape[0], run.count, run.length, own.shape[-1]).transpose(0, 1)
+@lru_cache(maxsize=8)
+def _rows(runs: tuple[Run, ...], device: torch.device) -> tuple[Rows, ...]:
+    """The calls that a batch's texts take, for all its layers: as few as waste allows."""
+    shared: list[list[Run]] = []
+    for run in runs:
+        if shared and _waste([*shared[-1], run]) <= WASTE:
+            shared[-1].append(run)
+        else:
+            shared.append([run])
+    return tuple(Rows.of(tuple(some), device) for some in shared)
+
+
+def _waste(runs: list[Run]) -> float:
+    """Slots to tokens, were these texts one call's."""
+    return max(r.length for r in runs) * sum(r.count for r in runs) / sum(r.count * r.length for r in runs)
 
 
 def _causal(length: int, window: int | None, like: Tensor) -> Tensor:
