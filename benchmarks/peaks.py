@@ -2,8 +2,8 @@
 
     python -m benchmarks.peaks          the first row of `make bench` and every method's
 
-Counted is what the kernel says: the most that was resident during three steps, of the whole process. What it held
-before it built the model (interpreter and libraries, the same in both) is told too.
+Counted is what the kernel says: the most that was resident during three steps, of the whole process, which has loaded
+what its contender needs and no more. What it held before it built the model (interpreter and libraries) is told too.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def _process(number: int, who: str, *, tiny: bool) -> dict[str, float]:
 
 def child(number: int, who: str, *, tiny: bool) -> dict[str, float]:
     """Build one contender, take steps, and tell the peaks in MiB; called in a process of its own."""
-    import peft  # noqa: F401  # both processes hold the same libraries
-
     from benchmarks import step
     from benchmarks.contenders import with_inlay
     from benchmarks.steps import TINY
 
     contest = contests()[number]
+    if who == "peer" and contest.named == "PEFT":
+        import peft  # noqa: F401  # before the count of what the libraries take
     case = replace(contest.case, shape=TINY, tokens=32) if tiny else contest.case
     gc.collect()
     before = _resident_mib()

@@ -32,7 +32,9 @@ OUT = ROOT / "runs" / "bench" / "peft_comparison.json"
 SECTIONS: dict[str, Callable[[Options], Part]] = {
     "startup": startup.measure,  # first: nothing else is in memory yet
     "together": together.measure,
-    "peaks": peaks.measure,
+    "peaks": peaks.measure,  # in processes of their own until here; what others leave behind slows many small products
+    "batches": serving.batches,
+    "switches": serving.switches,
     "lora": steps.lora,
     "notes": steps.notes,
     "methods": steps.methods,
@@ -40,8 +42,6 @@ SECTIONS: dict[str, Callable[[Options], Part]] = {
     "trunk": trunk.measure,
     "e2e": epochs.e2e,
     "trec": epochs.trec,
-    "batches": serving.batches,
-    "switches": serving.switches,
 }
 
 

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.provenance import ROOT, peak_memory_mib, write_json
 from benchmarks.realdata import minilm, trec_as_jsonl
 from benchmarks.series import Job, run_series
@@ -37,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 PEER = "peft-lora"
 PEER_RATE = 1e-3
 CLASSES = 6
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REFERENCE = {
     "what": "PEFT 0.21 LoRA r8 query, value, 5 epochs AdamW 1e-3, batch 32, 2 cores",
     "accuracy": 0.96,
@@ -65,6 +68,7 @@ def train_with_inlay(job: Job, given: argparse.Namespace) -> dict[str, Any]:
         steps=given.steps,
         batch_size=given.batch_size,
         learning_rate=given.learning_rate,
+        precision=given.precision,
         seed=job.seed,
     )
     began = time.perf_counter()
@@ -73,7 +77,7 @@ def train_with_inlay(job: Job, given: argparse.Namespace) -> dict[str, Any]:
     peak = peak_memory_mib()
     record = read_record(result.adapter)
     assert record is not None and record.labels is not None
-    base = load_base(minilm(), task="classification", label_names=record.labels)
+    base = load_base(minilm(), task="classification", label_names=record.labels, dtype=DTYPES[given.precision])
     adapter = inlay.load(base.model, result.adapter)
     table = read_table(test)
     settings = Settings(batch_size=64, label_names=record.labels)
@@ -96,7 +100,6 @@ def train_with_peft(job: Job, given: argparse.Namespace) -> dict[str, Any]:
     """The reference: PEFT in transformers' Trainer as its users write it, with dynamic padding."""
     import numpy as np
     import peft
-    import torch
     from datasets import Dataset, disable_progress_bars
     from transformers import (
         AutoModelForSequenceClassification,
@@ -115,7 +118,9 @@ def train_with_peft(job: Job, given: argparse.Namespace) -> dict[str, Any]:
     tables = [Dataset.from_json(str(p), cache_dir=str(WORK / "cache")) for p in trec_as_jsonl(WORK, rows=given.rows)]
     began = time.perf_counter()
     set_seed(job.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=CLASSES)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        minilm(), num_labels=CLASSES, dtype=DTYPES[given.precision]
+    )
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
     model = peft.get_peft_model(model, config)
 
@@ -171,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="instead of epochs, for a smoke run")
     parser.add_argument("--rows", type=int, help="only the first questions, for a smoke run")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of the base's weights")
     parser.add_argument("--learning-rate", type=float, help="for every method; default: each one's own recipe")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--fresh", action="store_true", help="measure again what the results file already holds")
@@ -180,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         job = Job(given.methods[0], given.seeds[0])
         write_json(given.single, train_with_peft(job, given) if job.method == PEER else train_with_inlay(job, given))
         return 0
-    shared = ("epochs", "steps", "rows", "batch_size", "learning_rate")
+    shared = ("epochs", "steps", "rows", "batch_size", "precision", "learning_rate")
     content = run_series(
         [Job(method, seed) for seed in given.seeds for method in given.methods],
         out=given.out,

@@ -9,7 +9,8 @@ pass in float32 over what is in half precision:
 
 Queries before a block's last key are all that a causal block touches, so half the work is left out as in the kernel.
 It acts inside the attention modules of attached models, on calls of `scaled_dot_product_attention` that the kernel
-would have taken; every other call is torch's own.
+would have taken. Calls with dropout, which no kernel of torch's takes on a CPU, run its formula with the masks of
+`dropout.py`; every other call is torch's own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from inlay.core import prompting
 from inlay.core.host import Host
 from inlay.kernels import second
+from inlay.kernels.dropout import Dropout
+from inlay.kernels.masks import MOST, fresh_seed
 
 BLOCK = 128  # queries at a time
 AT_ONCE = 2**19  # scores at a time, over heads and rows: 1 MiB, twice
@@ -41,6 +44,8 @@ class FasterBackward(TorchFunctionMode):
             scale = given.get("scale") or query.shape[-1] ** -0.5
             mask, causal = given.get("attn_mask"), given.get("is_causal", False)
             return FlashAttention.apply(*args, mask, causal, scale)  # type: ignore[no-untyped-call]
+        if func is F.scaled_dot_product_attention and len(args) == 3 and drops(*args, **given):
+            return with_dropout(*args, **given)
         return func(*args, **given)
 
 
@@ -63,6 +68,36 @@ def applies(
         and not (attn_mask is not None and (attn_mask.requires_grad or attn_mask.dim() != 4 or is_causal))
         and (query.requires_grad or key.requires_grad or value.requires_grad)
     )
+
+
+def drops(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0, **_: Any) -> bool:
+    """Whether torch would compute this by its formula, with a mask that costs more than the products."""
+    return (
+        all(type(t) is Tensor and t.dim() == 4 and t.device.type in ("cpu", "meta") for t in (query, key, value))
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and key.shape[1] == value.shape[1]
+        and 0 < dropout_p <= MOST
+        and not torch.is_autocast_enabled(query.device.type)
+    )
+
+
+def with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """drop(softmax(scale · Q Kᵀ + mask)) V, as `scaled_dot_product_attention` documents it."""
+    if enable_gqa:
+        key, value = (_repeated(t, query.shape[1]) for t in (key, value))
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    shares = torch._safe_softmax(scores, -1)
+    kept: Tensor = Dropout.apply(shares, dropout_p, fresh_seed())  # type: ignore[no-untyped-call]
+    return kept @ value
 
 
 class FlashAttention(torch.autograd.Function):
@@ -142,8 +177,11 @@ def _gradients(
 
 
 def attention(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """An attention module's forward, with the faster backward pass where gradients are wanted."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """An attention module's forward, with the faster backward pass where gradients are wanted.
+
+    Masks of dropout must not depend on whether they are: a reentrant checkpoint runs the forward without, then with.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or host.module.training):
         return inner(*args, **kwargs)
     with FasterBackward():
         return inner(*args, **kwargs)

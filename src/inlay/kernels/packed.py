@@ -84,14 +84,15 @@ class Rows:
         own = packed[0].transpose(0, 1)[start : start + self.back.numel()]  # (tokens, heads, size)
         if self.ends.numel():
             own = Filled.apply(own, self.take, self.back)  # type: ignore[no-untyped-call]
-        return own.unflatten(0, (self.texts, -1)).transpose(1, 2)
+        rows: Tensor = own.unflatten(0, (self.texts, -1)).transpose(1, 2)
+        return rows
 
     def together(self, apart: Tensor) -> Tensor:
         """(texts, length, heads, size) → (1, tokens, heads, size)."""
         own = apart.flatten(0, 1)
         if self.ends.numel():
             own = Cut.apply(own, self.take, self.back, self.ends)  # type: ignore[no-untyped-call]
-        return own[None]
+        return own.unsqueeze(0)
 
 
 class Filled(torch.autograd.Function):

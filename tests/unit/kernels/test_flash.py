@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import inlay
 from inlay.kernels import flash
+from inlay.kernels.dropout import Dropout
 from inlay.kernels.flash import FasterBackward
+from inlay.testing.models import ZOO
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -110,3 +113,66 @@ def test_what_is_left_to_torch(given: dict[str, Any]) -> None:
     assert flash.applies(q, q, q)
     assert not flash.applies(q.float(), q.float(), q.float())
     assert not flash.applies(q.detach(), q.detach(), q.detach())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"is_causal": True},
+        {"attn_mask": padded(11)},
+        {"attn_mask": drawn(2, 3, 11, 11, seed=5).float()},
+        {"scale": 0.3},
+    ],
+)
+def test_attention_with_dropout_is_torchs_formula(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing dropped, so that torch's kernel without dropout is the oracle."""
+    monkeypatch.setattr(Dropout, "apply", lambda shares, share, seed: shares)
+    found = []
+    for way, share in ((contextlib.nullcontext(), 0.0), (FasterBackward(), 0.1)):
+        leaves = [drawn(2, heads, 11, 16, seed=i).float().requires_grad_() for i, heads in enumerate((3, 3, 3))]
+        with way:
+            out = F.scaled_dot_product_attention(*leaves, dropout_p=share, **given)
+        found.append([out, *torch.autograd.grad(out, leaves, drawn(2, 3, 11, 16, seed=9).float())])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_what_is_dropped_in_attention(share: float) -> None:
+    """Values of ones and zeros show the shares themselves."""
+    q, k = (drawn(4, 2, 64, 16, seed=i).float().requires_grad_() for i in (0, 1))
+    v = torch.eye(64).expand(4, 2, 64, 64)
+    with FasterBackward():
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=share)
+    kept = out != 0
+    assert abs(float((~kept).float().mean()) - share) < 0.02
+    expected = F.scaled_dot_product_attention(q, k, v) * kept / (1 - share)
+    assert torch.allclose(out, expected, atol=1e-5)
+    grads = drawn(4, 2, 64, 64, seed=3).float()
+    ours, theirs = (torch.autograd.grad(t, (q, k), grads) for t in (out, expected))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_layer_drops_the_same_twice(reentrant: bool) -> None:
+    specimen = ZOO["bert"]
+    found = []
+    for checkpointed in (False, True):
+        model = specimen.build()
+        model.config._attn_implementation = "sdpa"
+        for module in model.modules():
+            if hasattr(module, "attention_probs_dropout_prob") or type(module).__name__.endswith("SelfAttention"):
+                module.dropout = torch.nn.Dropout(0.5)
+        torch.manual_seed(0)
+        adapter = inlay.attach(model, inlay.LoRA(rank=2))
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        torch.manual_seed(1)
+        model(**specimen.batch(3, 1, ragged=True)).loss.backward()
+        found.append([p.grad.clone() for p in adapter.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))
