@@ -74,16 +74,16 @@ def _train(task: Task, job: Job, data: Path, source: Path | None, rates: dict[st
     """Train at the rate on record; where that taught nothing, once more at a third of it, and say so."""
     rate = rates.get(job.method, {}).get("chosen")
     first, losses = _train_at(task, job, data, source, rate)
-    if learnt(losses):
+    if learnt(losses, task.falls):
         return first
     second, _ = _train_at(task, job, data, source, first["learning_rate"] / 3)
     return {**second, "learnt_nothing_at": first["learning_rate"]}
 
 
-def learnt(losses: list[float]) -> bool:
-    """Whether the training loss of the last quarter is at least a tenth below that of the first tenth."""
+def learnt(losses: list[float], falls: float) -> bool:
+    """Whether the training loss of the last quarter is by a share below that of the first tenth."""
     first, last = losses[: max(1, len(losses) // 10)], losses[-max(1, len(losses) // 4) :]
-    return statistics.mean(last) <= 0.9 * statistics.mean(first)
+    return statistics.mean(last) <= (1 - falls) * statistics.mean(first)
 
 
 def _train_at(
@@ -118,7 +118,8 @@ def _train_at(
 def _where(task: Task, method: Any) -> str | None:
     """All linears for what adapts projections of the attention by default; other places are the method's own."""
     default = method.default_where
-    return task.where if isinstance(default, tuple) and set(default) & {"query", "value"} else None
+    layers = isinstance(default, tuple) and not any(role.endswith("_sublayer") for role in default)
+    return task.where if layers and set(default) & {"query", "value"} else None
 
 
 def _dtype(task: Task) -> Any:

@@ -161,6 +161,6 @@ def test_real_data_is_read_whole(tmp_path: Path) -> None:
 def test_a_run_that_stays_where_it_began_has_learnt_nothing():
     from benchmarks.quality.__main__ import learnt
 
-    assert not learnt([0.69, 0.70, 0.93, 0.57, 0.69, 0.68, 0.70, 0.69] * 20)
-    assert learnt([0.69] * 20 + [0.6 - 0.001 * step for step in range(300)])
-    assert not learnt([1.8, 1.2, *[1.75] * 50])
+    assert not learnt([0.69, 0.70, 0.93, 0.57, 0.69, 0.68, 0.70, 0.69] * 20, 0.1)
+    assert learnt([0.69] * 20 + [0.6 - 0.001 * step for step in range(300)], 0.1)
+    assert not learnt([1.8, 1.2, *[1.75] * 50], 0.1)
