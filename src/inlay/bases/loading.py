@@ -103,12 +103,27 @@ def _files(source: str) -> list[Path]:
             f"base {source} has no safetensors files, and others cannot be quantised while they are read. Save the "
             "model once with save_pretrained, or leave --quantize out"
         )
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(weight_map(index).values()))
     paths = [locate(name) for name in names]
     missing = [name for name, path in zip(names, paths, strict=True) if path is None]
     if missing:
         raise ConfigError(f"base {source} lacks {', '.join(missing[:4])}, which its index names. Copy the whole folder")
     return [path for path in paths if path is not None]
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → the file that holds it, by a checkpoint's index.
+
+    Raises:
+        ConfigError: the index is damaged.
+    """
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError("its weight_map does not lead from tensors to files")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{index}: not an index of safetensors files ({error!r}). Copy it again") from error
+    return found
 
 
 def _header(path: Path) -> dict[str, Stored]:

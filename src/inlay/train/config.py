@@ -171,22 +171,43 @@ def read_values(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file, unchecked.
 
     Raises:
-        ConfigError: no such file, or not a mapping.
+        ConfigError: no such file, not a mapping, or one that says something twice.
     """
     import yaml
 
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else _yaml(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}). Give a YAML or JSON file") from error
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not YAML or JSON: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} cannot be used as YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path} holds {type(values).__name__}, expected `name: value` lines such as `data: rows.jsonl`"
         )
     return values
+
+
+def _yaml(text: str) -> Any:
+    """What YAML says, each name once; what a name is merged from (``<<``) may be said again beside it."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
+
+
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The mapping of these pairs; of a name given twice, one value would be lost in silence."""
+    names = [name for name, _ in pairs]
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} stands there more than once; keep one")
+    return dict(pairs)
 
 
 def _said(error: Any) -> str:

@@ -117,3 +117,25 @@ def test_few_rows_are_read_more_often() -> None:
     from inlay.train.prepare import default_epochs
 
     assert [default_epochs(steps) for steps in (1, 12, 25, 100, 5000)] == [20, 20, 10, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "data: a.jsonl\nout: runs/x\ndata: b.jsonl\n"),
+        ("b.yaml", "data: a.jsonl\nout: runs/x\nsettings: {rank: 4, rank: 8}\n"),
+        ("c.json", '{"data": "a.jsonl", "out": "runs/x", "settings": {"rank": 4, "rank": 8}}'),
+    ],
+)
+def test_a_name_given_twice(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=r"(data|rank) stands there more than once"):
+        RunConfig.read(tmp_path / name)
+
+
+def test_yaml_may_refer_to_what_it_says_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "data: &rows a.jsonl\nout: *rows\nsettings: {<<: {rank: 4, alpha: 1.0}, alpha: 8.0}\n"
+    )
+    config = RunConfig.read(tmp_path / "a.yaml")
+    assert (config.data, config.out, config.settings) == ("a.jsonl", "a.jsonl", {"rank": 4, "alpha": 8.0})
