@@ -1,4 +1,4 @@
-"""Regenerate the tables in README.md from the registry.
+"""Regenerate the tables in README.md from the registry, and those in docs/ from what was measured.
 
     python scripts/generate_docs.py            # rewrites what has changed
     python scripts/generate_docs.py --check    # exit code 1 where a file is out of date
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from quality_tables import near_table, rates_table, scores_table
+from speed_table import speed_table
 from transformers import BertConfig, BertForSequenceClassification
 
 import inlay
@@ -141,8 +142,9 @@ def merges(cls: type[Method]) -> bool:
 
 TABLES: dict[str, Callable[[], str]] = {
     "methods": method_table, "quality": scores_table, "near": near_table, "rates": rates_table,
+    "speed": speed_table,
 }  # fmt: skip
-FILES = ("README.md", "docs/quality.md")
+FILES = ("README.md", "docs/quality.md", "docs/speed.md")
 
 
 def regenerated(text: str) -> str:
