@@ -18,11 +18,13 @@ def speed_table() -> str:
     for row in content["table"]:
         unit = f" {row['unit']}" if row["unit"] else ""
         most = "" if row["at_most"] is None else f"{row['at_most']:g}{unit}"
-        lines.append(
-            f"| {row['work']} | {most} | {row['found']:.3g}{unit} | {'yes' if row['met'] else '**no**'} | {row['detail']} |"
-        )
+        met = "yes" if row["met"] else "**no**"
+        lines.append(f"| {row['work']} | {most} | {row['found']:.3g}{unit} | {met} | {row['detail']} |")
     told = f"{hardware['processor']}, {hardware['torch_threads']} threads, {hardware['memory_gib']} GiB"
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "trl"))
     took = sum(content["seconds"].values())
-    lines += ["", f"Commit {about['git']['commit'][:7]}, {about['date'][:10]}; {told}; {packages}; {took:.0f} s in all."]
+    lines += [
+        "",
+        f"Commit {about['git']['commit'][:7]}, {about['date'][:10]}; {told}; {packages}; {took:.0f} s in all.",
+    ]
     return "\n".join(lines)

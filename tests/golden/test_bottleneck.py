@@ -223,6 +223,7 @@ def test_in_training_the_adapter_reads_what_dropout_left(
 ) -> None:
     """Houlsby's figure: projection, dropout, adapter, residual; with torch's masks, which the bare model has too."""
     monkeypatch.setattr("inlay.kernels.dropout.applies", lambda *_: False)
+    monkeypatch.setattr("inlay.kernels.flash.drops", lambda *_, **__: False)
     batch = inputs(name)
 
     def with_dropout() -> Any:
