@@ -21,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.realdata import e2e_as_jsonl, minilm, trec_as_jsonl
 from benchmarks.report import Options, Part, Row, milliseconds
 from benchmarks.timing import Timing, alternate, now, ratio
@@ -163,7 +165,6 @@ def with_inlay(work: Work, out: Path) -> float:
 
 def with_peft(work: Work, out: Path) -> float:
     """PEFT in the Trainer as its users write it."""
-    import torch
     from transformers import (
         DataCollatorForSeq2Seq,
         DataCollatorWithPadding,
@@ -197,7 +198,6 @@ def with_peft(work: Work, out: Path) -> float:
 def _causal(work: Work) -> tuple[Any, Any, Any]:
     """Tokenizer, model and rows; prompts are not scored."""
     import peft
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work.base)
@@ -217,7 +217,6 @@ def _causal(work: Work) -> tuple[Any, Any, Any]:
 
 def _classifier(work: Work) -> tuple[Any, Any, Any]:
     import peft
-    import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work.base)

@@ -136,8 +136,8 @@ def _steps(scale: Scale, case: Case, *, floor: bool = False) -> dict[str, Any]:
     steps = {name: training_step(model, batch) for name, model in (("inlay", ours), ("peft", theirs))}
     for model in (ours, theirs):
         model.eval()  # masks of dropout come from different generators, so losses are compared without
-    ours, theirs = ([float(take()) for _ in range(case.checked)] for take in steps.values())
-    losses = agreement(ours, theirs, TOLERANCE[case.shape.dtype])
+    first = {name: [float(take()) for _ in range(case.checked)] for name, take in steps.items()}
+    losses = agreement(first["inlay"], first["peft"], TOLERANCE[case.shape.dtype])
     for model in (ours, theirs):
         model.train()
     if floor:

@@ -164,3 +164,5 @@ def test_a_run_that_stays_where_it_began_has_learnt_nothing():
     assert not learnt([0.69, 0.70, 0.93, 0.57, 0.69, 0.68, 0.70, 0.69] * 20, 0.1)
     assert learnt([0.69] * 20 + [0.6 - 0.001 * step for step in range(300)], 0.1)
     assert not learnt([1.8, 1.2, *[1.75] * 50], 0.1)
+    trained_before = [1.0] * 20 + [1.2] * 300
+    assert learnt(trained_before, -0.3) and not learnt(trained_before, -0.1)

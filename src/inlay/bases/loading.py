@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from inlay.bases import register
 from inlay.core.errors import ConfigError
 from inlay.core.layer import read_weight, store_of, write_weight
+from inlay.core.originals import INDEX, SINGLE, weight_map
 from inlay.core.view import ModelView
 
 LIBRARIES = {
@@ -40,7 +41,6 @@ LIBRARIES = {
 BLOCK = 64  # weights that share a constant, in QLoRA and here for int4
 MMAP_THRESHOLD = -3  # glibc's number for this option
 LARGEST = 32 * 2**20  # where glibc's own adaptation of it ends
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -109,21 +109,6 @@ def _files(source: str) -> list[Path]:
     if missing:
         raise ConfigError(f"base {source} lacks {', '.join(missing[:4])}, which its index names. Copy the whole folder")
     return [path for path in paths if path is not None]
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name → the file that holds it, by a checkpoint's index.
-
-    Raises:
-        ConfigError: the index is damaged.
-    """
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-            raise ValueError("its weight_map does not lead from tensors to files")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{index}: not an index of safetensors files ({error!r}). Copy it again") from error
-    return found
 
 
 def _header(path: Path) -> dict[str, Stored]:

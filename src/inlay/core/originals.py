@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from inlay.core.errors import UnsupportedError
+from inlay.core.errors import ConfigError, UnsupportedError
 from inlay.core.site import Site
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -73,7 +73,7 @@ class Originals:
 
         index, single = self._path(INDEX), self._path(SINGLE)
         if index is not None:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = weight_map(index)
             paths = {name: self._path(name) for name in set(names.values())}
             return {key: path for key, name in names.items() if (path := paths[name]) is not None}
         if single is None:
@@ -98,3 +98,18 @@ class Originals:
         with safe_open(self._files[key], framework="pt") as file, torch.no_grad():
             tensor: Tensor = file.get_tensor(key)
         return tensor
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → the file that holds it, by a checkpoint's index.
+
+    Raises:
+        ConfigError: the index is damaged.
+    """
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError("its weight_map does not lead from tensors to files")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{index}: not an index of safetensors files ({error!r}). Copy it again") from error
+    return found

@@ -5,11 +5,10 @@
              c c c c c                 attention a text at a time, without a mask
 
 Everything but attention sees tokens one by one, so packing is exact where attention is: a registered attention
-function takes each text's queries, keys and values by themselves and gives them to the model's own implementation, and
-no mask is ever made: texts of like length share a call, the shorter ones filled up at their ends, which nothing before
-an end sees. On a GPU, in half precision, torch's variable-length
-kernel takes all texts in one call (its speed here was never measured). The naive twin is the padded batch; `isolates`
-tries both on the model at hand.
+function takes each text's queries, keys and values by themselves and gives them to the model's own implementation,
+and no mask is ever made: texts of like length share a call, the shorter ones filled up at their ends, which nothing
+before an end sees. On a GPU, in half precision, torch's variable-length kernel takes all texts in one call (its speed
+here was never measured). The naive twin is the padded batch; `isolates` tries both on the model at hand.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from inlay.bases.loading import INDEX, stored_tensors
+from inlay.bases.loading import stored_tensors
 from inlay.core.errors import ConfigError
+from inlay.core.originals import INDEX
 
 
 @pytest.mark.parametrize(
