@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,9 +31,15 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "work": self.work, "at_most": self.most, "found": round(self.value, 5), "unit": self.unit, "met": self.met,
+            "work": self.work, "at_most": self.most, "found": self.value, "unit": self.unit, "met": self.met,
             "detail": self.detail,
         }  # fmt: skip
+
+    @classmethod
+    def of(cls, written: Mapping[str, Any]) -> Row:
+        """The row that `to_dict` wrote."""
+        known = {name: written[name] for name in ("work", "unit", "detail")}
+        return cls(value=written["found"], most=written["at_most"], **known)
 
 
 @dataclass

@@ -63,6 +63,15 @@ def test_a_missed_target_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     part.wrong.append("other losses")
     assert peft_comparison.main(["--only", "lora", "--out", str(out)]) == 1
     assert table(rows).row_count == 2
+    assert [Row.of(row.to_dict()) for row in rows] == rows
+
+
+def test_sections_are_measured_apart_and_told_together(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    peft_comparison.main(["--smoke", "--only", "activations", "switches", "--out", str(out)])
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert list(written["sections"]) == list(written["seconds"]) == ["activations", "switches"]
+    assert len(written["table"]) == 4 and not written["disagreements"]
 
 
 def test_adapters_at_other_places_are_refused() -> None:
