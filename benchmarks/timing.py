@@ -65,18 +65,27 @@ def alternate(
         repeat: calls a run of what is too short for the clock; the time is one call's.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(warmup + runs):
-        names = list(contenders) if turn % 2 == 0 else list(reversed(contenders))
-        for name in names:
-            calls = (repeat or {}).get(name, 1)
-            gc.collect()
-            began = now()
-            for _ in range(calls):
-                contenders[name]()
-            spent = (now() - began) / calls
-            if turn >= warmup:
-                seconds[name].append(spent)
+    gc.collect()
+    gc.freeze()  # else each collection below would look through the libraries again, for a quarter of a second
+    try:
+        for turn in range(warmup + runs):
+            names = list(contenders) if turn % 2 == 0 else list(reversed(contenders))
+            for name in names:
+                spent = _timed(contenders[name], (repeat or {}).get(name, 1))
+                if turn >= warmup:
+                    seconds[name].append(spent)
+    finally:
+        gc.unfreeze()
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _timed(call: Callable[[], object], calls: int) -> float:
+    """Seconds a call, nobody's garbage among them but its own."""
+    gc.collect()
+    began = now()
+    for _ in range(calls):
+        call()
+    return (now() - began) / calls
 
 
 def ratio(one: Timing, other: Timing) -> dict[str, float]:
