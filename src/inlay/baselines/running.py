@@ -102,12 +102,12 @@ def _fit(config: RunConfig, baseline: Baseline, folder: RunFolder) -> RunResult:
         peak_memory_bytes=peak_memory_bytes(),
         tokens_per_second=0.0,
     )
-    folder.clear()
+    folder.make_room()
     write_text(folder.config, resolved.to_yaml())
     record = _record(resolved, rows, held)
     eval_rows = 0 if held is None else len(held)
     write_beside(folder.adapter, lambda part: _write(part, baseline, fitted, rows, record, resolved, result, eval_rows))
-    write_text(folder.result, json.dumps(result.to_dict(), indent=2) + "\n")
+    folder.finish(json.dumps(result.to_dict(), indent=2) + "\n")
     return result
 
 

@@ -5,6 +5,7 @@
     <out>/checkpoints/          only while the run is unfinished
     <out>/adapter/              adapter.safetensors, training.json, README.md
     <out>/result.json           written last: the run is finished
+    <out>/.replaced/            a finished run that --overwrite replaces, until the new one is finished
 
 Everything is written beside its place and renamed, so that a kill at any moment leaves whole files.
 """
@@ -54,6 +55,7 @@ class RunFolder:
         self.adapter = self.root / "adapter"
         self.checkpoints = self.root / "checkpoints"
         self.best = self.checkpoints / "best.safetensors"
+        self.replaced = self.root / ".replaced"
 
     @property
     def used(self) -> bool:
@@ -79,14 +81,16 @@ class RunFolder:
         if not self.used or resume:
             return
         if overwrite:
-            foreign = sorted(e.name for e in self.root.iterdir() if e.name not in (".lock", *_OWN, *_UNFINISHED))
-            if foreign or not self.config.is_file():
+            own = (".lock", self.replaced.name, *_OWN, *_UNFINISHED)
+            foreign = sorted(e.name for e in self.root.iterdir() if e.name not in own)
+            if foreign or not any(path.exists() for path in (self.config, self.result, self.replaced)):
                 shown = ", ".join(foreign[:5]) or "no run.yaml"
                 raise OutputError(
                     f"{self.root} is not only a run of inlay ({shown}), so it is not overwritten. Choose another --out"
                 )
             return
-        state = "a finished run" if self.finished else "an unfinished run" if self.config.is_file() else "other files"
+        begun = self.config.is_file() or self.replaced.is_dir()
+        state = "a finished run" if self.finished else "an unfinished run" if begun else "other files"
         remedy = {
             "a finished run": "Choose another --out, or --overwrite to train again",
             "an unfinished run": "Give --resume to go on, --overwrite to start again, or another --out",
@@ -95,16 +99,23 @@ class RunFolder:
         raise OutputError(
             f"the output folder {self.root} is already in use: it holds {state}. {remedy}"
             + ("" if "--resume" in remedy else " (--resume goes on with an unfinished run; --overwrite replaces a run)")
+            + (f". The finished run that it was to replace is in {self.replaced}" if self.replaced.is_dir() else "")
         )
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold the folder for this process; a second run in it is refused, and a dead one leaves no trace."""
+        """Hold the folder for this process; a second run in it is refused, and a dead one leaves no trace.
+
+        One that fails before its first checkpoint gives back the finished run that it was to replace.
+        """
         made = [path for path in (self.root, *self.root.parents) if not path.exists()]
         lock = self._lock()
         try:
             yield
         finally:
+            if self.replaced.is_dir() and not self.finished and self.last_checkpoint() is None:
+                with suppress(OSError, OutputError):
+                    self.restore()  # nothing to go on with
             with suppress(OSError):
                 (self.root / ".lock").unlink(missing_ok=True)
             lock.close()
@@ -136,8 +147,43 @@ class RunFolder:
                     return lock
             lock.close()
 
-    def clear(self) -> None:
-        """Remove an earlier run's files: first what says that it is finished, last what says that it is a run."""
+    def make_room(self) -> None:
+        """Set a finished run aside, until `finish`; remove an unfinished one.
+
+        What says that a run is finished is moved last, so that one who was killed in between can do it again.
+        """
+        if not self.finished:
+            self._clear()
+            return
+        for name in _UNFINISHED:
+            _remove(self.root / name)
+        with disk_errors(self.replaced):
+            if (self.replaced / self.result.name).exists():  # the new run was killed as it finished
+                _remove(self.replaced)
+            self._move(self.root, self.replaced)
+
+    def restore(self) -> None:
+        """What was there before `make_room`, but for an unfinished run."""
+        self._clear()
+        if self.replaced.is_dir():
+            with disk_errors(self.root):
+                self._move(self.replaced, self.root)
+                self.replaced.rmdir()
+
+    def finish(self, result: str) -> None:
+        """Write the result, and remove what is only for an unfinished run."""
+        write_text(self.result, result)
+        for path in (self.checkpoints, self.replaced):
+            _remove(path)
+
+    def _move(self, source: Path, target: Path) -> None:
+        target.mkdir(exist_ok=True)
+        for path in (source / name for name in reversed(_OWN)):
+            if path.exists():
+                os.replace(path, target / path.name)
+
+    def _clear(self) -> None:
+        """Remove a run's files, last what says that it is a run."""
         for path in (self.root / name for name in (*_UNFINISHED, *_OWN)):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

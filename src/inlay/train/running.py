@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -143,12 +142,12 @@ def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
 
 def start_folder(folder: RunFolder, prepared: Prepared) -> None:
     """Make room, and write what a resumed run needs to know."""
-    folder.clear()
+    folder.make_room()
     try:
         write_text(folder.checkpoints / IDENTITY, json.dumps(prepared.identity, indent=2))
         write_text(folder.config, prepared.config.to_yaml())
     except OutputError:
-        folder.clear()  # too little to resume from
+        folder.restore()  # too little to resume from
         raise
 
 
@@ -341,8 +340,7 @@ def _finish(
         compiled=compilation.to_dict() if compilation else None,
     )
     write_beside(folder.adapter, lambda part: _write_adapter(prepared, result, part))
-    write_text(folder.result, json.dumps(result.to_dict(), indent=2) + "\n")
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    folder.finish(json.dumps(result.to_dict(), indent=2) + "\n")
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,24 +119,96 @@ def test_what_a_kill_left_half_written_is_the_runs_own(tmp_path: Path) -> None:
     (tmp_path / ".adapter.part").mkdir()
     (tmp_path / ".result.json.part").write_text("{")
     folder.check(resume=False, overwrite=True)
-    folder.clear()
+    folder.make_room()
     assert not list(tmp_path.iterdir())
 
 
+def finished(root: Path, text: str) -> RunFolder:
+    folder = RunFolder(root)
+    write_text(folder.config, text)
+    write_text(folder.adapter / "adapter.safetensors", text)
+    folder.finish("{}")
+    return folder
+
+
+def contents(folder: RunFolder) -> dict[str, str]:
+    files = (path for path in sorted(folder.root.rglob("*")) if path.is_file())
+    return {path.relative_to(folder.root).as_posix(): path.read_text(encoding="utf-8") for path in files}
+
+
+def test_a_replaced_run_is_kept_until_the_new_one_is_finished(tmp_path: Path) -> None:
+    folder = finished(tmp_path, "old")
+    folder.make_room()
+    write_text(folder.config, "new")
+    assert not folder.finished
+    folder.check(resume=False, overwrite=True)
+    with pytest.raises(OutputError, match=r"an unfinished run.*was to replace is in .*\.replaced"):
+        folder.check(resume=False, overwrite=False)
+    folder.make_room()  # the next one replaces the finished run, too
+    assert contents(folder)[".replaced/adapter/adapter.safetensors"] == "old"
+    write_text(folder.config, "newer")
+    folder.finish("{}")
+    assert contents(folder) == {"run.yaml": "newer", "result.json": "{}"}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_fails_gives_back_what_it_was_to_replace(tmp_path: Path, saved: bool) -> None:
+    folder = finished(tmp_path, "old")
+    before = contents(folder)
+    with pytest.raises(OutputError), folder.claimed():
+        folder.make_room()
+        write_text(folder.config, "new")
+        if saved:
+            write_text(folder.checkpoint(1) / "adapter.safetensors", "new")
+        raise OutputError("the disk is full")
+    if not saved:
+        assert contents(folder) == before
+    else:
+        assert folder.replaced.is_dir() and contents(folder)["run.yaml"] == "new"
+        folder.restore()
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_run_that_is_half_replaced_can_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """A kill in the middle of `make_room` loses nothing of the finished run."""
+    folder = finished(tmp_path, "old")
+    before = contents(folder)
+    left, move = [None] * moves, os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        try:
+            folder.make_room()
+        except KeyboardInterrupt:
+            assert moves < 3
+    folder.check(resume=False, overwrite=True)
+    folder.make_room()
+    folder.restore()
+    assert contents(folder) == before
+
+
 def test_a_run_that_is_half_removed_can_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill in the middle of `clear` leaves no run that seems finished, and none that cannot be overwritten."""
+    """A kill while an unfinished run is removed leaves one that can be overwritten."""
     folder = RunFolder(tmp_path)
-    for path in (folder.config, folder.result, folder.metrics):
+    for path in (folder.config, folder.metrics):
         write_text(path, "{}")
-    folder.adapter.mkdir()
+    folder.checkpoints.mkdir()
 
     def killed(path: Path, **options: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        folder.clear()
-    assert not folder.finished
+        folder.make_room()
     folder.check(resume=False, overwrite=True)
 
 

@@ -247,3 +247,18 @@ def test_a_folder_in_use(completions: Path, llama: Path, tmp_path: Path) -> None
         run(asked, progress=False)
     assert run(asked, resume=True, progress=False) == first
     assert metrics(run(asked, overwrite=True, progress=False)) == metrics(first)
+
+
+def test_a_run_that_is_stopped_keeps_the_finished_one(completions: Path, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    asked = config(completions, llama, out)
+    run(asked, progress=False)
+    kept = (out / "adapter" / "adapter.safetensors").read_bytes()
+    diverging = asked.changed(method="full", learning_rate=1e30, schedule="constant")
+    for again in (diverging, diverging):  # both save a checkpoint before
+        with pytest.raises(ConfigError, match="training diverged"):
+            run(again, overwrite=True, progress=False)
+        assert (out / ".replaced" / "adapter" / "adapter.safetensors").read_bytes() == kept
+    run(asked.changed(seed=1), overwrite=True, progress=False)
+    assert (out / "adapter" / "adapter.safetensors").read_bytes() != kept
+    assert not (out / ".replaced").exists()
