@@ -1,9 +1,10 @@
-"""Layer types whose weights inlay can read and write.
+"""Bases: layer types whose weights inlay can read and write, and how models are read.
 
 dense.py          torch's own layers; registered when this package is imported
 bitsandbytes.py   NF4, FP4 and int8 layers; registered once bitsandbytes is imported, by whomever
 torchao.py        int8 and int4 weights; the same for torchao
 loading.py        a base from its files, quantised layer by layer while they are read
+context.py        how many tokens a base can read
 trial.py          which method works on which kind of base
 
 Neither library is imported by inlay before a base needs it.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from inlay.bases.context import stated_context
 from inlay.core.errors import ConfigError
 from inlay.plan.setting import Precision
 
@@ -49,11 +50,10 @@ class Skeleton:
         """The depth of the deepest stack."""
         return max((int(getattr(self._text, name)) for name in self._depths), default=0)
 
-    @property
+    @cached_property
     def context(self) -> int | None:
-        """Tokens that the configuration says the base can read; None where it states no limit."""
-        stated = getattr(self._text, "max_position_embeddings", None)
-        return stated if isinstance(stated, int) and stated > 0 else None
+        """Tokens that the base can read; None where it states no limit."""
+        return stated_context(self.build(self.precision, layers=1))
 
     @cached_property
     def period(self) -> int:

@@ -127,15 +127,10 @@ def max_length_of(config: RunConfig, layout: Layout, base: Base, adapter: Adapte
 
 def context_of(model: Any, tokenizer: Any) -> int | None:
     """Tokens a base can read, None where it states no limit."""
-    from torch import nn
+    from inlay.bases.context import stated_context
 
-    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from the padding index on.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            stated = module.num_embeddings - module.padding_idx - 1
-    limits = [int(n) for n in (stated, tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
-    return min(limits, default=None)
+    limits = [stated_context(model), tokenizer.model_max_length]
+    return min((int(n) for n in limits if n is not None and 0 < n < 10**9), default=None)
 
 
 def _virtual_tokens(adapter: Adapter) -> int:

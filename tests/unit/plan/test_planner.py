@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig, T5Config
 
 import inlay
+from inlay.bases.context import stated_context
 from inlay.core.errors import ConfigError, UserError
 from inlay.plan import Planner, Setting, Skeleton, bytes_of, machine_named, search, told_bytes
 from inlay.plan.ledger import Entry, Ledger
@@ -254,3 +255,17 @@ def test_experts_in_every_precision() -> None:
     planner = Planner(Skeleton(config), inlay.LoRA(rank=2))
     narrow, wide = (planner.plan(Setting(precision=p, batch=2, length=16)).memory for p in ("bf16", "fp32"))
     assert wide.weights == pytest.approx(2 * narrow.weights, rel=0.01) and wide.activations > 1.3 * narrow.activations
+
+
+def test_the_context_is_what_training_finds() -> None:
+    """RoBERTa's table of positions begins behind its padding index."""
+    small: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64,
+    }  # fmt: skip
+    for config, tokens in (
+        (RobertaConfig(**small, max_position_embeddings=66, pad_token_id=1), 64),
+        (BertConfig(**small, max_position_embeddings=66), 66),
+        (T5Config(d_model=32, num_layers=1, vocab_size=64), None),
+    ):
+        skeleton = Skeleton(config)
+        assert skeleton.context == stated_context(skeleton.build("fp32")) == tokens
