@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from inlay.train.quiet import quiet_libraries
 from inlay.train.stop import Stopped, StopRequest, listening
 
 if TYPE_CHECKING:
+    from inlay.train.callbacks import Metrics, Progress
     from inlay.train.compiling import Compilation
+    from inlay.train.trainer import AdapterTrainer
     from inlay.train.trunk import TrunkCache
 
 IDENTITY = "identity.json"
@@ -173,42 +175,28 @@ def train_prepared(
     prepared: Prepared, folder: RunFolder, request: StopRequest, *, progress: bool, callbacks: Sequence[Any] = ()
 ) -> RunResult:
     """Train what is prepared, in a folder that is started; `callbacks` stand before the run's own."""
-    from transformers import PrinterCallback
     from transformers.trainer_callback import TrainerState
 
     from inlay.train.callbacks import Metrics, Pace, Progress, say
     from inlay.train.compiling import compile_run
-    from inlay.train.passes import ran_out
-    from inlay.train.trainer import STATE_FILE, AdapterTrainer, patience_used_up, read_tensors
+    from inlay.train.trainer import STATE_FILE, patience_used_up, read_tensors
     from inlay.train.trunk import open_trunk
 
     config, checkpoint = prepared.config, folder.last_checkpoint()
     state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     metrics = Metrics(folder, folder.keep_metrics(state.global_step if state else 0))
-    bar = Progress(metrics) if progress else None
-    trunk = open_trunk(prepared, say if progress else lambda _: None)
-    trainer = AdapterTrainer(
-        adapter=prepared.adapter,
-        folder=folder,
-        task=prepared.task,
-        patience=config.early_stopping,
-        told=bar.evaluating if bar else None,
-        shrunk=partial(_shrunk, metrics, config.batch_size),
-        serving=_serving(trunk),
-        model=prepared.base.model,
-        args=_arguments(prepared, folder),
-        train_dataset=prepared.train,
-        eval_dataset=prepared.held_out,
-        data_collator=prepared.collator,
-        callbacks=[*callbacks, metrics, Pace(request), *([bar] if bar else [])],
-    )
-    trainer.remove_callback(PrinterCallback)
-    compilation, undo = None, None
-    try:
+    tell = say if progress else lambda _: None
+    with ExitStack() as stack:
+        bar = stack.enter_context(closing(Progress(metrics))) if progress else None
+        if trunk := open_trunk(prepared, tell):
+            stack.callback(trunk.close)
+        trainer = _trainer(prepared, folder, metrics, bar, trunk, [*callbacks, metrics, Pace(request)])
+        stack.enter_context(_explained(config, folder, request, metrics))
+        compilation = None
         if config.compile:
             compilation, undo = compile_run(prepared, first=trunk.cut.depth if trunk else 0)
-            if progress:
-                say(compilation.told(prepared.total_steps))
+            stack.callback(undo)
+            tell(compilation.told(prepared.total_steps))
         if checkpoint is not None and state is not None and _over(state, prepared, patience_used_up):
             trainer.state = state  # killed between its last step and its end
             read_tensors(prepared.adapter, checkpoint / "adapter.safetensors")
@@ -219,6 +207,42 @@ def train_prepared(
             raise _stopped(folder, request)
         trainer.load_best()
         return _finish(prepared, folder, trainer.state, metrics, compilation)
+
+
+def _trainer(
+    prepared: Prepared, folder: RunFolder, metrics: Metrics, bar: Progress | None, trunk: TrunkCache | None,
+    callbacks: Sequence[Any],
+) -> AdapterTrainer:  # fmt: skip
+    from transformers import PrinterCallback
+
+    from inlay.train.trainer import AdapterTrainer
+
+    trainer = AdapterTrainer(
+        adapter=prepared.adapter,
+        folder=folder,
+        task=prepared.task,
+        patience=prepared.config.early_stopping,
+        told=bar.evaluating if bar else None,
+        shrunk=partial(_shrunk, metrics, prepared.config.batch_size),
+        serving=_serving(trunk),
+        model=prepared.base.model,
+        args=_arguments(prepared, folder),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out,
+        data_collator=prepared.collator,
+        callbacks=[*callbacks, *([bar] if bar else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextmanager
+def _explained(config: RunConfig, folder: RunFolder, request: StopRequest, metrics: Metrics) -> Iterator[None]:
+    """A stop, and memory that ran out, with how to go on."""
+    from inlay.train.passes import ran_out
+
+    try:
+        yield
     except Stopped:
         raise _stopped(folder, request) from None
     except (RuntimeError, MemoryError) as error:
@@ -228,13 +252,6 @@ def train_prepared(
             f"out of memory with {metrics.micro_batch or config.batch_size} rows a pass. Lower --batch-size and raise "
             "--accumulate, give --gradient-checkpointing or a smaller --max-length, and --overwrite"
         ) from error
-    finally:
-        if undo:
-            undo()
-        if trunk:
-            trunk.close()
-        if bar:
-            bar.close()
 
 
 def _serving(trunk: TrunkCache | None) -> Any:
@@ -249,7 +266,7 @@ def _serving(trunk: TrunkCache | None) -> Any:
     return serving
 
 
-def _shrunk(metrics: Any, asked: int, rows: int) -> None:
+def _shrunk(metrics: Metrics, asked: int, rows: int) -> None:
     """Note that passes have fewer rows from now on, and say so the first time."""
     if metrics.micro_batch is None:
         sys.stderr.write(
