@@ -149,7 +149,7 @@ def _repeated(given: Tensor, heads: int) -> Tensor:
 def _gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of query, key and value: (heads, tokens, size) each, keys' and values' in float32.
+    """Of query, key and value: (heads, tokens, size) each, keys' and values' in float32 where blocks are summed.
 
     Args:
         added: to the scores, (heads or 1, queries, keys).
@@ -160,8 +160,8 @@ def _gradients(
         added, grad = added.masked_fill(blind, 0), grad.masked_fill(blind, 0)
     room = query.new_empty(2, heads * min(BLOCK, tokens) * keys)
     d_query = torch.empty_like(query)
-    d_key, d_value = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
-    for start in range(0, tokens, BLOCK):
+    d_key = d_value = None
+    for start in reversed(range(0, tokens, BLOCK)):
         at = slice(start, min(start + BLOCK, tokens))
         seen = at.stop if causal else keys
         k, v, q, g = key[:, :seen], value[:, :seen], query[:, at], grad[:, at]
@@ -175,9 +175,14 @@ def _gradients(
         torch.softmax(shares, -1, out=shares)
         torch.bmm(g, v.transpose(1, 2), out=d_scores)
         torch._softmax_backward_data(d_scores, shares, -1, query.dtype, grad_input=d_scores)
-        d_value[:, :seen] += torch.bmm(shares.transpose(1, 2), g)
-        d_key[:, :seen] += torch.bmm(d_scores.transpose(1, 2), q)
         torch.bmm(d_scores, k, out=d_query[:, at])
+        of_key, of_value = torch.bmm(d_scores.transpose(1, 2), q), torch.bmm(shares.transpose(1, 2), g)
+        if d_key is None or d_value is None:  # the last block, which sees all keys
+            d_key, d_value = (t if tokens <= BLOCK else t.float() for t in (of_key, of_value))
+        else:
+            d_key[:, :seen] += of_key
+            d_value[:, :seen] += of_value
+    assert d_key is not None and d_value is not None
     return d_query.mul_(scale), d_key.mul_(scale), d_value
 
 
