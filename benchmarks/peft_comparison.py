@@ -47,7 +47,6 @@ SECTIONS: dict[str, Callable[[Options], Part]] = {
     "e2e": epochs.e2e,
     "trec": epochs.trec,
 }
-SPAWNING = ("startup", "together", "peaks")  # measure processes that they start; nothing of this one's is in them
 
 
 def measure(section: str, options: Options) -> dict[str, Any]:
@@ -62,34 +61,33 @@ def measure(section: str, options: Options) -> dict[str, Any]:
     }
 
 
-def apart(sections: list[str], options: Options, arguments: list[str]) -> dict[str, Any]:
-    """The same of several sections, each measured in a process of its own.
+def apart(sections: list[str], arguments: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """The same of several sections, each measured by this command in a process of its own.
 
     Args:
-        arguments: that make this command measure by these options.
+        arguments: the command's own but for the sections and the results file.
+        say: told which section is at work.
     """
-    together: dict[str, Any] = {"table": [], "disagreements": [], "seconds": {}, "sections": {}}
+    whole: dict[str, Any] = {"table": [], "disagreements": [], "seconds": {}, "sections": {}}
     for name in sections:
-        options.say(f"… {name}")
-        found = measure(name, options) if name in SPAWNING else _in_a_process(name, arguments)
-        for what, each in together.items():
-            each.extend(found[what]) if isinstance(each, list) else each.update(found[what])
+        say(f"… {name}")
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "found.json"
+            words = ["-m", "benchmarks.peft_comparison", *arguments, "--only", name, "--out", str(out)]
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+            if not out.exists():
+                raise RuntimeError(f"python {' '.join(words)} ended with {done.returncode} and no result")
+            found = json.loads(out.read_text(encoding="utf-8"))
+        found["seconds"][name] = round(time.perf_counter() - began, 1)  # its start included
+        for what, each in whole.items():
+            if isinstance(each, list):
+                each.extend(found[what])
+            else:
+                each.update(found[what])
         ratios = (f"{row['found']:.3g} (at most {row['at_most']:g})" for row in found["table"] if row["at_most"])
-        options.say(f"  {found['seconds'][name]:.0f} s: {'; '.join(ratios)}")
-    return together
-
-
-def _in_a_process(section: str, arguments: list[str]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        words = ["-m", "benchmarks.peft_comparison", *arguments, "--only", section, "--out", str(out)]
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
-        if not out.exists():
-            raise RuntimeError(f"python {' '.join(words)} ended with {done.returncode} and no result")
-        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    found["seconds"][section] = round(time.perf_counter() - began, 1)  # its start included
-    return found
+        say(f"  {found['seconds'][name]:.0f} s: {'; '.join(ratios)}")
+    return whole
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,8 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
     about = provenance(seeds=[0, 1], packages=["trl"])
     few = given.quick or given.smoke
     runs, sections = 3 if few else given.runs, given.only or list(SECTIONS)
-    options = Options(runs=runs, checked=4 if few else 20, tiny=given.smoke, quick=few, say=console.print)
-    known = measure(sections[0], options) if len(sections) == 1 else apart(sections, options, _shared(given))
+    if len(sections) == 1:
+        checked = 4 if few else 20
+        options = Options(runs=runs, checked=checked, tiny=given.smoke, quick=few, say=console.print)
+        known = measure(sections[0], options)
+    else:
+        known = apart(sections, _shared(given), console.print)
     out = given.out or (None if few or given.only or given.cpu_time else OUT)
     if out:
         write_json(out, {"provenance": about, "runs": runs, **known})

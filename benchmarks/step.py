@@ -102,13 +102,13 @@ def _kept(model: nn.Module, forward: Callable[[], object]) -> int:
     return sum(t.untyped_storage().nbytes() for t in seen.values())
 
 
-def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[..., Tensor]:
-    """A step of AdamW on whatever the model trains, on `batch` or another; returns the loss before it."""
+def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """A step of AdamW on whatever the model trains; returns the loss before it."""
     optimizer = torch.optim.AdamW(trained(model), lr=LEARNING_RATE, weight_decay=0.0)
 
-    def step(given: dict[str, Tensor] = batch) -> Tensor:
+    def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss: Tensor = model(**given, use_cache=False).loss
+        loss: Tensor = model(**batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
         return loss.detach()

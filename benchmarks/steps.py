@@ -1,8 +1,8 @@
 """The rows of training steps: LoRA at 58 M and 135 M, five other methods, and what a forward pass keeps.
 
 Where nothing is drawn at random, the first steps over which ours and the peer's losses must agree are those that are
-timed, and more after them, on the batch's first row. With dropout all are taken before, on that row and without it,
-because the two draw their masks from different generators.
+timed, and more after them. With dropout they are taken before, without it, because the two draw their masks from
+different generators.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ TINY = Shape(hidden=64, intermediate=172, layers=2, heads=4, vocabulary=512)
 WARMUP = 2
 KEPT = 1.1  # times what the frozen base's own forward keeps
 Peer = Callable[[nn.Module, nn.Module], Any]
-Step = Callable[..., object]  # on its batch, or on another that is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +147,14 @@ def compare(contest: Contest, options: Options) -> dict[str, Any]:
     models = {"inlay": ours, "peer": contest.peer(ours, base)}
     batch = case.batch()
     losses: dict[str, list[float]] = {name: [] for name in models}
-    checked: dict[str, Step] = {
+    checked: dict[str, Callable[[], object]] = {
         name: recorded(step.training_step(model, batch), losses[name]) for name, model in models.items()
     }
-    steps: dict[str, Callable[[], object]] = dict(checked)
+    steps = dict(checked)
     if case.dropout:
         for model in models.values():
             model.eval()  # without masks
-        take_on(checked, losses, options.checked, first_row(batch))
+        take_on(checked, losses, options.checked)
         for model in models.values():
             model.train()
     if contest.floor:
@@ -163,7 +162,7 @@ def compare(contest: Contest, options: Options) -> dict[str, Any]:
     if contest.sft:
         steps["sft"] = sft_step(base, case.rank, batch, step.LEARNING_RATE)
     timings = alternate(steps, runs=options.runs, warmup=WARMUP)
-    take_on(checked, losses, options.checked, first_row(batch))
+    take_on(checked, losses, options.checked)
     agreement = agreed(losses, options, case.shape)
     return {
         "case": case.name,
@@ -186,20 +185,15 @@ def _in_float32(contest: Contest, options: Options) -> dict[str, Any]:
     batch = case.batch()
     losses: dict[str, list[float]] = {"inlay": [], "peer": []}
     models = {"inlay": ours, "peer": contest.peer(ours, base)}
-    steps = {name: recorded(step.training_step(model, batch), losses[name]) for name, model in models.items()}
-    take_on(steps, losses, options.checked, first_row(batch))
+    take_on({n: recorded(step.training_step(m, batch), losses[n]) for n, m in models.items()}, losses, options.checked)
     return agreed(losses, options, case.shape)
 
 
-def take_on(steps: Mapping[str, Step], losses: dict[str, list[float]], until: int, batch: dict[str, Tensor]) -> None:
-    """Go on, on that batch, until each has noted so many losses."""
+def take_on(steps: Mapping[str, Callable[[], object]], losses: dict[str, list[float]], until: int) -> None:
+    """Go on until each has noted so many losses."""
     while min(map(len, losses.values())) < until:
         for take in steps.values():
-            take(batch)
-
-
-def first_row(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: rows[:1] for name, rows in batch.items()}
+            take()
 
 
 def agreed(losses: dict[str, list[float]], options: Options, shape: Shape) -> dict[str, Any]:
@@ -208,6 +202,6 @@ def agreed(losses: dict[str, list[float]], options: Options, shape: Shape) -> di
     return step.agreement(first["inlay"], first["peer"], step.TOLERANCE[shape.dtype])
 
 
-def recorded(take: Callable[..., Tensor], losses: list[float]) -> Step:
+def recorded(take: Callable[[], Tensor], losses: list[float]) -> Callable[[], object]:
     """A step that notes its loss."""
-    return lambda *batch: losses.append(float(take(*batch)))
+    return lambda: losses.append(float(take()))

@@ -43,9 +43,9 @@ def compare(shape: Shape, top: int, options: Options) -> Part:
     ours, theirs, serving, fill = contenders(shape, top, batch)
     take = step.training_step(ours, batch)
 
-    def cached(given: dict[str, Tensor] = batch) -> Tensor:
+    def cached() -> Tensor:
         with serving():
-            return take(given)
+            return take()
 
     losses: dict[str, list[float]] = {"inlay": [], "peer": []}
     steps = {
@@ -53,7 +53,7 @@ def compare(shape: Shape, top: int, options: Options) -> Part:
         "peer": recorded(step.training_step(theirs, batch), losses["peer"]),
     }
     timings = alternate(steps, runs=options.runs, warmup=WARMUP)
-    take_on(steps, losses, options.checked, batch)
+    take_on(steps, losses, options.checked)
     found = {name: timing.to_dict() for name, timing in timings.items()}
     check = agreed(losses, options, shape)
     work = f"top {top} of {shape.layers} layers with the trunk cache, from the second epoch: step / PEFT's"

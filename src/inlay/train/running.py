@@ -282,6 +282,9 @@ def _over(state: Any, prepared: Prepared, patience_used_up: Any) -> bool:
 
 def _stopped(folder: RunFolder, request: StopRequest) -> Stopped:
     kept = folder.last_checkpoint()
+    if kept is None and folder.replaced.is_dir():
+        back = f"before a checkpoint; {folder.root} keeps the run that was to be replaced"
+        return Stopped(f"stopped by {request.name} {back}", request.number)
     step = 0 if kept is None else int(kept.name.rpartition("-")[2])
     again = f"Go on with: inlay train --out {folder.root} --resume"
     return Stopped(f"stopped by {request.name}: {step} steps are saved in {folder.root}. {again}", request.number)

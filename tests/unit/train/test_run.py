@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import inlay
 from inlay.core.errors import ConfigError, DataError, OutputError
 from inlay.train import RunConfig, RunResult, load_base, read_record, run
 from inlay.train.prepare import prepare
+from inlay.train.stop import Stopped
 from inlay.train.trainer import AdapterTrainer
 from tests import tiny
 
@@ -249,7 +251,12 @@ def test_a_folder_in_use(completions: Path, llama: Path, tmp_path: Path) -> None
     assert metrics(run(asked, overwrite=True, progress=False)) == metrics(first)
 
 
-def test_a_run_that_is_stopped_keeps_the_finished_one(completions: Path, llama: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_keeps_the_finished_one(
+    completions: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(trainer: AdapterTrainer, **options: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
     out = tmp_path / "run"
     asked = config(completions, llama, out)
     run(asked, progress=False)
@@ -259,6 +266,10 @@ def test_a_run_that_is_stopped_keeps_the_finished_one(completions: Path, llama: 
         with pytest.raises(ConfigError, match="training diverged"):
             run(again, overwrite=True, progress=False)
         assert (out / ".replaced" / "adapter" / "adapter.safetensors").read_bytes() == kept
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="keeps the run that was to be replaced"):
+        patch.setattr(AdapterTrainer, "train", stopped)
+        run(asked.changed(seed=1), overwrite=True, progress=False)
+    assert (out / "adapter" / "adapter.safetensors").read_bytes() == kept
     run(asked.changed(seed=1), overwrite=True, progress=False)
     assert (out / "adapter" / "adapter.safetensors").read_bytes() != kept
     assert not (out / ".replaced").exists()
