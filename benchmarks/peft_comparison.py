@@ -5,22 +5,22 @@
     python -m benchmarks.peft_comparison --quick --cpu-time  ratios while the machine does other work
 
 Contenders run alternately in one process, on copies of the same weights with the same adapter values, batch and seed.
-Every section has a process of its own, because what one leaves in memory made the next one's peer up to 30 % faster;
-what concerns a whole process (start-up, peaks of memory, runs together) is measured in further ones. The results must
-agree first (losses of the first twenty steps, logits). The command fails where they do not, or where a target is
-missed.
+Each of several sections has a process of its own, because what one leaves in memory made the next one's peer up to 30 %
+faster; what concerns a whole process (start-up, peaks of memory, runs together) is measured in further ones. The
+results must agree first (losses of the first twenty steps, logits). The command fails where they do not, or where a
+target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
+import multiprocessing
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ SECTIONS: dict[str, Callable[[Options], Part]] = {
     "e2e": epochs.e2e,
     "trec": epochs.trec,
 }
+LIBRARIES = ["benchmarks.peft_comparison", "peft", "transformers.models.llama.modeling_llama", "transformers.trainer"]
 
 
 def measure(section: str, options: Options) -> dict[str, Any]:
@@ -61,24 +62,22 @@ def measure(section: str, options: Options) -> dict[str, Any]:
     }
 
 
-def apart(sections: list[str], arguments: list[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """The same of several sections, each measured by this command in a process of its own.
+def apart(sections: list[str], options: Options, prepare: Callable[[], None]) -> dict[str, Any]:
+    """The same of several sections, each measured in a process of its own.
+
+    The processes are forks of one that has imported the libraries and computed nothing, which saves their start.
 
     Args:
-        arguments: the command's own but for the sections and the results file.
-        say: told which section is at work.
+        prepare: what each does first.
     """
     whole: dict[str, Any] = {"table": [], "disagreements": [], "seconds": {}, "sections": {}}
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(LIBRARIES)
     for name in sections:
-        say(f"… {name}")
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "found.json"
-            words = ["-m", "benchmarks.peft_comparison", *arguments, "--only", name, "--out", str(out)]
-            began = time.perf_counter()
-            done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
-            if not out.exists():
-                raise RuntimeError(f"python {' '.join(words)} ended with {done.returncode} and no result")
-            found = json.loads(out.read_text(encoding="utf-8"))
+        options.say(f"… {name}")
+        began = time.perf_counter()
+        with ProcessPoolExecutor(1, mp_context=forks, initializer=prepare) as process:
+            found = process.submit(measure, name, options).result()
         found["seconds"][name] = round(time.perf_counter() - began, 1)  # its start included
         for what, each in whole.items():
             if isinstance(each, list):
@@ -86,8 +85,17 @@ def apart(sections: list[str], arguments: list[str], say: Callable[[str], None])
             else:
                 each.update(found[what])
         ratios = (f"{row['found']:.3g} (at most {row['at_most']:g})" for row in found["table"] if row["at_most"])
-        say(f"  {found['seconds'][name]:.0f} s: {'; '.join(ratios)}")
+        options.say(f"  {found['seconds'][name]:.0f} s: {'; '.join(ratios)}")
     return whole
+
+
+def prepare(threads: int | None, cpu_time: bool) -> None:
+    """Set what holds for a whole process."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's use of transformers
+    if threads:
+        torch.set_num_threads(threads)
+    if cpu_time:
+        timing.count_processor_time()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,35 +111,22 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: checks that everything runs, times nothing")
     given = parser.parse_args(arguments)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    if given.cpu_time:
-        timing.count_processor_time()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's use of transformers
-    console = Console()
+    ready = partial(prepare, given.threads, given.cpu_time)
+    ready()
     about = provenance(seeds=[0, 1], packages=["trl"])
     few = given.quick or given.smoke
     runs, sections = 3 if few else given.runs, given.only or list(SECTIONS)
-    if len(sections) == 1:
-        checked = 4 if few else 20
-        options = Options(runs=runs, checked=checked, tiny=given.smoke, quick=few, say=console.print)
-        known = measure(sections[0], options)
-    else:
-        known = apart(sections, _shared(given), console.print)
+    options = Options(runs=runs, checked=4 if few else 20, tiny=given.smoke, quick=few, say=partial(print, flush=True))
+    known = measure(sections[0], options) if len(sections) == 1 else apart(sections, options, ready)
     out = given.out or (None if few or given.only or given.cpu_time else OUT)
     if out:
         write_json(out, {"provenance": about, "runs": runs, **known})
+    console = Console()
     console.print(table([Row.of(row) for row in known["table"]]))
     for words in known["disagreements"]:
         console.print(f"[red]results disagree[/red] {words}")
     console.print(f"{sum(known['seconds'].values()):.0f} s" + (f", written to {out}" if out else ""))
     return int(bool(known["disagreements"]) or not all(row["met"] for row in known["table"]))
-
-
-def _shared(given: argparse.Namespace) -> list[str]:
-    """The command's switches that every section gets."""
-    switches = [f"--{name}" for name in ("quick", "cpu-time", "smoke") if getattr(given, name.replace("-", "_"))]
-    return [*switches, "--runs", str(given.runs), *(["--threads", str(given.threads)] if given.threads else [])]
 
 
 if __name__ == "__main__":

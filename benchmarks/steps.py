@@ -35,7 +35,8 @@ class Contest:
         peer: makes the peer's model of ours and the base.
         floor: whether the frozen base's own step is timed too.
         sft: whether TRL's trainer is.
-        deep: whether so many layers round in half precision that losses are compared in float32, on fewer tokens.
+        deep: whether so many layers round in half precision that losses are compared in float32, on fewer tokens;
+            those of the timed steps are told.
     """
 
     case: step.Case
@@ -162,7 +163,8 @@ def compare(contest: Contest, options: Options) -> dict[str, Any]:
     if contest.sft:
         steps["sft"] = sft_step(base, case.rank, batch, step.LEARNING_RATE)
     timings = alternate(steps, runs=options.runs, warmup=WARMUP)
-    take_on(checked, losses, options.checked)
+    if not contest.deep:
+        take_on(checked, losses, options.checked)
     agreement = agreed(losses, options, case.shape)
     return {
         "case": case.name,
