@@ -10,14 +10,15 @@ is the same sum in both. Only where a branch changes what enters the layer, anot
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from inlay.core.delta import Delta
+from inlay.core.delta import Delta, says_itself
 from inlay.core.errors import UnsupportedError
 from inlay.core.site import Site
 
@@ -85,6 +86,22 @@ def enter(chain: Chain, x: Tensor) -> tuple[Tensor, list[Tensor]]:
             x = delta.pre(x) if _reaches_input(site) else x
             seen.append(x)
     return x, seen[::-1]
+
+
+def whole(chain: Chain, x: Tensor) -> Tensor | None:
+    """What leaves a plain linear layer for what enters it, where the chain is one delta that computes both at once."""
+    if len(chain) != 1 or isinstance(chain[0], Fork):
+        return None
+    site, delta = chain[0]
+    kind: Any = type(delta)
+    if site.part is not None or site.fed_by or not _computes_whole(kind):
+        return None
+    return delta.whole(x, site)
+
+
+@functools.cache
+def _computes_whole(kind: Any) -> bool:
+    return says_itself(kind, "whole", "pre", "post", "post_into")
 
 
 def leave(

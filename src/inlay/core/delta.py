@@ -64,6 +64,13 @@ class Delta(nn.Module):
         """`post`, where nobody else holds y: a fast path may write it. `post` stays as its oracle."""
         return self.post(x, y, site)
 
+    def whole(self, x: Tensor, site: Site) -> Tensor | None:
+        """The layer and this delta at once, (..., out), where a fast path computes both; else None.
+
+        Asked only of a delta alone at a linear layer that runs no code but `torch.nn.Linear`'s.
+        """
+        return None
+
     @classmethod
     def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:
         """Deltas of this very class, of several adapters, as one object that computes them all, one a segment.
@@ -84,6 +91,13 @@ class Delta(nn.Module):
             NotImplementedError: no weight has this effect; `merges` is False then.
         """
         raise NotImplementedError(f"{type(self).__name__} has no weight view")
+
+
+def says_itself(kind: type[Delta], form: str, *of: str) -> bool:
+    """Whether a class has its own `form` of the very methods `of` that it has: no subclass inherits the fast form of
+    what it computes otherwise."""
+    order = [next(i for i, c in enumerate(kind.__mro__) if name in c.__dict__) for name in (form, *of)]
+    return order[0] <= min(order[1:])
 
 
 def cast(parameter: Tensor, like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.chain import Chain, Fork, Placed, changes_input, enter, leave, leaves
-from inlay.core.delta import Delta
+from inlay.core.delta import Delta, says_itself
 from inlay.core.site import Site
 from inlay.core.watch import Watch, versioned, watchable
 
@@ -55,10 +55,8 @@ class Grouped:
 
 
 def groups_itself(kind: type[Delta]) -> bool:
-    """Whether a class says how it is grouped for the very `pre` and `post` that it has: no subclass inherits the
-    grouped form of what it computes otherwise."""
-    order = [next(i for i, c in enumerate(kind.__mro__) if name in c.__dict__) for name in ("grouped", "pre", "post")]
-    return order[0] <= min(order[1:])
+    """Whether a class says how it is grouped for the very `pre` and `post` that it has."""
+    return says_itself(kind, "grouped", "pre", "post")
 
 
 @dataclass(frozen=True, eq=False)

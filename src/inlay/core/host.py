@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.chain import Chain, changes_input, enter, leave, leaves
+from inlay.core.chain import Chain, changes_input, enter, leave, leaves, whole
 from inlay.core.errors import RouteError, UnsupportedError
 from inlay.core.layer import shape_of
 from inlay.core.route import Route
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from inlay.core.roster import Roster
 
 Forward = Callable[..., Any]
+LINEAR = nn.Linear.forward
 
 
 class Storage(nn.ModuleDict):
@@ -119,10 +120,18 @@ class Host:
         if not deltas:
             return forward(*args, **kwargs)
         x, seen = enter(deltas, _first(args, kwargs))
+        made = whole(deltas, x) if self._runs_linear() else None
+        if made is not None:
+            self.captured.pop(thread(), None)
+            return made
         new_args, new_kwargs = _with_first(args, kwargs, x)
         y = forward(*new_args, **new_kwargs)
         captured = self.captured.pop(thread(), {})
         return _on_tensor(y, lambda t: leave(deltas, seen, captured, t, owned=self.owns))
+
+    def _runs_linear(self) -> bool:
+        """Whether the module's forward is a linear layer's own and nothing more."""
+        return self.original_class.forward is LINEAR and self.original_forward is None and self.features == {"forward"}
 
     def _mixed(self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One base call; before and after it, each adapter's rows on their own."""

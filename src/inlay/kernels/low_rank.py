@@ -1,4 +1,4 @@
-"""A low-rank update added to what a frozen layer computed, in place and with little kept for the backward pass.
+"""A low-rank update added to what a frozen layer computes, in place and with little kept for the backward pass.
 
     y += scale · drop(x) Aᵀ Bᵀ         x (n, in)   A (rank, in)   B (out, rank)   y (n, out)
 
@@ -7,7 +7,9 @@
                dx   = drop(dlow A)                    dy goes on unchanged
 
 One product writes into y, casts are of A and B only, and the dropped positions are drawn again from a seed instead
-of being kept (`masks.py`). Its twin is `LowRank.post` in `inlay.methods._low_rank`.
+of being kept (`masks.py`). Where the layer is a plain matrix W, its own product is made here too: y = x Wᵀ, and
+dx = dy W, into which the update's is added by the product that computes it instead of by a pass over both. The twins
+are `LowRank.post` in `inlay.methods._low_rank` and the layer's own forward.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch import Tensor
 from inlay.kernels import gpu, second
 from inlay.kernels.masks import MOST, drawn, fresh_seed, without, without_
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def applies(x: Tensor, y: Tensor, dropout: float) -> bool:
     """Whether `add_low_rank` computes this: not compiled, in autocast or sharded; masks where a kernel draws them.
@@ -29,12 +33,22 @@ def applies(x: Tensor, y: Tensor, dropout: float) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and type(y) is Tensor
+        and type(x) in PLAIN
+        and type(y) in PLAIN
         and x.dtype == y.dtype
         and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
         and dropout <= MOST
         and (dropout == 0 or x.device.type in ("cpu", "meta") or gpu.serves(x))
+    )
+
+
+def applies_to_layer(x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> bool:
+    """Whether `linear_with_low_rank` computes this: gradients are wanted, and none of the layer's own parameters."""
+    return (
+        torch.is_grad_enabled()
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and applies(x, weight, dropout)
     )
 
 
@@ -52,7 +66,22 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropo
     seed = fresh_seed() if dropout else 0
     if not torch.is_grad_enabled():
         return _sum(y, _low(x, a.to(x.dtype), seed, dropout), b.to(x.dtype), scale / (1 - dropout), in_place)
-    made: Tensor = LowRankSum.apply(y, x, a, b, scale, dropout, seed, in_place)  # type: ignore[no-untyped-call]
+    made: Tensor = LowRankSum.apply(y, x, a, b, None, scale, dropout, seed, in_place)  # type: ignore[no-untyped-call]
+    return made
+
+
+def linear_with_low_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """A frozen linear layer and the update.
+
+    Args:
+        x: (…, in).
+        weight, bias: (out, in) and (out), of x's dtype.
+        a, b, dropout: as above.
+    """
+    seed = fresh_seed() if dropout else 0
+    made: Tensor = LowRankSum.apply(None, x, a, b, (weight, bias), scale, dropout, seed, True)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -75,47 +104,70 @@ def _sum(y: Tensor, low: Tensor, b: Tensor, scale: float, in_place: bool) -> Ten
 
 
 class LowRankSum(torch.autograd.Function):
-    """See the module."""
+    """See the module. `layer` is the weight and bias that y is made of, or None where y is given."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, seed: int, in_place: bool
-    ) -> Tensor:
+        ctx: Any, y: Tensor | None, x: Tensor, a: Tensor, b: Tensor, layer: tuple[Tensor, Tensor | None] | None,
+        scale: float, dropout: float, seed: int, in_place: bool,
+    ) -> Tensor:  # fmt: skip
         scale = scale / (1 - dropout)
-        low = _low(x, a.to(x.dtype), seed, dropout)
-        out = _sum(y, low, b.to(x.dtype), scale, in_place)
-        if in_place:
+        if layer is not None:
+            y = F.linear(x, *layer)
+        elif in_place:
             ctx.mark_dirty(y)
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, low, a, b)  # a frozen A needs no input
+        assert y is not None
+        low = _low(x, a.to(x.dtype), seed, dropout)
+        # A frozen A needs no input.
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, low, a, b, layer and layer[0])
         ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
-        return out
+        return _sum(y, low, b.to(x.dtype), scale, in_place)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, low, a, b = ctx.saved_tensors
-        grad = grads[0]
+        saved, grad = ctx.saved_tensors, grads[0]
+        weight = saved[-1]
+        onward = grad if weight is None else None
         if torch.is_grad_enabled():
-            return grad, *_with_graph(ctx, grad), None, None, None, None
+            return onward, *_with_graph(ctx, saved, grad), *[None] * 5
         flat = grad.reshape(-1, grad.shape[-1])  # (n, out)
-        if ctx.dropout and gpu.serves(flat):
-            return grad, *_gradients_on_gpu(ctx, flat), None, None, None, None
-        low_t = (b.to(flat.dtype).t() @ flat.t()).mul_(ctx.scale)  # (rank, n): narrow matrices first are faster
-        d_x = d_a = d_b = None
-        dropped = drawn(ctx.shape.numel(), ctx.seed, ctx.dropout) if ctx.dropout else None
-        if ctx.needs_input_grad[1]:
-            d_x = (low_t.t() @ a.to(flat.dtype)).reshape(ctx.shape)
+        into = flat @ weight if weight is not None and ctx.needs_input_grad[1] else None
+        gradients = _gradients_on_gpu if ctx.dropout and gpu.serves(flat) else _gradients
+        found = gradients(ctx, saved, flat, into)
+        return onward, *found, *[None] * 5
+
+
+def _gradients(ctx: Any, saved: Any, flat: Tensor, into: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of x, A and B.
+
+    Args:
+        saved: by the forward; `ctx` gives it once.
+        flat: of y, (n, out).
+        into: what x's is added to, (n, in); written.
+    """
+    x, low, a, b, _ = saved
+    low_t = (b.to(flat.dtype).t() @ flat.t()).mul_(ctx.scale)  # (rank, n): narrow matrices first are faster
+    d_x = d_a = d_b = None
+    dropped = drawn(ctx.shape.numel(), ctx.seed, ctx.dropout) if ctx.dropout else None
+    if ctx.needs_input_grad[1]:
+        wide = a.to(flat.dtype)
+        if into is not None and dropped is None:
+            d_x = into.addmm_(low_t.t(), wide).view(ctx.shape)
+        else:
+            d_x = (low_t.t() @ wide).reshape(ctx.shape)
             d_x = d_x if dropped is None else without_(d_x, dropped)
-        if ctx.needs_input_grad[2]:
-            seen = x if dropped is None else without(x, dropped)
-            d_a = (low_t @ seen.reshape(-1, x.shape[-1])).to(a.dtype)
-        if ctx.needs_input_grad[3]:
-            d_b = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)
-        return grad, d_x, d_a, d_b, None, None, None, None
+            d_x = d_x if into is None else d_x.add_(into.view(ctx.shape))
+    if ctx.needs_input_grad[2]:
+        seen = x if dropped is None else without(x, dropped)
+        d_a = (low_t @ seen.reshape(-1, x.shape[-1])).to(a.dtype)
+    if ctx.needs_input_grad[3]:
+        d_b = (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype)
+    return d_x, d_a, d_b
 
 
-def _with_graph(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _with_graph(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Of x, A and B, for a backward pass that is differentiated itself."""
-    x, _, a, b = ctx.saved_tensors
+    x, _, a, b, weight = saved
     _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
     if ctx.dropout and gpu.serves(grad):
         second.refuse("dropout in a fused low-rank update on a GPU", "set the method's dropout to 0")
@@ -127,20 +179,23 @@ def _with_graph(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     def update(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         seen = x if kept is None else x * kept
-        return F.linear(F.linear(seen, a.to(x.dtype)), b.to(x.dtype) * float(ctx.scale))
+        made = F.linear(F.linear(seen, a.to(x.dtype)), b.to(x.dtype) * float(ctx.scale))
+        return made if weight is None else F.linear(x, weight) + made
 
     return second.gradients(update, (x, a, b), (wants_x, wants_a, wants_b), grad)
 
 
-def _gradients_on_gpu(ctx: Any, flat: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, A and B, with the mask drawn inside the products."""
+def _gradients_on_gpu(ctx: Any, saved: Any, flat: Tensor, into: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same, with the mask drawn inside the products."""
     from inlay.kernels.gpu import low_rank as kernel
 
-    x, low, a, b = ctx.saved_tensors
+    x, low, a, b, _ = saved
     _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
     d_low = (flat @ b.to(flat.dtype)).mul_(ctx.scale)  # (n, rank)
     seed, share = ctx.seed, ctx.dropout
     d_x = kernel.gradient_of_x(d_low, a.to(flat.dtype), seed, share).reshape(ctx.shape) if wants_x else None
+    if d_x is not None and into is not None:
+        d_x.add_(into.view(ctx.shape))
     d_a = kernel.gradient_of_a(d_low, x, seed, share).to(a.dtype) if wants_a else None
     return d_x, d_a, (low.t() @ flat).mul_(ctx.scale).t().to(b.dtype) if wants_b else None
 

@@ -18,7 +18,7 @@ from inlay.core.errors import UnsupportedError
 from inlay.core.grouped import Grouped
 from inlay.core.site import Site
 from inlay.kernels.grouped import LowRanks
-from inlay.kernels.low_rank import add_low_rank, applies
+from inlay.kernels.low_rank import add_low_rank, applies, applies_to_layer, linear_with_low_rank
 
 
 def check_sizes(method: Any, *more: tuple[bool, str]) -> None:
@@ -65,6 +65,13 @@ class LowRank(Delta):
         if not applies(x, y, dropout):
             return self.post(x, y, site)
         return add_low_rank(y, x, self.a, self.b, self.scale, dropout, owned=True)
+
+    def whole(self, x: Tensor, site: Site) -> Tensor | None:
+        layer: Any = site.module
+        weight, bias, dropout = layer.weight, layer.bias, self.dropout if self.training else 0.0
+        if not applies_to_layer(x, weight, bias, dropout):
+            return None
+        return linear_with_low_rank(x, weight, bias, self.a, self.b, self.scale, dropout)
 
     @classmethod
     def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:

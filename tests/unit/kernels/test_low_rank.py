@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import inlay
 from inlay.kernels import low_rank, masks
-from inlay.kernels.low_rank import add_low_rank
+from inlay.kernels.low_rank import add_low_rank, linear_with_low_rank
+from inlay.methods._low_rank import LowRank
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -39,6 +41,79 @@ def test_sum_and_gradients(dtype: torch.dtype, tolerance: float, owned: bool) ->
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("trained", ["x a b", "a b", "x b"])
+@pytest.mark.parametrize("share", [0.0, 0.25])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_layer_and_update_at_once(
+    dtype: torch.dtype, tolerance: float, biased: bool, share: float, trained: str
+) -> None:
+    """What the layer's own function and the update beside it make, bit for bit, and their gradients."""
+    given = {"x": drawn(2, 3, 7, dtype=dtype, seed=2), "a": drawn(4, 7, seed=3), "b": drawn(12, 4, seed=4)}
+    layer = drawn(12, 7, dtype=dtype, seed=5), drawn(12, dtype=dtype, seed=6) if biased else None
+
+    def apart(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return add_low_rank(F.linear(x, *layer), x, a, b, 0.5, share, owned=True)
+
+    def at_once(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return linear_with_low_rank(x, *layer, a, b, 0.5, share)
+
+    found = []
+    for way in (apart, at_once):
+        own = {name: t.clone().requires_grad_(name in trained.split()) for name, t in given.items()}
+        torch.manual_seed(0)  # the same mask
+        out = way(**own)
+        wanted = [t for t in own.values() if t.requires_grad]
+        found.append((out, torch.autograd.grad(out.float().square().sum(), wanted)))
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+def test_only_a_plain_frozen_layer_is_computed_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one with code of its own, nor with trained parameters, nor for a delta that computes something else."""
+    taken: list[int] = []
+    at_once = linear_with_low_rank
+
+    def counted(*args: Any) -> Tensor:
+        taken.append(1)
+        return at_once(*args)
+
+    monkeypatch.setattr("inlay.methods._low_rank.linear_with_low_rank", counted)
+
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class Doubled(LowRank):
+        def post(self, x: Tensor, y: Tensor, site: Any) -> Tensor:
+            return 2 * super().post(x, y, site)
+
+        def post_into(self, x: Tensor, y: Tensor, site: Any) -> Tensor:
+            return self.post(x, y, site)
+
+    def count(layer: nn.Module, *, train: bool = False, kind: type[LowRank] | None = None) -> int:
+        model = nn.Sequential(layer)
+        inlay.attach(model, inlay.LoRA(rank=2), where=lambda *_: True)
+        (delta,) = (m for m in model.modules() if isinstance(m, LowRank))
+        delta.__class__ = kind or LowRank
+        nn.init.normal_(delta.b)
+        layer.weight.requires_grad_(train)
+        taken.clear()
+        x = drawn(3, 4)
+        with torch.no_grad():
+            apart = model(x)
+        torch.testing.assert_close(model(x), apart)
+        return len(taken)
+
+    assert count(nn.Linear(4, 4)) == 1
+    assert count(Scaled(4, 4)) == count(nn.Linear(4, 4), train=True) == count(nn.Linear(4, 4), kind=Doubled) == 0
+    patched = nn.Linear(4, 4)
+    patched.forward = lambda x: 3 * nn.Linear.forward(patched, x)  # type: ignore[method-assign]
+    assert count(patched) == 0
 
 
 def test_a_tensor_of_somebody_else_is_not_written() -> None:
