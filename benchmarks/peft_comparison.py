@@ -47,7 +47,7 @@ SECTIONS: dict[str, Callable[[Options], Part]] = {
     "e2e": epochs.e2e,
     "trec": epochs.trec,
 }
-LIBRARIES = ["benchmarks.peft_comparison", "peft", "transformers.models.llama.modeling_llama", "transformers.trainer"]
+LIBRARIES = ["benchmarks.serving", "peft", "transformers.models.llama.modeling_llama", "transformers.trainer"]
 
 
 def measure(section: str, options: Options) -> dict[str, Any]:
