@@ -71,11 +71,12 @@ def _first_step(data: Path, out: Path) -> float:
         [sys.executable, "-c", MAIN, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     lines = out / "metrics.jsonl"
-    while process.poll() is None and not (lines.exists() and lines.stat().st_size):
+    while not (stepped := lines.exists() and lines.stat().st_size > 0) and process.poll() is None:
         time.sleep(POLL)
     seconds = _processor_seconds(process) if timing.counts_processor_time() else time.perf_counter() - began
+    process.kill()  # what it does afterwards is nobody's matter here
     _, told = process.communicate()
-    if process.returncode:
+    if not stepped:
         raise RuntimeError(f"`inlay {' '.join(words)}` ended with {process.returncode}: {told}")
     return seconds
 
