@@ -31,24 +31,28 @@ def applies(x: Tensor, y: Tensor, dropout: float) -> bool:
 
     Of tensors without values (meta) it answers as for the CPU, so that a plan counts what a CPU's step allocates.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in PLAIN
-        and type(y) in PLAIN
-        and x.dtype == y.dtype
-        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
-        and dropout <= MOST
-        and (dropout == 0 or x.device.type in ("cpu", "meta") or gpu.serves(x))
-    )
+    return type(y) is Tensor and _suits(x, y.dtype, dropout)
 
 
 def applies_to_layer(x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> bool:
     """Whether `linear_with_low_rank` computes this: gradients are wanted, and none of the layer's own parameters."""
     return (
         torch.is_grad_enabled()
+        and type(weight) in PLAIN
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
-        and applies(x, weight, dropout)
+        and _suits(x, weight.dtype, dropout)
+    )
+
+
+def _suits(x: Tensor, dtype: torch.dtype, dropout: float) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in PLAIN
+        and x.dtype == dtype
+        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
+        and dropout <= MOST
+        and (dropout == 0 or x.device.type in ("cpu", "meta") or gpu.serves(x))
     )
 
 
