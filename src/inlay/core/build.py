@@ -48,7 +48,7 @@ def build(
         for parameter_name, value in _own_parameters(view, path).items():
             dtype = value.dtype if value.dtype == torch.float64 else torch.float32
             copies[parameter_name] = Held(nn.Parameter(value.detach().to(dtype, copy=True)))
-    return Adapter(name, method, _storable(places, pieces), pieces, Copies(copies), tuple(saved))
+    return Adapter(name, method, _storable(places, pieces, view), pieces, Copies(copies), tuple(saved))
 
 
 def _own_parameters(view: ModelView, path: str) -> dict[str, nn.Parameter]:
@@ -154,11 +154,15 @@ def _check_forks(pieces: list[Piece]) -> None:
         check_fork(path, arranged(beside))
 
 
-def _storable(places: Places, pieces: list[Piece]) -> Places:
-    """A predicate cannot be written to a file; the sites it chose can."""
+def _storable(places: Places, pieces: list[Piece], view: ModelView) -> Places:
+    """A predicate cannot be written to a file; the sites it chose can, by names that fit nothing else."""
     if not callable(places.where):
         return places
-    return replace(places, where=tuple(p.key for p in pieces), layers=None)
+    names = tuple(p.key for p in pieces)
+    ends = tuple(f".{name}" for name in names)
+    if any(path.endswith(ends) for path in view.names if path not in names):
+        return replace(places, where=re.compile("|".join(map(re.escape, names))), layers=None)
+    return replace(places, where=names, layers=None)
 
 
 def _path(piece: Piece) -> str:
