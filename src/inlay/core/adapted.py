@@ -36,23 +36,27 @@ from inlay.core.host import Host, Storage, thread
 def adopt(host: Host, features: frozenset[str]) -> None:
     """Give the host's module the subclass that has `features`, or its own class back if there are none."""
     module = host.module
-    patched = module.__dict__.get("_inlay_patched") if "forward" in module.__dict__ else None
+    asked = _made_here(type(module).forward)
     release(host)
     host.features = features
+    host.wrappers = tuple(w for name, w in prompting.WRAPPERS.items() if name in features)
     parameters = host.replaced
     if features or parameters:
         module.__dict__["_inlay_host"] = host
     if not features - {"attention"} and not parameters:
         return
-    module.__dict__.pop("forward", None)  # an instance's forward (accelerate's hooks) is called through the host
+    # An instance's forward (accelerate's hooks) is called through the host; one that was put there since calls us.
+    later = module.__dict__.pop("forward", None)
+    if later is not None and not asked:
+        host.original_forward, later = later, None
     if "checkpoint" in features:
         function = module.__dict__.pop("_gradient_checkpointing_func", None)
         if function is not None:
             module.__dict__["_inlay_checkpoint"] = function
     original: Any = host.original_class
     module.__class__ = _subclass(original, features, parameters)
-    if patched is not None:
-        module.forward = patched
+    if later is not None:
+        module.forward = later
 
 
 def release(host: Host) -> None:
@@ -62,11 +66,13 @@ def release(host: Host) -> None:
     if not getattr(type(module), "inlay_adapted", False):
         return
     module.__class__ = host.original_class
-    patched = module.__dict__.pop("_inlay_patched", None)
-    if patched is not None and "forward" in module.__dict__:
-        module.__dict__["forward"] = patched
-    elif host.original_forward is not None:
-        module.__dict__["forward"] = host.original_forward
+    later: Any = module.__dict__.pop("forward", None)
+    if _made_here(later):
+        later = getattr(later.__func__, "given", None)  # or it is the module's own, put back by somebody
+    if later is not None:
+        module.__dict__["forward"] = later
+    if host.original_forward is not None:
+        module.__dict__["forward" if later is None else "_inlay_forward"] = host.original_forward
     function = module.__dict__.pop("_inlay_checkpoint", None)
     if function is not None:
         module.__dict__["_gradient_checkpointing_func"] = function
@@ -100,9 +106,8 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
     }
     bases: tuple[type, ...] = (cls,)
     if features & {"forward", *prompting.WRAPPERS}:
-        body["forward"] = _forward(cls, features)
-    if "root" in features:
-        body["__setattr__"] = _set_attribute(cls)
+        body["forward"] = _forward(cls)
+        body["__setattr__"] = _set_attribute(cls, root="root" in features)
     if "root" in features and hasattr(cls, "generate"):
         body["generate"] = _generate(cls)
     if "root" in features and hasattr(cls, "enable_input_require_grads"):
@@ -122,42 +127,62 @@ def _parameter(name: str, module: nn.Module) -> Tensor | None:
     return host.parameter(name)
 
 
-def _forward(cls: type[nn.Module], features: frozenset[str]) -> Callable[..., Any]:
-    wrappers = [w for name, w in prompting.WRAPPERS.items() if name in features]
-
+def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        host: Host = self.__dict__["_inlay_host"]
-        inner: Callable[..., Any] = host.original_forward or functools.partial(cls.forward, self)
-        for wrap in wrappers:
+        host: Host | None = self.__dict__.get("_inlay_host")
+        inner: Callable[..., Any] = functools.partial(cls.forward, self)
+        if host is None or host.inside():  # called by a forward that was put around this one and outlived the adapters
+            return self.__dict__.get("_inlay_forward", inner)(*args, **kwargs)
+        if host.original_forward is not None:
+            inner = host.call_original
+        for wrap in host.wrappers:
             inner = functools.partial(wrap, host, inner)
-        return host.run(inner, args, kwargs) if "forward" in features else inner(*args, **kwargs)
+        return host.run(inner, args, kwargs) if "forward" in host.features else inner(*args, **kwargs)
 
+    forward.itself = forward  # type: ignore[attr-defined]
     return forward
 
 
-def _set_attribute(cls: type[nn.Module]) -> Callable[..., None]:
-    """A forward that is put in the place of an attached model's own (TRL's fused head) gets the prompts, too."""
+def _made_here(forward: Any) -> bool:
+    """Whether a forward is one of this file's; what stands around one by `functools.wraps` has its attributes, too."""
+    function = getattr(forward, "__func__", forward)
+    return function is not None and getattr(function, "itself", None) is function
+
+
+def _set_attribute(cls: type[nn.Module], *, root: bool) -> Callable[..., None]:
+    """A forward that is put in the place of an attached model's own (TRL's fused head) gets the prompts, too.
+
+    A module's own forward put back (by accelerate, when it takes its hooks off) takes away what stood in its place.
+    """
 
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:
-        if name == "forward" and callable(value):
-            self.__dict__["_inlay_patched"] = value
-            value = types.MethodType(_patched(value), self)
+        if name == "forward" and isinstance(value, types.MethodType) and value.__self__ is self:
+            ours = _made_here(value) and not hasattr(value, "given")
+            if ours or (value.__func__ is cls.forward and not root):
+                if self.__dict__.pop("forward", None) is None:
+                    self.__dict__["_inlay_host"].original_forward = None
+                return
+        if name == "forward" and root and callable(value):
+            value = types.MethodType(_patched(value, self), self)
         cls.__setattr__(self, name, value)
 
     return __setattr__
 
 
-def _patched(given: Callable[..., Any]) -> Callable[..., Any]:
+def _patched(given: Any, owner: nn.Module) -> Callable[..., Any]:
     """The function that stands for `given`; it finds module and host by itself, so a copied model has its own."""
+    bound = isinstance(given, types.MethodType) and given.__self__ is owner
+    function = given.__func__ if bound else given
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inner, host = self.__dict__["_inlay_patched"], self.__dict__.get("_inlay_host")
-        return inner(*args, **kwargs) if host is None else prompting.root(host, inner, *args, **kwargs)
+        inner, host = functools.partial(function, self) if bound else function, self.__dict__.get("_inlay_host")
+        return inner(*args, **kwargs) if host is None else prompting.entered(host, inner, *args, **kwargs)
 
     signature = inspect.signature(given)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
+    forward.itself, forward.given = forward, given  # type: ignore[attr-defined]
     return forward
 
 

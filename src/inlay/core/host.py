@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Forward = Callable[..., Any]
 LINEAR = nn.Linear.forward
+PASSING = ("captured", "entered", "originals")  # of a forward that is under way
 
 
 class Storage(nn.ModuleDict):
@@ -50,7 +51,8 @@ class Host:
         feeds: hosts whose deltas read this module's input as their ``x``.
         captured: thread → path of a module that feeds this one → what entered it.
         entered: thread → what entered this attention module, while prompts are weighed by it.
-        features: what the module's subclass does (`core/adapted.py`).
+        features: what the module's subclass does (`core/adapted.py`), and `wrappers`, what of it stands around the forward.
+        original_forward: the forward that the instance had of its own; `originals`: threads in which it runs.
         encoder: whether the module's positions are those of an encoder's sequence.
         by_row: whether what enters is a batch of rows: not so for experts and tables of relative positions.
         pooled: whether a matrix that enters may hold one vector a row.
@@ -68,6 +70,8 @@ class Host:
         self.captured: dict[int, dict[str, Tensor]] = {}
         self.entered: dict[int, Tensor] = {}
         self.features: frozenset[str] = frozenset()
+        self.wrappers: tuple[Forward, ...] = ()
+        self.originals: set[int] = set()
         self.encoder = False
         self.by_row, self.pooled = True, True
         self.owns = shape_of(module) is not None
@@ -78,7 +82,7 @@ class Host:
         new = object.__new__(Host)
         memo[id(self)] = new
         for name, value in self.__dict__.items():
-            new.__dict__[name] = {} if name in ("captured", "entered") else copy.deepcopy(value, memo)
+            new.__dict__[name] = type(value)() if name in PASSING else copy.deepcopy(value, memo)
         return new
 
     # -- parameters ---------------------------------------------------------------------------
@@ -128,6 +132,19 @@ class Host:
         y = forward(*new_args, **new_kwargs)
         captured = self.captured.pop(thread(), {})
         return _on_tensor(y, lambda t: leave(deltas, seen, captured, t, owned=self.owns))
+
+    def call_original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that the instance had of its own, which may call the module's again."""
+        assert self.original_forward is not None
+        self.originals.add(thread())
+        try:
+            return self.original_forward(*args, **kwargs)
+        finally:
+            self.originals.discard(thread())
+
+    def inside(self) -> bool:
+        """Whether that forward is under way."""
+        return bool(self.originals) and thread() in self.originals
 
     def _runs_linear(self) -> bool:
         """Whether the module's forward is a linear layer's own and nothing more."""

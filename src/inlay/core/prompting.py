@@ -36,11 +36,16 @@ INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids", "in
 
 
 def root(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
-    """The model's own forward: check rows, compute prompts, hide what they left in the outputs."""
-    roster = host.roster
-    route, call = roster.current(), roster.call.get()
+    """The model's own forward, with the fast paths around it."""
     for around in AROUND:
         inner = partial(around, host, inner)
+    return entered(host, inner, *args, **kwargs)
+
+
+def entered(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
+    """A forward of the whole model: check rows, compute prompts, hide what they left in the outputs."""
+    roster = host.roster
+    route, call = roster.current(), roster.call.get()
     if roster.merged is not None:
         roster.check_merged(route)
         return inner(*args, **kwargs)

@@ -1,0 +1,135 @@
+"""A forward that somebody puts on a module of an attached model: it stays, and everything is computed once."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import inlay
+from inlay import LoRA
+from inlay.testing.models import ZOO
+
+LLAMA = ZOO["llama"]
+
+
+@pytest.fixture
+def model() -> Any:
+    return LLAMA.build()
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    return LLAMA.batch(rows=2, seed=0)
+
+
+def adapted(model: Any, name: str = "default") -> None:
+    torch.manual_seed(0)
+    adapter = inlay.attach(model, LoRA(rank=2), where="all-linear", name=name)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(0, 0.1)
+
+
+def times(forward: Callable[..., Any], factor: float) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        if isinstance(out, Tensor):
+            return out * factor
+        out.loss = out.loss * factor
+        return out
+
+    return wrapper
+
+
+def test_wrappers_of_the_model_stand_around_one_another(model: Any, batch: dict[str, Tensor]) -> None:
+    adapted(model)
+    once = model(**batch).loss
+    model.forward = times(model.forward, 2)
+    model.forward = types.MethodType(times(model.forward.__func__, 3), model)  # as accelerate does
+    torch.testing.assert_close(model(**batch).loss, 6 * once)
+    torch.testing.assert_close(copy.deepcopy(model)(**batch).loss, 6 * once)
+    inlay.attach(model, LoRA(rank=1), name="other")
+    with inlay.use(model, "default"):
+        torch.testing.assert_close(model(**batch).loss, 6 * once)
+    inlay.detach(model, "other")
+    inlay.detach(model, "default")
+    torch.testing.assert_close(model(**batch).loss, 6 * LLAMA.build()(**batch).loss)
+
+
+def test_the_models_own_forward_put_back(model: Any, batch: dict[str, Tensor]) -> None:
+    adapted(model)
+    own, once = model.forward, model(**batch).loss
+    model.forward = times(own, 2)
+    model.forward = own
+    torch.testing.assert_close(model(**batch).loss, once)
+    inlay.detach(model, "default")
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["around inlay", "around inlay and an earlier one"])
+def test_a_layers_wrapper_outlives_attaching_and_detaching(
+    model: Any, batch: dict[str, Tensor], before: bool
+) -> None:
+    layer = model.model.layers[0].self_attn.q_proj
+    if before:
+        layer.forward = times(layer.forward, 0.5)
+    adapted(model)
+    layer.forward = times(layer.forward, 2)
+    expected = model(**batch).logits
+    adapted(model, "other")
+    with inlay.use(model, "default"):
+        torch.testing.assert_close(model(**batch).logits, expected)
+    inlay.detach(model, "other")
+    torch.testing.assert_close(model(**batch).logits, expected)
+    inlay.detach(model, "default")
+    plain = LLAMA.build()
+    plain.model.layers[0].self_attn.q_proj.weight.data *= 1 if before else 2
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+    adapted(model)  # now around the layer as it is
+    adapted(plain)
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+
+
+def test_accelerates_hooks_put_on_and_taken_off(model: Any, batch: dict[str, Tensor]) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    adapted(model)
+    expected = model(**batch).logits
+    for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+        add_hook_to_module(layer, ModelHook())
+    torch.testing.assert_close(model(**batch).logits, expected)
+    inlay.detach(model, "default")
+    plain = LLAMA.build()(**batch).logits
+    torch.testing.assert_close(model(**batch).logits, plain)
+    adapted(model)
+    torch.testing.assert_close(model(**batch).logits, expected)
+    remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(model(**batch).logits, expected)
+    inlay.detach(model, "default")
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    torch.testing.assert_close(model(**batch).logits, plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_mixed_precision_by_accelerate(name: str, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    specimen = ZOO[name]
+    model: Any = specimen.build()
+    batch = specimen.batch(rows=2, seed=0)
+    adapted(model)
+    expected = model(**batch)
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    out = prepared(**batch)
+    apart = (specimen.logits(out).float() - specimen.logits(expected)).square().mean()
+    assert apart < 1e-2 * specimen.logits(expected).var()
+    if out.get("loss") is not None:
+        out.loss.backward()
+        assert all(p.grad is not None for p in inlay.adapters(model)["default"].parameters())
