@@ -23,26 +23,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from inlay.core import prompting
+from inlay.core.errors import UnsupportedError
 from inlay.core.host import Host
 from inlay.core.labels import IGNORED
 from inlay.kernels import gpu, second
 from inlay.kernels.cross_entropy import cross_entropy_
-from inlay.kernels.lazy import LazyTensor
+from inlay.kernels.lazy import LazyTensor, Mode
 
 SCORES_AT_ONCE = 2**23  # numbers in a chunk's scores: 16 MiB in half precision
 FEWEST_ROWS = 256  # below, a matrix product does not reach its speed: 128 rows take 6 to 9 % longer, 512 no less
 TRIAL_TOKENS = 128  # of the row that both ways are tried on
+SPREAD = 3.0  # of the scores of made-up hidden states
 AGREEMENT = 2e-3  # relative, between the two losses: half precision sums in another order
 
 
 @dataclass
 class Scoring:
-    """What the output head is asked to do, and what it saw."""
+    """What the output head is asked to do (no scores at all, or those of `instead`), and what it saw."""
 
     skip: bool
+    instead: Tensor | None = None
     hidden: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
 
@@ -57,6 +61,7 @@ def head(host: Host, inner: Callable[..., Any], hidden: Tensor, *args: Any, **kw
     asked = None if torch.compiler.is_compiling() else _SCORING.get()
     if asked is None:
         return inner(hidden, *args, **kwargs)
+    hidden = hidden if asked.instead is None else asked.instead
     asked.hidden.append(hidden)
     if asked.skip:
         return hidden.new_empty((*hidden.shape[:-1], 0))
@@ -70,9 +75,11 @@ def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
     labels = kwargs.get("labels")
     if layer is None or not isinstance(labels, Tensor) or labels.dim() != 2 or not _usual(host.module, kwargs):
         return inner(*args, **kwargs)
-    form = (tuple(sorted(kwargs)), len(args), host.module.training)
+    form = (tuple(sorted(kwargs)), len(args), host.module.training, Mode.now(labels.device).autocast)
     seen = _SEEN.setdefault(host.module, {})
     if form not in seen:
+        if not labels.is_meta and not bool(labels.ne(IGNORED).any()):
+            return inner(*args, **kwargs)  # nothing to compare by
         seen[form] = _agree(host, layer, inner, args, kwargs)
     if not seen[form]:
         return inner(*args, **kwargs)
@@ -83,7 +90,7 @@ def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
         return inner(*args, **kwargs)
     hidden = asked.hidden[-1]
     loss = _loss(host, layer, hidden, labels, kwargs)
-    logits = LazyTensor(lambda: _scores(host, layer, hidden), (*hidden.shape[:-1], layer.weight.shape[0]), hidden)
+    logits = LazyTensor.of(_scores_of(host, layer), hidden, (*hidden.shape[:-1], layer.weight.shape[0]))
     if isinstance(out, tuple):
         return (loss, logits, *out[1:])
     out["logits"] = logits
@@ -127,11 +134,18 @@ def _head_of(host: Host) -> nn.Linear | None:
     ):
         return None
     at: Host | None = layer.__dict__.get("_inlay_host")
-    if at is None or "head" not in at.features or at.original_class is not nn.Linear:
+    if at is None or "head" not in at.features or at.original_class is not nn.Linear or not _bare(layer, at):
         return None
     used = host.roster.current().used
     touched = any(n in owner for n in used for owner in (at.deltas, at.differences, at.copies))
     return None if touched or at.feeds or host.roster.merged is not None else layer
+
+
+def _bare(layer: nn.Linear, at: Host) -> bool:
+    """Whether nothing of the user's reads or changes what enters or leaves the layer, or what its weight is."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    own = at.original_forward is None and "forward" not in layer.__dict__
+    return own and "weight" in layer._parameters and not any(hooks) and not _has_any_global_hook()
 
 
 def _run(host: Host, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], asked: Scoring) -> Any:
@@ -158,30 +172,65 @@ def _agree(
     """
     kwargs = kwargs if args else _few(host, kwargs)
     with torch.no_grad(), torch.random.fork_rng():
-        asked = Scoring(skip=False)
-        token = _SCORING.set(asked)
-        try:
-            out = inner(*args, **kwargs)
-        finally:
-            _SCORING.reset(token)
-        loss, logits = out[:2] if isinstance(out, tuple) else (out.get("loss"), out.get("logits"))
-        if len(asked.hidden) != 1 or loss is None or logits is None or logits.shape != asked.scores[0].shape:
+        asked, out = _whole(inner, args, kwargs)
+        if len(asked.hidden) != 1 or not _same(host, layer, asked, out, kwargs):
             return False
-        asked.scores.clear()
-        for hidden, row in zip(asked.hidden[0], logits, strict=True):  # a row at a time: all scores again are too much
-            scores = _scores(host, layer, hidden)
-            if not _holds(torch.isclose(scores.float(), row.float(), rtol=1e-2, atol=1e-2).all()):
-                return False
-        del logits, out
-        ours = _loss(host, layer, asked.hidden[0], kwargs["labels"], kwargs)
-        if not _holds((ours - loss).abs() <= AGREEMENT * loss.abs().clamp(min=1e-3)):
+        states, labels = _telling(host, layer, asked.hidden[0], kwargs["labels"])
+        told = {**kwargs, "labels": labels}
+        del asked, out
+        asked, out = _whole(inner, args, told, states)
+        if not _same(host, layer, asked, out, told):
             return False
+        del out
         asked = Scoring(skip=True)
         try:  # some models add to their scores (a bias over the vocabulary), which needs them to be there
             out = _run(host, inner, args, kwargs, asked)
         except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
             return False
         return len(asked.hidden) == 1 and not _more_losses(out)
+
+
+def _whole(
+    inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], states: Tensor | None = None
+) -> tuple[Scoring, Any]:
+    """The model's own way, and what its head saw; or `states`, which the head is given in place of that."""
+    asked = Scoring(skip=False, instead=states)
+    token = _SCORING.set(asked)
+    try:
+        return asked, inner(*args, **kwargs)
+    finally:
+        _SCORING.reset(token)
+
+
+def _same(host: Host, layer: nn.Linear, asked: Scoring, out: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the short way's scores and loss for what the head saw are the model's own."""
+    loss, logits = (out[0], out[1]) if isinstance(out, tuple) else (out.get("loss"), out.get("logits"))
+    if loss is None or logits is None or logits.shape != asked.scores.pop().shape:
+        return False
+    hidden, scores_of = asked.hidden[0], _scores_of(host, layer)
+    if hidden.dtype != layer.weight.dtype and Mode.now(hidden.device).autocast is None:
+        return False  # the model casts before it scores
+    for states, row in zip(hidden, logits, strict=True):  # a row at a time: all scores again are too much
+        if not _holds(torch.isclose(scores_of(states).float(), row.float(), rtol=1e-2, atol=1e-2).all()):
+            return False
+    ours = _loss(host, layer, hidden, kwargs["labels"], kwargs)
+    return _holds((ours - loss).abs() <= AGREEMENT * loss.abs().clamp(min=1e-3))
+
+
+def _telling(host: Host, layer: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states, and labels at the same places, by which the ways to compute a loss are told apart.
+
+    A model that knows nothing yet has nearly the same loss for every pairing of positions and labels. So positions get
+    states that differ, and a decoder's labels are likely for the position before them and unlikely for their own.
+    """
+    states = torch.randn_like(hidden)
+    states *= SPREAD / F.linear(states[0, :1], layer.weight).float().std().clamp(min=1e-6).to(states.dtype)
+    made, scores_of = labels.clone(), _scores_of(host, layer)
+    for row, own in zip(made, states, strict=True) if not _encoder_decoder(host) else ():
+        likely = scores_of(own)
+        better = (likely[:-1] - likely[1:]).argmax(-1).to(row.dtype)
+        row[1:] = torch.where(row[1:] == IGNORED, row[1:], better)
+    return states, made
 
 
 def _few(host: Host, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -223,12 +272,28 @@ def _shape_of_scores(host: Host) -> tuple[float, float | None]:
     return (1 / divided if divided else float(factor or 1.0)), cap
 
 
-def _scores(host: Host, layer: nn.Linear, hidden: Tensor) -> Tensor:
-    """The naive twin's scores, (…, vocabulary), in the model's dtype."""
+def _scores_of(host: Host, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """The naive twin's scores of hidden states, (…, vocabulary), in the model's dtype: of the head as it is now."""
+    weight, bias = layer.weight, layer.bias
     factor, cap = _shape_of_scores(host)
-    scores = F.linear(hidden, layer.weight, layer.bias)
-    scores = scores if factor == 1.0 else scores * factor
-    return scores if cap is None else torch.tanh(scores / cap) * cap
+    held = [t for t in (weight, bias) if t is not None]
+    before = list(map(_state, held))
+
+    def scores(hidden: Tensor) -> Tensor:
+        if list(map(_state, held)) != before:
+            raise UnsupportedError(
+                "the output head was changed after the model computed its loss and before somebody looked at the scores "
+                "(logits), which are computed only then; look at them first, or call the model without labels"
+            )
+        made = F.linear(hidden, weight, bias)
+        made = made if factor == 1.0 else made * factor
+        return made if cap is None else torch.tanh(made / cap) * cap
+
+    return scores
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 def _loss(host: Host, layer: nn.Linear, hidden: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -289,8 +354,10 @@ class LabelledLoss(torch.autograd.Function):
             piece, labels = hidden[start : start + rows], target[start : start + rows, None]
             scores = _product(piece, weight, bias, scores)
             loss += _cross_entropy_of(scores)(scores, labels, factor, cap, writes=wanted).sum()
-            if gradient is not None:
+            if gradient is not None and gradient.dtype == weight.dtype:
                 torch.mm(scores.to(weight.dtype), weight, out=gradient[start : start + rows])
+            elif gradient is not None:  # autocast: half of a layer in front of a head in float32
+                gradient[start : start + rows] = torch.mm(scores.to(weight.dtype), weight)
         ctx.gradient = gradient
         return loss
 

@@ -2,46 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from inlay.core.errors import UnsupportedError
+from inlay.kernels import second
+
 # What can be told without computing.
 _KNOWN: set[Any] = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,  # type: ignore[attr-defined]
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__,
+    Tensor.requires_grad.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex,  # type: ignore[attr-defined]
+    Tensor.__len__,
 }  # fmt: skip
 
 
-class LazyTensor(Tensor):
-    """Stands for ``compute()``, in every operation and with its graph; the result is kept.
+@dataclass(frozen=True)
+class Mode:
+    """Whether gradients are recorded and what is computed in which precision, as it was where this was made."""
 
-    Args:
-        compute: gives the tensor.
-        shape: that it will have.
-        like: another tensor of its dtype and device.
-    """
-
-    _compute: Callable[[], Tensor]
-    _value: Tensor | None
+    grad: bool
+    inference: bool
+    device: str
+    autocast: torch.dtype | None
 
     @staticmethod
-    def __new__(cls, compute: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor) -> LazyTensor:
-        made: LazyTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        made._compute, made._value = compute, None
+    def now(device: torch.device) -> Mode:
+        casts = device.type != "meta" and torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if casts else None
+        return Mode(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), device.type, dtype)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """That mode; a checkpoint around it neither keeps nor counts what is saved."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            if self.device != "meta":
+                stack.enter_context(torch.autocast(self.device, self.autocast, enabled=self.autocast is not None))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same))
+            yield
+
+
+class LazyTensor(Tensor):
+    """Stands for ``function(source)``, in every operation and with its graph; the result is kept.
+
+    It is computed as it would have been when this was made: with its graph also where the first to look records none.
+    Python's functions on tensors are given the result. What takes tensors beneath Python (`torch.autograd.Function`)
+    is given its numbers, and this tensor's own place in the graph.
+
+    Args:
+        function: gives the tensor.
+        source: what its gradient goes to.
+        shape: that it will have.
+    """
+
+    _function: Callable[[Tensor], Tensor]
+    _source: Tensor
+    _mode: Mode
+    _value: Tensor | None
+    _numbers: Tensor | None
+
+    @staticmethod
+    def of(function: Callable[[Tensor], Tensor], source: Tensor, shape: tuple[int, ...]) -> LazyTensor:
+        """See the class."""
+        made: LazyTensor = _Place.apply(source, function, shape, Mode.now(source.device))  # type: ignore[no-untyped-call]
         return made
 
-    def __init__(self, compute: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor) -> None:
-        """Everything is done in `__new__`, as for every subclass of Tensor."""
-
     def value(self) -> Tensor:
-        """The tensor itself."""
+        """The tensor itself.
+
+        Raises:
+            UnsupportedError: something beneath Python has written the numbers, which this cannot follow.
+        """
         if self._value is None:
-            self._value = self._compute()
+            if self._numbers is not None and not self._numbers.is_inference() and self._numbers._version:
+                raise UnsupportedError(
+                    "these scores were changed in place by a function of its own gradient (torch.autograd.Function) and "
+                    "are looked at again; give it a copy: logits.clone()"
+                )
+            with self._mode.again():
+                self._value = self._function(self._source)
+            self._numbers = None
         return self._value
+
+    def numbers(self) -> Tensor:
+        """Its values without a graph, for what has its own; there, one would not be recorded."""
+        if self._value is not None:
+            return self._value.detach()
+        if self._numbers is None:
+            with self._mode.again():
+                self._numbers = self._function(self._source.detach())
+        return self._numbers
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,8 +110,38 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(LazyTensor, LazyTensor.value, (args, kwargs or {}))
+        args, kwargs = tree_map_only(LazyTensor, LazyTensor.numbers, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyTensor({self.value()!r})"
+
+
+class _Place(torch.autograd.Function):
+    """A lazy tensor's own place in the graph, behind its source."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, function: Any, shape: tuple[int, ...], mode: Mode) -> Tensor:
+        made: LazyTensor = Tensor._make_wrapper_subclass(  # type: ignore[assignment]
+            LazyTensor, shape, dtype=mode.autocast or source.dtype, device=source.device
+        )
+        made._function, made._source, made._mode, made._value, made._numbers = function, source, mode, None, None
+        ctx.save_for_backward(source)
+        ctx.function, ctx.mode = function, mode
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (source,) = ctx.saved_tensors
+
+        def function(x: Tensor) -> Tensor:
+            with ctx.mode.again():
+                made: Tensor = ctx.function(x)
+            return made
+
+        (found,) = second.gradients(function, (source,), (True,), grads[0])
+        return found, None, None, None
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

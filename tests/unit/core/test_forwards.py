@@ -74,9 +74,7 @@ def test_the_models_own_forward_put_back(model: Any, batch: dict[str, Tensor]) -
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["around inlay", "around inlay and an earlier one"])
-def test_a_layers_wrapper_outlives_attaching_and_detaching(
-    model: Any, batch: dict[str, Tensor], before: bool
-) -> None:
+def test_a_layers_wrapper_outlives_attaching_and_detaching(model: Any, batch: dict[str, Tensor], before: bool) -> None:
     layer = model.model.layers[0].self_attn.q_proj
     if before:
         layer.forward = times(layer.forward, 0.5)
