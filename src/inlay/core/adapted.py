@@ -46,9 +46,13 @@ def adopt(host: Host, features: frozenset[str]) -> None:
     if not features - {"attention"} and not parameters:
         return
     # An instance's forward (accelerate's hooks) is called through the host; one that was put there since calls us.
+    if module.__dict__.get("_inlay_forward") is host.original_forward:
+        module.__dict__.pop("_inlay_forward", None)
     later = module.__dict__.pop("forward", None)
     if later is not None and not asked:
-        host.original_forward, later = later, None
+        host.original_forward = later
+    if later is host.original_forward:
+        later = None
     if "checkpoint" in features:
         function = module.__dict__.pop("_gradient_checkpointing_func", None)
         if function is not None:

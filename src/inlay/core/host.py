@@ -51,8 +51,10 @@ class Host:
         feeds: hosts whose deltas read this module's input as their ``x``.
         captured: thread → path of a module that feeds this one → what entered it.
         entered: thread → what entered this attention module, while prompts are weighed by it.
-        features: what the module's subclass does (`core/adapted.py`), and `wrappers`, what of it stands around the forward.
-        original_forward: the forward that the instance had of its own; `originals`: threads in which it runs.
+        features: what the module's subclass does (`core/adapted.py`).
+        wrappers: what of it stands around the forward, innermost first.
+        original_forward: the forward that the instance had of its own.
+        originals: threads in which that runs.
         encoder: whether the module's positions are those of an encoder's sequence.
         by_row: whether what enters is a batch of rows: not so for experts and tables of relative positions.
         pooled: whether a matrix that enters may hold one vector a row.

@@ -282,8 +282,8 @@ def _scores_of(host: Host, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     def scores(hidden: Tensor) -> Tensor:
         if list(map(_state, held)) != before:
             raise UnsupportedError(
-                "the output head was changed after the model computed its loss and before somebody looked at the scores "
-                "(logits), which are computed only then; look at them first, or call the model without labels"
+                "the output head was changed after the model computed its loss and before something looked at the "
+                "scores (logits), which are computed only then; look at them first, or call the model without labels"
             )
         made = F.linear(hidden, weight, bias)
         made = made if factor == 1.0 else made * factor

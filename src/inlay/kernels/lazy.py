@@ -83,8 +83,8 @@ class LazyTensor(Tensor):
         if self._value is None:
             if self._numbers is not None and not self._numbers.is_inference() and self._numbers._version:
                 raise UnsupportedError(
-                    "these scores were changed in place by a function of its own gradient (torch.autograd.Function) and "
-                    "are looked at again; give it a copy: logits.clone()"
+                    "these scores were changed in place by a function with a gradient of its own "
+                    "(torch.autograd.Function) and are looked at again; give it a copy: logits.clone()"
                 )
             with self._mode.again():
                 self._value = self._function(self._source)
@@ -122,7 +122,7 @@ class _Place(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, function: Any, shape: tuple[int, ...], mode: Mode) -> Tensor:
-        made: LazyTensor = Tensor._make_wrapper_subclass(  # type: ignore[assignment]
+        made: LazyTensor = Tensor._make_wrapper_subclass(
             LazyTensor, shape, dtype=mode.autocast or source.dtype, device=source.device
         )
         made._function, made._source, made._mode, made._value, made._numbers = function, source, mode, None, None

@@ -95,6 +95,22 @@ def test_a_layers_wrapper_outlives_attaching_and_detaching(model: Any, batch: di
     torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
 
 
+def test_a_layers_own_forward_runs_once_whatever_is_attached(model: Any, batch: dict[str, Tensor]) -> None:
+    layer = model.model.layers[0].self_attn.q_proj
+    given = layer.forward = times(layer.forward, 0.5)
+    adapted(model)
+    expected = model(**batch).logits
+    for name in ("second", "third"):
+        adapted(model, name)
+        torch.testing.assert_close(model(**batch).logits, expected)
+    for name in ("third", "default", "second"):
+        inlay.detach(model, name)
+    assert layer.forward is given
+    plain = LLAMA.build()
+    plain.model.layers[0].self_attn.q_proj.weight.data *= 0.5
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+
+
 def test_accelerates_hooks_put_on_and_taken_off(model: Any, batch: dict[str, Tensor]) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
