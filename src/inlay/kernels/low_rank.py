@@ -129,7 +129,11 @@ class LowRankSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved, grad = ctx.saved_tensors, grads[0]
+        grad = grads[0]
+        if not grad.is_meta and torch.is_autocast_enabled(grad.device.type):  # the forward ran without
+            with torch.autocast(grad.device.type, enabled=False):
+                return LowRankSum.backward(ctx, *grads)
+        saved = ctx.saved_tensors
         weight = saved[-1]
         onward = grad if weight is None else None
         if torch.is_grad_enabled():
