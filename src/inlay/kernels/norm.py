@@ -47,8 +47,8 @@ def applies(host: Host, x: Any) -> bool:
         and x.dtype in AGREEMENT
         and not torch.is_autocast_enabled(x.device.type)
         and not host.replaced
-        and type(host.module._parameters["weight"]) is nn.Parameter
-        and not host.module._parameters["weight"].requires_grad
+        and type(weight := host.module._parameters.get("weight")) is nn.Parameter  # or something computes it
+        and not weight.requires_grad
     )
 
 
