@@ -26,13 +26,14 @@ def prepare(roster: Roster, route: Route) -> Call:
     """Compute the prompts of every adapter on the route, or take those of the last time where nothing has changed."""
     call = Call(route)
     prefilled: frozenset[str] = frozenset()
+    keeps = stackable() and not torch._C._is_any_autocast_enabled()  # autocast computes other ones
     for name in route.used:
         if not roster.has_prompt(name):
             continue
-        own = roster.kept.prompts(name) if stackable() else None
+        own = roster.kept.prompts(name) if keeps else None
         if own is None:
             own = _computed(roster, name)
-            if stackable():
+            if keeps:
                 roster.kept.keep(name, own, roster.require(name).modules(), ModelView(roster.model).modules.values())
         call.prefixes.update(own.prefixes)
         call.gated.update(own.gated)
