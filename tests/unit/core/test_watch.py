@@ -68,9 +68,9 @@ def test_forwards_in_autocast_and_outside_share_nothing(key: str, mixed: bool) -
         return model
 
     def logits(model: Any, enabled: bool) -> torch.Tensor:
-        with torch.no_grad(), inlay.use(model, ["one", "two"] if mixed else "one"):
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                return model(**batch).logits.clone()  # type: ignore[no-any-return]
+        chosen = inlay.use(model, ["one", "two"] if mixed else "one")
+        with torch.no_grad(), chosen, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return model(**batch).logits.clone()  # type: ignore[no-any-return]
 
     both = attached()
     for enabled in (True, False, True):
