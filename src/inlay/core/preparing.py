@@ -19,6 +19,7 @@ from inlay.core.errors import UnsupportedError
 from inlay.core.prompt import KeyValues, TokenPrompt
 from inlay.core.roster import Roster
 from inlay.core.route import Route
+from inlay.core.transforms import transformed
 from inlay.core.view import ModelView
 
 
@@ -124,4 +125,4 @@ def _sharded(model: nn.Module) -> bool:
 
 def stackable() -> bool:
     """Whether mixed rows may be computed at once: not where a gradient flows or a graph is traced."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return not torch.is_grad_enabled() and not transformed()

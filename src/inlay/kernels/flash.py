@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.core.transforms import transformed
 from inlay.kernels import second
 from inlay.kernels.dropout import Dropout
 from inlay.kernels.masks import MOST, fresh_seed
@@ -200,7 +201,7 @@ def attention(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) 
 
     Masks of dropout must not depend on whether they are: a reentrant checkpoint runs the forward without, then with.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or host.module.training):
+    if transformed() or not (torch.is_grad_enabled() or host.module.training):
         return inner(*args, **kwargs)
     with FasterBackward():
         return inner(*args, **kwargs)

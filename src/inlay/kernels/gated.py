@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.core.transforms import transformed
 from inlay.kernels import gpu, second
 
 CHILDREN = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -38,7 +39,7 @@ def gated(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 def applies(module: nn.Module, x: Any) -> bool:
     """Whether gradients are wanted, of what lies inside or of x, and nobody trains or watches the nonlinearity."""
     return (
-        not torch.compiler.is_compiling()
+        not transformed()
         and torch.is_grad_enabled()
         and type(x) is Tensor
         and not torch.is_autocast_enabled(x.device.type)

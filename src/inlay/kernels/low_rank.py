@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay.core.transforms import transformed
 from inlay.kernels import gpu, second
 from inlay.kernels.masks import MOST, drawn, fresh_seed, without, without_
 
@@ -47,7 +48,7 @@ def applies_to_layer(x: Tensor, weight: Tensor, bias: Tensor | None, dropout: fl
 
 def _suits(x: Tensor, dtype: torch.dtype, dropout: float) -> bool:
     return (
-        not torch.compiler.is_compiling()
+        not transformed()
         and type(x) in PLAIN
         and x.dtype == dtype
         and (x.is_meta or not torch.is_autocast_enabled(x.device.type))

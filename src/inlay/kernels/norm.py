@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.core.transforms import transformed
 from inlay.kernels import gpu, second
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the gradient's norm
@@ -40,7 +41,7 @@ def norm(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 def applies(host: Host, x: Any) -> bool:
     """Whether a gradient is wanted for x alone, and nothing changes the weight."""
     return (
-        not torch.compiler.is_compiling()
+        not transformed()
         and torch.is_grad_enabled()
         and type(x) is Tensor
         and x.requires_grad
