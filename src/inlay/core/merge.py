@@ -137,9 +137,9 @@ def _computes_what_it_holds(host: Host) -> bool:
     """Whether a layer's forward is the one that its type is known for, or is seen to give the same."""
     module, cls = host.module, host.original_class
     shape = shape_of(module)
-    known: Any = next(c for c in cls.__mro__ if c in shape_of.registry)
-    if shape is None or known is nn.Module:  # of a norm nothing is known but its weight
+    if shape is None or shape.kind not in ("linear", "conv"):  # deltas of an embedding see to its scale themselves
         return True
+    known: Any = next(c for c in cls.__mro__ if c in shape_of.registry)
     if host.original_forward is None and cls.forward is known.forward:
         return True
     own = host.original_forward or functools.partial(cls.forward, module)
