@@ -142,9 +142,9 @@ def _computes_what_it_holds(host: Host) -> bool:
     known: Any = next(c for c in cls.__mro__ if c in shape_of.registry)
     if host.original_forward is None and cls.forward is known.forward:
         return True
-    own = host.original_forward or functools.partial(cls.forward, module)
     if shape.kind != "linear":
         return False
+    own = host.original_forward or functools.partial(cls.forward, module)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TRIAL_ROWS, shape.in_features, generator=generator).to(shape.device, shape.dtype)
     try:
