@@ -20,7 +20,7 @@ from torchao.utils import TorchAOBaseTensor
 from inlay.bases.dense import raw, replace, values_of
 from inlay.core.adapted import exchange
 from inlay.core.errors import UnsupportedError
-from inlay.core.layer import Store, Undo, requantise_weight, settle, store_of, unsettle
+from inlay.core.layer import Store, Undo, requantise_weight, settle, shape_of, store_of, unsettle
 
 NAMES: dict[type[Tensor], str] = {Int8Tensor: "torchao-int8", Int4OpaqueTensor: "torchao-int4"}
 LEVELS = 16  # of int4
@@ -46,6 +46,10 @@ class PackedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0] @ values_of(ctx.weight).to(grads[0].dtype), None, None
+
+
+# Its forward is the product by its weight, so it is known for itself as `nn.Linear` is.
+shape_of.register(PackedLinear)(shape_of.dispatch(nn.Linear))
 
 
 @values_of.register(TorchAOBaseTensor)

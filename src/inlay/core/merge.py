@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,13 @@ from inlay.core.adapter import Adapter
 from inlay.core.chain import weights
 from inlay.core.errors import UnsupportedError, problems
 from inlay.core.finite import check_finite
-from inlay.core.layer import Undo, read_weight, requantise_weight, write_weight
+from inlay.core.host import Host
+from inlay.core.layer import Undo, read_weight, requantise_weight, shape_of, write_weight
 from inlay.core.pieces import DeltaPiece, PromptPiece
 from inlay.core.roster import Merged, Roster, roster_of
+
+TRIAL_ROWS = 4  # that a layer with a forward of its own is tried on
+AGREEMENT = 1e-2  # relative: half precision rounds a product and its bias apart or at once
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ def merge(model: nn.Module, name: str, *, requantize: bool = False) -> MergeRepo
 
     Raises:
         AdapterNameError: there is no such adapter.
-        UnsupportedError: some piece has no weight with the same effect, or another merge is in effect.
-            The model is as it was.
+        UnsupportedError: some piece has no weight with the same effect, some layer computes something else than its
+            weight says, or another merge is in effect. The model is as it was.
     """
     roster = roster_of(model)
     adapter = roster.require(name)
@@ -67,6 +72,18 @@ def merge(model: nn.Module, name: str, *, requantize: bool = False) -> MergeRepo
     ]
     if wrong:
         raise UnsupportedError(problems(f"adapter {name!r} ({adapter.method.name}) has no weights to merge", wrong[:8]))
+    merged_into = [host for host in roster.hosts.values() if host.deltas.get(name)]
+    wrong = [
+        f"{host.path} ({host.original_class.__name__})" for host in merged_into if not _computes_what_it_holds(host)
+    ]
+    if wrong:
+        raise UnsupportedError(
+            problems(
+                f"adapter {name!r} cannot be merged into layers with a forward of their own, which give something else "
+                "than their weight says; leave it beside them, or choose other places",
+                wrong[:8],
+            )
+        )
     check_finite([adapter])
     undo: list[Undo] = []
     errors: dict[str, float] = {}
@@ -114,6 +131,31 @@ def _merge_deltas(
         errors[host.path] = max((float(part.abs().max()) for part in rounded if part.numel()), default=0.0)
         change = _size(_apart(exact, before))
         lost[host.path] = _size(rounded) / change if change else 0.0
+
+
+def _computes_what_it_holds(host: Host) -> bool:
+    """Whether a layer's forward is the one that its type is known for, or is seen to give the same."""
+    module, cls = host.module, host.original_class
+    shape = shape_of(module)
+    if shape is None or shape.kind not in ("linear", "conv"):  # deltas of an embedding see to its scale themselves
+        return True
+    known: Any = next(c for c in cls.__mro__ if c in shape_of.registry)
+    if host.original_forward is None and cls.forward is known.forward:
+        return True
+    if shape.kind != "linear":
+        return False
+    own = host.original_forward or functools.partial(cls.forward, module)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TRIAL_ROWS, shape.in_features, generator=generator).to(shape.device, shape.dtype)
+    try:
+        with torch.no_grad():
+            found, expected = own(x), known.forward(module, x)
+    except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
+        return False
+    found = found[0] if isinstance(found, tuple) else found
+    if type(found) is not Tensor or found.shape != expected.shape:
+        return False
+    return bool((found - expected).float().norm() <= AGREEMENT * expected.float().norm())
 
 
 def _wide(layer: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

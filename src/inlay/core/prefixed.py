@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from inlay.core.transforms import transformed
+
 Attended: TypeAlias = tuple[Tensor, Tensor | None]
 """(rows, tokens, heads, head size), and the attention weights over the text where there are any."""
 Prefix: TypeAlias = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
@@ -97,7 +99,7 @@ def fusible(query: Tensor, value: Tensor, prefixes: list[Prefix], kwargs: dict[s
     bias = kwargs.get("position_bias")
     return (
         query.device.type in ("cpu", "meta")
-        and not torch.compiler.is_compiling()
+        and not transformed()
         and query.dtype in (torch.float32, torch.bfloat16)
         and query.shape[-1] == value.shape[-1]
         and all(shares is None for *_, shares in prefixes)

@@ -19,6 +19,7 @@ from inlay.core.errors import UnsupportedError
 from inlay.core.prompt import KeyValues, TokenPrompt
 from inlay.core.roster import Roster
 from inlay.core.route import Route
+from inlay.core.transforms import transformed
 from inlay.core.view import ModelView
 
 
@@ -26,13 +27,14 @@ def prepare(roster: Roster, route: Route) -> Call:
     """Compute the prompts of every adapter on the route, or take those of the last time where nothing has changed."""
     call = Call(route)
     prefilled: frozenset[str] = frozenset()
+    keeps = stackable() and not torch._C._is_any_autocast_enabled()  # autocast computes other ones
     for name in route.used:
         if not roster.has_prompt(name):
             continue
-        own = roster.kept.prompts(name) if stackable() else None
+        own = roster.kept.prompts(name) if keeps else None
         if own is None:
             own = _computed(roster, name)
-            if stackable():
+            if keeps:
                 roster.kept.keep(name, own, roster.require(name).modules(), ModelView(roster.model).modules.values())
         call.prefixes.update(own.prefixes)
         call.gated.update(own.gated)
@@ -123,4 +125,4 @@ def _sharded(model: nn.Module) -> bool:
 
 def stackable() -> bool:
     """Whether mixed rows may be computed at once: not where a gradient flows or a graph is traced."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return not torch.is_grad_enabled() and not transformed()

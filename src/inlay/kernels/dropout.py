@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.core.transforms import transformed
 from inlay.kernels.masks import MOST, drawn, fresh_seed, without_
 
 
@@ -33,7 +34,7 @@ def dropout(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) ->
 def applies(module: Any, x: Any) -> bool:
     """Whether something is dropped on a CPU, not compiled; of tensors without values it answers as for a CPU's."""
     return (
-        not torch.compiler.is_compiling()
+        not transformed()
         and module.training
         and not module.inplace
         and 0 < module.p <= MOST

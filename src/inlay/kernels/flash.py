@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.core.transforms import transformed
 from inlay.kernels import second
 from inlay.kernels.dropout import Dropout
 from inlay.kernels.masks import MOST, fresh_seed
@@ -65,6 +66,7 @@ def applies(
         and query.numel() > 0
         and (not is_causal or query.shape[2] == key.shape[2])
         and dropout_p == 0
+        and scale != 0
         and not (attn_mask is not None and (attn_mask.requires_grad or attn_mask.dim() != 4 or is_causal))
         and (query.requires_grad or key.requires_grad or value.requires_grad)
     )
@@ -152,12 +154,13 @@ def _gradients(
     """Of query, key and value: (heads, tokens, size) each, keys' and values' in float32 where blocks are summed.
 
     Args:
-        added: to the scores, (heads or 1, queries, keys).
+        added: to the scores, (heads or 1, queries or 1, keys), in the queries' dtype or wider.
     """
     heads, tokens, keys = query.shape[0], query.shape[1], key.shape[1]
     if added is not None:
         blind = added.amax(-1, keepdim=True) == float("-inf")  # queries without a key: the kernel makes them zero
         added, grad = added.masked_fill(blind, 0), grad.masked_fill(blind, 0)
+        added = _narrowed(added, query.dtype).expand(-1, tokens, -1)
     room = query.new_empty(2, heads * min(BLOCK, tokens) * keys)
     d_query = torch.empty_like(query)
     d_key = d_value = None
@@ -186,12 +189,19 @@ def _gradients(
     return d_query.mul_(scale), d_key.mul_(scale), d_value
 
 
+def _narrowed(added: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask in a narrower type: what is finite stays so, as a query must not lose the keys it has."""
+    if added.dtype == dtype:
+        return added
+    return torch.where(added.isneginf(), added, added.clamp(min=torch.finfo(dtype).min)).to(dtype)
+
+
 def attention(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """An attention module's forward, with the faster backward pass where gradients are wanted.
 
     Masks of dropout must not depend on whether they are: a reentrant checkpoint runs the forward without, then with.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or host.module.training):
+    if transformed() or not (torch.is_grad_enabled() or host.module.training):
         return inner(*args, **kwargs)
     with FasterBackward():
         return inner(*args, **kwargs)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.core.transforms import transformed
 from inlay.kernels import gpu, second
 
 CHILDREN = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -36,13 +37,20 @@ def gated(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 
 def applies(module: nn.Module, x: Any) -> bool:
-    """Whether gradients are wanted, of what lies inside or of x, and nothing inside changes the nonlinearity."""
+    """Whether gradients are wanted, of what lies inside or of x, and nobody trains or watches the nonlinearity."""
     return (
-        not torch.compiler.is_compiling()
+        not transformed()
         and torch.is_grad_enabled()
         and type(x) is Tensor
         and not torch.is_autocast_enabled(x.device.type)
-        and not any(True for _ in module.act_fn.parameters())  # type: ignore[union-attr]
+        and not any(m._parameters or _watched(m) for m in module.act_fn.modules())  # type: ignore[union-attr]
+    )
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, which must see its call once and with its graph."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

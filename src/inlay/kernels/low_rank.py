@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay.core.transforms import transformed
 from inlay.kernels import gpu, second
 from inlay.kernels.masks import MOST, drawn, fresh_seed, without, without_
 
@@ -47,7 +48,7 @@ def applies_to_layer(x: Tensor, weight: Tensor, bias: Tensor | None, dropout: fl
 
 def _suits(x: Tensor, dtype: torch.dtype, dropout: float) -> bool:
     return (
-        not torch.compiler.is_compiling()
+        not transformed()
         and type(x) in PLAIN
         and x.dtype == dtype
         and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
@@ -129,7 +130,11 @@ class LowRankSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved, grad = ctx.saved_tensors, grads[0]
+        grad = grads[0]
+        if not grad.is_meta and torch.is_autocast_enabled(grad.device.type):  # the forward ran without
+            with torch.autocast(grad.device.type, enabled=False):
+                return LowRankSum.backward(ctx, *grads)
+        saved = ctx.saved_tensors
         weight = saved[-1]
         onward = grad if weight is None else None
         if torch.is_grad_enabled():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
+from inlay.core.transforms import transformed
 from inlay.kernels import gpu, second
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the gradient's norm
@@ -40,15 +41,15 @@ def norm(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 def applies(host: Host, x: Any) -> bool:
     """Whether a gradient is wanted for x alone, and nothing changes the weight."""
     return (
-        not torch.compiler.is_compiling()
+        not transformed()
         and torch.is_grad_enabled()
         and type(x) is Tensor
         and x.requires_grad
         and x.dtype in AGREEMENT
         and not torch.is_autocast_enabled(x.device.type)
         and not host.replaced
-        and type(host.module._parameters["weight"]) is nn.Parameter
-        and not host.module._parameters["weight"].requires_grad
+        and type(weight := host.module._parameters.get("weight")) is nn.Parameter  # or something computes it
+        and not weight.requires_grad
     )
 
 

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inlay.core.transforms import transformed
+
 BLOCK = 64
 LEVELS = {
     2: (-1.0, 0.0, 0.33791524171829224, 1.0),
@@ -67,7 +69,7 @@ def made_again_linear(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         x: (..., in).
         make: gives (out, in) in x's dtype, the same each time.
     """
-    if torch.compiler.is_compiling() or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
+    if transformed() or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
         return F.linear(x, make())
     made: Tensor = _MadeAgain.apply(x, make)  # type: ignore[no-untyped-call]
     return made

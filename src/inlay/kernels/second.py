@@ -23,6 +23,8 @@ def gradients(
     Args:
         grad: with respect to what the twin returns.
     """
+    if not any(wanted):  # what is trained lies elsewhere, and its gradient passes by
+        return (None,) * len(wanted)
     with torch.enable_grad():
         own = [x.view_as(x) for x in inputs]  # one may have been made of another; that is not this gradient's matter
         out = twin(*own)

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from inlay.core.delta import Delta
 from inlay.core.errors import SelectionError, problems
 from inlay.core.site import Site
+from inlay.core.transforms import transformed
 from inlay.core.watch import stamp
 
 
@@ -36,7 +37,7 @@ class TurnedDelta(Delta):
 
     def rotations(self) -> Tensor:
         """`blocks`, made again only when the parameter is another: generation needs them once a token."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or transformed():
             return self.blocks()
         which = stamp(self.skew)
         if self.kept is None or self.kept[0] != which:

@@ -28,6 +28,7 @@ from inlay.core.grouped import Grouped
 from inlay.core.method import Recipe
 from inlay.core.pattern import Pattern
 from inlay.core.site import Site
+from inlay.core.transforms import transformed
 from inlay.core.watch import stamp
 from inlay.kernels.grouped import LowRanks, Turned
 from inlay.methods._patterns import check_used, rank_and_alpha, settle
@@ -108,7 +109,7 @@ class DoRADelta(Delta):
 
     def base_squares(self, weight: Tensor) -> Tensor:
         """‖W‖² of each row, computed again only when the base's weight is another."""
-        if torch.compiler.is_compiling():
+        if transformed():
             return weight.float().square().sum(1)
         which = stamp(weight)
         if self.squares is None or self.squares[0] != which:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 
 import inlay
@@ -253,3 +254,61 @@ def test_copies_of_modules_are_what_the_model_holds_now(how: str) -> None:
     assert all(id(p) in held for p in adapter.parameters())
     if how == "assign":
         close(model(**batch).logits + 0, written(**batch).logits + 0)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Transposing(nn.Linear):
+    """As Falcon's: a forward of its own that computes nothing else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+def patched(factor: float) -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    before = layer.forward
+    layer.forward = lambda input: factor * before(input)  # type: ignore[method-assign]
+    return layer
+
+
+class DoubledConvolution(nn.Conv1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("layer", [lambda: Doubled(4, 4), lambda: patched(2.0), lambda: DoubledConvolution(4, 4, 1)])
+def test_a_layer_that_gives_something_else_than_its_weight_says_is_not_merged(layer: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), layer())
+    shake(inlay.attach(model, LoRA(rank=2), where=lambda *_: True))
+    x, before = torch.randn(4, 4), [p.clone() for p in model.parameters()]
+    expected = model(x)
+    with pytest.raises(inlay.UserError, match="layers with a forward of their own"):
+        inlay.merge(model, "default")
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("layer", [lambda: Transposing(4, 4), lambda: patched(1.0)])
+def test_a_layer_with_a_forward_of_its_own_that_is_its_weights_merges(layer: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), layer())
+    shake(inlay.attach(model, LoRA(rank=2), where=lambda *_: True))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    inlay.merge(model, "default")
+    close(model(x), expected)
+    inlay.unmerge(model)
+    close(model(x), expected)
+
+
+def test_a_layer_that_accelerate_has_hooked_merges() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    add_hook_to_module(model[0], AlignDevicesHook("cpu"))
+    shake(inlay.attach(model, LoRA(rank=2), where=lambda *_: True))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    inlay.merge(model, "default")
+    close(model(x), expected)

@@ -15,8 +15,10 @@ METHODS: dict[str, Any] = {
     "lora": inlay.LoRA(rank=2),
     "dora": inlay.DoRA(rank=2),
     "oft": inlay.OFT(block_size=4),
+    "boft": inlay.BOFT(block_size=4),
     "ia3": inlay.IA3(),
     "prompt-tuning": inlay.PromptTuning(length=3),
+    "p-tuning": inlay.PTuning(length=3),
     "prefix-tuning": inlay.PrefixTuning(length=3),
 }
 
@@ -50,6 +52,29 @@ def test_a_step_is_seen(key: str, fused: bool, mixed: bool) -> None:
             tensor.copy_(adapter.tensors()[name])
         expected = fresh(**batch).logits[0]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("key", METHODS)
+def test_forwards_in_autocast_and_outside_share_nothing(key: str, mixed: bool) -> None:
+    specimen = ZOO["llama"]
+    batch = {name: t for name, t in specimen.batch(2, 0).items() if name != "labels"}
+
+    def attached() -> Any:
+        torch.manual_seed(0)
+        model = specimen.build()
+        train(inlay.attach(model, METHODS[key], name="one"))
+        train(inlay.attach(model, METHODS[key], name="two"))
+        return model
+
+    def logits(model: Any, enabled: bool) -> torch.Tensor:
+        chosen = inlay.use(model, ["one", "two"] if mixed else "one")
+        with torch.no_grad(), chosen, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return model(**batch).logits.clone()  # type: ignore[no-any-return]
+
+    both = attached()
+    for enabled in (True, False, True):
+        assert torch.equal(logits(both, enabled), logits(attached(), enabled))
 
 
 @pytest.mark.parametrize("key", METHODS)

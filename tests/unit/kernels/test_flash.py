@@ -47,6 +47,9 @@ def padded(tokens: int) -> Tensor:
         (11, 11, padded(11), False),
         (11, 11, torch.zeros(1, 1, 11, 11).bfloat16().masked_fill_(~padded(11)[:1], -1e4), False),
         (11, 11, drawn(2, 3, 11, 11, seed=5), False),
+        (11, 11, drawn(1, 3, 11, 11, seed=5).float(), False),
+        (11, 11, drawn(2, 1, 1, 11, seed=5), False),
+        (11, 11, padded(11)[:1, :, -1:], False),
     ],
 )
 def test_the_same_gradients(
@@ -71,6 +74,31 @@ def test_a_row_that_sees_nothing_gets_no_gradient_that_is_not_a_number() -> None
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one.isnan(), other.isnan())
         assert float((one - other).detach().float().norm()) <= 0.015 * float(other.detach().float().norm())
+
+
+def test_what_is_finite_in_a_wider_mask_stays_so() -> None:
+    """float32's lowest number is infinite in bfloat16; a query that sees such keys alone sees all of them alike."""
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.zeros(2, 1, 6, 6).masked_fill(~padded(6), lowest)
+    mask[0, :, 2], mask[0, :, 4] = lowest, float("-inf")
+    narrow = mask.bfloat16().nan_to_num(neginf=torch.finfo(torch.bfloat16).min)
+    narrow[0, :, 4] = float("-inf")
+    found = []
+    for given in (mask, narrow):
+        with FasterBackward():
+            found.append(attended(6, 6, given, False)[1:])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_beside_a_float32_mask() -> None:
+    """T5's bias by position stays float32 where queries are cast."""
+    specimen = ZOO["t5"]
+    model, batch = specimen.build(), specimen.batch(2, 0)
+    parameters = list(inlay.attach(model, inlay.LoRA(rank=2)).parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(loss, parameters))
 
 
 @pytest.mark.parametrize(("rows", "at_once"), [(5, 2 * 3 * 11 * 11), (2, 1)])
@@ -105,7 +133,8 @@ def test_grouped_queries(mask: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"dropout_p": 0.1}, {"is_causal": True, "dropout_p": 0.5}, {"attn_mask": torch.zeros(5, 5)}]
+    "given",
+    [{"dropout_p": 0.1}, {"is_causal": True, "dropout_p": 0.5}, {"attn_mask": torch.zeros(5, 5)}, {"scale": 0.0}],
 )
 def test_what_is_left_to_torch(given: dict[str, Any]) -> None:
     q = drawn(1, 2, 5, 16, seed=0).requires_grad_()

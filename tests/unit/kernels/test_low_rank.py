@@ -73,6 +73,25 @@ def test_layer_and_update_at_once(
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_backward_pass_in_autocast_is_the_forwards(share: float) -> None:
+    """Who calls `backward` inside of the block gets what the forward outside of it is the function of."""
+    model = nn.Sequential(nn.Linear(7, 12), nn.Linear(12, 5))
+    inlay.attach(model, inlay.LoRA(rank=2, dropout=share), where=lambda *_: True)
+    parameters = list(inlay.adapters(model)["default"].parameters())
+    for parameter in parameters:
+        nn.init.normal_(parameter)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)  # the same mask
+        x = drawn(3, 7).requires_grad_()
+        loss = model(x).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(loss, [x, *parameters]))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_only_a_plain_frozen_layer_is_computed_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one with code of its own, nor with trained parameters, nor for a delta that computes something else."""
     taken: list[int] = []

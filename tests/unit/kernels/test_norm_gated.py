@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 import inlay
 from inlay import LoRA
@@ -130,9 +131,52 @@ def test_only_the_input_is_kept() -> None:
     assert sum(kept.values()) <= 64 * 2 * (3 * 8 + 3 * 12 + 4)
 
 
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_hooks_see_the_nonlinearity_as_the_model_calls_it(register: str) -> None:
+    """Once a forward, with the graph that a penalty flows back through."""
+    found = []
+    for attached in (True, False):
+        torch.manual_seed(0)
+        block = Block(ChainNorm(8), Feedforward())
+        if attached:
+            inlay.attach(block, LoRA(rank=1), where=lambda *_: True)  # adds nothing yet
+            block.requires_grad_(False)
+        x, seen = drawn(3, 8).requires_grad_(), []
+        block(x)  # the first call tries both ways
+        assert not attached or gated._SEEN[block.feedforward]
+        getattr(block.feedforward.act_fn, register)(lambda _, a, *b, seen=seen: seen.append((b or (a,))[-1]))
+        loss = block(x).square().sum()
+        if "forward" in register:
+            loss = loss + (seen[-1] if isinstance(seen[-1], Tensor) else seen[-1][0]).square().sum()
+        loss.backward()
+        found.append((len(seen), x.grad))
+    assert found[0][0] == found[1][0] == 1
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 def test_a_norm_that_is_trained_keeps_its_own_way() -> None:
     block = Block(ChainNorm(8), Feedforward())
     inlay.attach(block, LoRA(rank=1), where=lambda *_: True)
     block.input_norm.weight.requires_grad_()
     block(drawn(2, 8)).sum().backward()
     assert block.input_norm.weight.grad is not None
+
+
+def test_a_norm_that_is_parametrized_after_it_was_seen_keeps_its_own_way() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    block = Block(ChainNorm(8), Feedforward())
+    inlay.attach(block, LoRA(rank=1), where=lambda *_: True)
+    x = drawn(2, 8)
+    block(x)
+    weight = block.input_norm.weight.detach().clone()
+    register_parametrization(block.input_norm, "weight", Doubled())
+    found = block(x)
+    remove_parametrizations(block.input_norm, "weight", leave_parametrized=False)
+    with torch.no_grad():
+        block.input_norm.weight.copy_(2 * weight)
+    torch.testing.assert_close(found, block(x))

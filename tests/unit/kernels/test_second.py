@@ -76,6 +76,17 @@ def test_of_layers_and_dropouts(dropout: float, share: float, frozen: tuple[str,
         check(model, lambda: model(x).square().sum())
 
 
+def test_of_a_layer_whose_update_is_frozen() -> None:
+    """Nothing is wanted of the update, only of a bias of the base that is trained beside it."""
+    torch.manual_seed(0)
+    model = Net(0.0).double()
+    shake(inlay.attach(model, LoRA(rank=2), where=["first", "last"]))
+    model.requires_grad_(False)
+    model.first.bias.requires_grad_()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    check(model, lambda: model(x).square().sum())
+
+
 def test_of_the_loss_at_labels_are_refused() -> None:
     specimen = ZOO["llama"]
     model = specimen.build()
