@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inlay.core import prompting
 from inlay.core.host import Host
-from inlay.core.transforms import transformed
+from inlay.core.transforms import transformed, watched
 from inlay.kernels import gpu, second
 
 CHILDREN = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -43,14 +43,7 @@ def applies(module: nn.Module, x: Any) -> bool:
         and torch.is_grad_enabled()
         and type(x) is Tensor
         and not torch.is_autocast_enabled(x.device.type)
-        and not any(m._parameters or _watched(m) for m in module.act_fn.modules())  # type: ignore[union-attr]
-    )
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether a module has hooks, which must see its call once and with its graph."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        and not any(m._parameters or watched(m) for m in module.act_fn.modules())  # type: ignore[union-attr]
     )
 
 

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from inlay.core import prompting
 from inlay.core.errors import UnsupportedError
 from inlay.core.host import Host
 from inlay.core.labels import IGNORED
+from inlay.core.transforms import transformed, watched
 from inlay.kernels import gpu, second
 from inlay.kernels.cross_entropy import cross_entropy_
 from inlay.kernels.lazy import LazyTensor, Mode
@@ -58,7 +58,7 @@ _SEEN: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDi
 
 def head(host: Host, inner: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The output head's forward: scores, or none at all where the loss is computed elsewhere."""
-    asked = None if torch.compiler.is_compiling() else _SCORING.get()
+    asked = None if transformed() else _SCORING.get()
     if asked is None:
         return inner(hidden, *args, **kwargs)
     hidden = hidden if asked.instead is None else asked.instead
@@ -71,7 +71,7 @@ def head(host: Host, inner: Callable[..., Any], hidden: Tensor, *args: Any, **kw
 
 def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The model's own forward, with the loss computed at its labels only where that is the same."""
-    layer = _head_of(host) if not torch.compiler.is_compiling() else None
+    layer = _head_of(host) if not transformed() else None
     labels = kwargs.get("labels")
     if layer is None or not isinstance(labels, Tensor) or labels.dim() != 2 or not _usual(host.module, kwargs):
         return inner(*args, **kwargs)
@@ -143,9 +143,8 @@ def _head_of(host: Host) -> nn.Linear | None:
 
 def _bare(layer: nn.Linear, at: Host) -> bool:
     """Whether nothing of the user's reads or changes what enters or leaves the layer, or what its weight is."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
     own = at.original_forward is None and "forward" not in layer.__dict__
-    return own and "weight" in layer._parameters and not any(hooks) and not _has_any_global_hook()
+    return own and "weight" in layer._parameters and not watched(layer)
 
 
 def _run(host: Host, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], asked: Scoring) -> Any:
