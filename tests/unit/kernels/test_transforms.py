@@ -116,4 +116,4 @@ def test_a_loss_at_labels() -> None:
     found = grad(lambda values: functional_call(model, values, (), batch).loss)(values)
     for name, parameter in model.named_parameters():
         if name in values:
-            torch.testing.assert_close(found[name], parameter.grad)
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-7)  # both score in float32
