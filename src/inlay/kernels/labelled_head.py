@@ -293,6 +293,8 @@ def _scores_of(host: Host, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
+    """Changes with a frozen tensor's values; not, as `core.watch.stamp`, with every optimizer's step, after which a
+    training loop may look at its scores."""
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,7 +131,8 @@ def test_accelerates_hooks_put_on_and_taken_off(model: Any, batch: dict[str, Ten
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
-def test_mixed_precision_by_accelerate(name: str, tmp_path: Path) -> None:
+def test_mixed_precision_by_accelerate(name: str) -> None:
+    """Logits within what bfloat16 rounds: 1e-4 of their variance, 3e-3 for T5; of the adapter's effect it is 0.5 or more."""
     from accelerate import Accelerator
 
     specimen = ZOO[name]
@@ -143,7 +143,6 @@ def test_mixed_precision_by_accelerate(name: str, tmp_path: Path) -> None:
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     out = prepared(**batch)
     apart = (specimen.logits(out).float() - specimen.logits(expected)).square().mean()
-    assert apart < 1e-2 * specimen.logits(expected).var()
-    if out.get("loss") is not None:
-        out.loss.backward()
-        assert all(p.grad is not None for p in inlay.adapters(model)["default"].parameters())
+    assert apart < 5e-3 * specimen.logits(expected).var()
+    out.loss.backward()
+    assert all(p.grad is not None for p in inlay.adapters(model)["default"].parameters())
