@@ -20,7 +20,8 @@ from inlay.core.pieces import DeltaPiece, PromptPiece
 from inlay.core.roster import Merged, Roster, roster_of
 
 TRIAL_ROWS = 4  # that a layer with a forward of its own is tried on
-AGREEMENT = 1e-2  # relative: half precision rounds a product and its bias apart or at once
+# Relative to what it gives: half precision rounds a product and its bias apart or at once.
+AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,9 @@ def _computes_what_it_holds(host: Host) -> bool:
     except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
         return False
     found = found[0] if isinstance(found, tuple) else found
-    if type(found) is not Tensor or found.shape != expected.shape:
+    if type(found) is not Tensor or found.shape != expected.shape or expected.dtype not in AGREEMENT:
         return False
-    return bool((found - expected).float().norm() <= AGREEMENT * expected.float().norm())
+    return bool((found - expected).float().norm() <= AGREEMENT[expected.dtype] * expected.float().norm())
 
 
 def _wide(layer: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

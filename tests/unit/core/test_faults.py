@@ -280,7 +280,10 @@ class DoubledConvolution(nn.Conv1d):
         return 2 * super().forward(input)
 
 
-@pytest.mark.parametrize("layer", [lambda: Doubled(4, 4), lambda: patched(2.0), lambda: DoubledConvolution(4, 4, 1)])
+@pytest.mark.parametrize(
+    "layer",
+    [lambda: Doubled(4, 4), lambda: patched(2.0), lambda: patched(1.001), lambda: DoubledConvolution(4, 4, 1)],
+)
 def test_a_layer_that_gives_something_else_than_its_weight_says_is_not_merged(layer: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), layer())
     shake(inlay.attach(model, LoRA(rank=2), where=lambda *_: True))

@@ -132,7 +132,7 @@ def test_accelerates_hooks_put_on_and_taken_off(model: Any, batch: dict[str, Ten
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
 def test_mixed_precision_by_accelerate(name: str) -> None:
-    """Logits within what bfloat16 rounds: 1e-4 of their variance, 3e-3 for T5; of the adapter's effect it is 0.5 or more."""
+    """Logits within what bfloat16 rounds: 1e-4 of their variance, T5's 3e-3; the adapter changes 0.5 and more."""
     from accelerate import Accelerator
 
     specimen = ZOO[name]
