@@ -89,7 +89,7 @@ def train(folder: Path, steps: int) -> dict[str, Any]:
 
     import inlay
     from inlay.bases.loading import read_quantised, stored_tensors
-    from inlay.core.layer import store_of
+    from inlay.core.model.layer import store_of
 
     torch.manual_seed(0)
     started, config = time.perf_counter(), AutoConfig.from_pretrained(folder)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay import LoRA
-from inlay.core.method import Method
+from inlay.core.contracts.method import Method
 
 
 @dataclass(frozen=True, kw_only=True)

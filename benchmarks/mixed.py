@@ -26,7 +26,7 @@ import inlay
 from benchmarks.contenders import LLAMA_58M, Shape, copy_values, randomise, token_rows, with_inlay, with_peft
 from benchmarks.timing import alternate, ratio
 from inlay import IA3, LoRA, Pfeiffer, PrefixTuning, PromptTuning
-from inlay.core.method import Method
+from inlay.core.contracts.method import Method
 
 # Of the logits' standard deviation: bfloat16 rounds at other places in the two.
 TOLERANCE = {torch.bfloat16: 0.15, torch.float32: 1e-4}

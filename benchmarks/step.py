@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import Shape, in_peft, token_rows, trained, with_inlay
 from inlay import LoRA
-from inlay.core.method import Method
+from inlay.core.contracts.method import Method
 
 LEARNING_RATE = 1e-3
 # Relative. PEFT's update passes through float32 also on a bfloat16 base, ours does not.

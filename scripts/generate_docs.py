@@ -31,10 +31,9 @@ from inlay.baselines import baselines
 from inlay.bases.loading import LIBRARIES
 from inlay.bases.trial import refusal
 from inlay.core.build import build
+from inlay.core.contracts.method import Method, SubsetMethod
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
-from inlay.core.method import Method
-from inlay.core.select import Places
-from inlay.core.subset import SubsetMethod
+from inlay.core.model.select import Places
 from inlay.formats.peft import WRITERS
 from inlay.testing.laws.scaffold import put
 from inlay.testing.models import ZOO

@@ -21,7 +21,8 @@ _HOMES = {
     "combine": "inlay.arithmetic",
     "CombineReport": "inlay.arithmetic",
     "compile_layers": "inlay.kernels.compiled",
-    "Adapter": "inlay.core.adapter",
+    "fast_paths": "inlay.core.fast_paths",
+    "Adapter": "inlay.core.contracts.adapter",
     "save": "inlay.formats",
     "load": "inlay.formats",
     "LoRA": "inlay.methods.lora",
@@ -90,13 +91,14 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from inlay.arithmetic import CombineReport as CombineReport
     from inlay.arithmetic import combine as combine
-    from inlay.core.adapter import Adapter as Adapter
     from inlay.core.attach import adapters as adapters
     from inlay.core.attach import attach as attach
     from inlay.core.attach import detach as detach
     from inlay.core.attach import use as use
+    from inlay.core.contracts.adapter import Adapter as Adapter
     from inlay.core.errors import InlayError as InlayError
     from inlay.core.errors import UserError as UserError
+    from inlay.core.fast_paths import fast_paths as fast_paths
     from inlay.core.merge import MergeReport as MergeReport
     from inlay.core.merge import merge as merge
     from inlay.core.merge import unmerge as unmerge

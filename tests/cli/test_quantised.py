@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import inlay
-from inlay.core.layer import read_weight, store_of
+from inlay.core.model.layer import read_weight, store_of
 from inlay.train import load_base, read_record
 from tests import tiny
 

@@ -36,11 +36,11 @@ from inlay import (
     TopLayers,
     VeRA,
 )
-from inlay.core.clock import Clock
-from inlay.core.delta import Delta, DeltaMethod
+from inlay.core.contracts.adapter import Clock
+from inlay.core.contracts.delta import Delta
+from inlay.core.contracts.method import DeltaMethod, Method, Recipe
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
-from inlay.core.method import Method, Recipe
-from inlay.core.site import Site
+from inlay.core.model.site import Site
 from inlay.methods import method_named
 from inlay.testing.models import ZOO
 from inlay.train.hyper import build_method

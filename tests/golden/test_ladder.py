@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import inlay
 from inlay import LadderSideTuning, Stack
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
-from inlay.core.roster import roster_of
+from inlay.core.hosts import hosts_of
 from inlay.testing.check import check_law
 from inlay.testing.laws import LAWS
 from inlay.testing.models import ZOO
@@ -228,7 +228,7 @@ def test_nothing_is_kept_from_one_forward_to_the_next() -> None:
     for choice in ("default", "other", None, ["default", "other"], ["other", None]):
         with inlay.use(model, choice):
             model(**inputs("llama", rows=2))
-        assert not any(h.captured.get(t) for h in roster_of(model).hosts.values() for t in h.captured)
+        assert not any(h.captured.get(t) for h in hosts_of(model) for t in h.captured)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -242,7 +242,7 @@ def test_recomputed_layers_leave_nothing_behind(name: str, reentrant: bool) -> N
     inlay.attach(model, Stack(inlay.LoRA(rank=2), LadderSideTuning(reduction=4)))
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model(**ZOO[name].batch(2, 0)).loss.backward()
-    assert not any(any(h.captured.values()) for h in roster_of(model).hosts.values())
+    assert not any(any(h.captured.values()) for h in hosts_of(model))
 
 
 @pytest.mark.parametrize("output", ["side", "both"])

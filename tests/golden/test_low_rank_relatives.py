@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay import EVA, DyLoRA, LoRA, LoRAFA, LoRAPlus, OLoRA, PiSSA
+from inlay.core.contracts.method import Method
 from inlay.core.errors import ConfigError
-from inlay.core.method import Method
 from inlay.testing.models import ZOO
 from tests.golden.hand import close, inputs, shake, with_weights
 from tests.golden.places import TRANSPOSED, places, rows_of

@@ -21,11 +21,10 @@ from torch import nn
 import inlay
 from inlay.bases import trial
 from inlay.bases.loading import LIBRARIES, read_quantised
+from inlay.core.contracts.method import Method, SubsetMethod
 from inlay.core.errors import UnsupportedError
-from inlay.core.fingerprint import fingerprint
-from inlay.core.layer import read_weight, store_of
-from inlay.core.method import Method
-from inlay.core.subset import SubsetMethod
+from inlay.core.model.fingerprint import fingerprint
+from inlay.core.model.layer import read_weight, store_of
 from inlay.methods import registry
 from inlay.testing import LAWS
 from inlay.testing.check import check_law

@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 
-from inlay.core.method import Method
+from inlay.core.contracts.method import Method
 from inlay.methods import registry
 from inlay.testing import LAWS, ZOO, Specimen, refusal
 from inlay.testing.check import check_law

@@ -17,24 +17,13 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.bases import dense
-from inlay.core import (
-    adapted,
-    fingerprint,
-    grouped,
-    install,
-    layer,
-    merge,
-    prefixed,
-    prompting,
-    roster,
-    route,
-    scope,
-    sequence,
-    site,
-)
-from inlay.core.adapter import Adapter
-from inlay.core.host import Host
-from inlay.core.method import Method
+from inlay.core import class_exchange, install, merge
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.method import Method
+from inlay.core.forward import roster, route, scope, stacks
+from inlay.core.forward.host import Host
+from inlay.core.model import fingerprint, layer, site
+from inlay.core.prompts import encoder_sequence, prefix_attention, prompting
 from inlay.formats import native
 from inlay.methods import _low_rank, dora, ia3
 from inlay.testing import LAWS, ZOO
@@ -73,11 +62,11 @@ def neighbour(self: route.Route, name: str | None, like: Tensor, **kwargs: Any) 
 real_index = route.Route.index
 
 
-def turned(names: Any, among: Any, device: Any) -> grouped.Segments:
+def turned(names: Any, among: Any, device: Any) -> stacks.Segments:
     return real_segments([*names[1:], *names[:1]], among, device)
 
 
-real_segments = grouped.Segments.of
+real_segments = stacks.Segments.of
 
 
 def base_moved(self: Any, at: site.Site) -> None:
@@ -97,7 +86,7 @@ def mask_lost(module: Any, query: Any, key: Any, value: Any, mask: Any, prefixes
     return real_naive(module, query, key, value, None, prefixes, **kwargs)
 
 
-real_naive = prefixed.naive
+real_naive = prefix_attention.naive
 
 
 def names_unchecked(self: roster.Roster, choice: Any) -> route.Route:
@@ -132,13 +121,13 @@ BUGS: dict[str, tuple[str, str, Method, Bug]] = {
     "rows go to their neighbours' adapters": (
         "mixed_training", "llama", inlay.LoRA(rank=2), patched(route.Route, "index", neighbour)),
     "rows that are computed at once go to their neighbours' adapters": (
-        "rows_are_independent", "llama", inlay.LoRA(rank=2), patched(grouped.Segments, "of", staticmethod(turned))),
+        "rows_are_independent", "llama", inlay.LoRA(rank=2), patched(stacks.Segments, "of", staticmethod(turned))),
     "padding is visible behind a prefix": (
         "rows_are_independent", "bert", inlay.PrefixTuning(length=2, projection=None),
-        lambda: mock.patch.multiple(prefixed, naive=mask_lost, fusible=lambda *a: False)),
+        lambda: mock.patch.multiple(prefix_attention, naive=mask_lost, fusible=lambda *a: False)),
     "empty slots of a shorter prompt are visible": (
         "rows_are_independent", "bert", inlay.PromptTuning(length=3, init="random"),
-        patched(sequence, "valid", all_slots_seen)),
+        patched(encoder_sequence, "valid", all_slots_seen)),
     "a route of the wrong length is accepted": (
         "rows_are_independent", "llama", inlay.LoRA(rank=2), patched(route.Route, "check_rows", nothing)),
     "beams are not counted": (
@@ -165,7 +154,7 @@ BUGS: dict[str, tuple[str, str, Method, Bug]] = {
         "all_or_nothing", "llama", inlay.DoRA(rank=2), patched(install, "_remove", nothing)),
     "recomputation takes the route of the moment": (
         "checkpointing", "llama", inlay.LoRA(rank=2),
-        patched(adapted, "_checkpointed", lambda host, inner, function, *args: inner(function, *args))),
+        patched(class_exchange, "_checkpointed", lambda host, inner, function, *args: inner(function, *args))),
     "adapters are kept in half precision": (
         "precision", "llama", inlay.LoRA(rank=2), patched(site.Site, "empty", half_precision)),
     "a deep copy shares its hosts": (

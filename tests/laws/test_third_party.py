@@ -19,8 +19,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from inlay.core.delta import Delta, DeltaMethod, cast
-from inlay.core.method import Recipe
+from inlay.core.contracts.delta import Delta, cast
+from inlay.core.contracts.method import DeltaMethod
+from inlay.core.contracts.method import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
-from inlay.core.method import Method
+from inlay.core.contracts.method import Method
 from inlay.methods import registry
 from inlay.testing import SLOW_LAWS, ZOO, refusal
 from inlay.testing.laws import train

@@ -25,9 +25,10 @@ from inlay import (
     PrefixTuning,
     PromptTuning,
 )
-from inlay.core import preparing
-from inlay.core.grouped import Segments, groups_itself
-from inlay.core.roster import roster_of
+from inlay.core.contracts.delta import groups_itself
+from inlay.core.forward.roster import roster_of
+from inlay.core.forward.segments import Segments
+from inlay.core.prompts import preparing
 from inlay.methods._bottleneck import BottleneckDelta
 from inlay.methods._low_rank import EmbeddingLowRank, LowRank
 from inlay.methods.dora import DoRADelta, DroppedDelta

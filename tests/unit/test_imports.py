@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx
 import pytest
 
 import inlay
@@ -39,6 +40,14 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"inlay", "train", "evaluate", "data", "assets", *MIDDLE},
     "inlay": {"arithmetic", *MIDDLE},
 }
+# Folders inside of rooms, each with what it may import of its own room: other folders, or files beside them ("errors").
+# Whatever has no row there may import all of its room.
+INSIDE: dict[str, set[str]] = {
+    "core/model": {"core/errors"},
+    "core/contracts": {"core/errors", "core/model"},
+    "core/forward": {"core/errors", "core/model", "core/contracts"},
+    "core/prompts": {"core/errors", "core/labels", "core/model", "core/contracts", "core/forward"},
+}
 # (file, room it imports) → why. An entry that is no longer needed fails.
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 
@@ -53,7 +62,7 @@ PUBLIC = {
     *("NormTuning", "TrainableTokens", "LoReFT", "PTuning", "MultitaskPromptTuning"),
     *("Stack", "Parallel", "Average", "MAM", "AdapterFusion", "UniPELT"),
     *("Adapter", "MergeReport", "InlayError", "UserError", "__version__"),
-    *("combine", "CombineReport", "compile_layers"),
+    *("combine", "CombineReport", "compile_layers", "fast_paths"),
 }
 
 
@@ -114,6 +123,74 @@ def test_imports_point_one_way() -> None:
         if room not in ALLOWED[room_of(SOURCE / file)] and (file, room) not in EXCEPTIONS
     ]
     assert against == []
+
+
+def test_imports_inside_a_room_point_one_way() -> None:
+    against = [
+        f"src/inlay/{file} imports {target}"
+        for file, targets in sorted(files_imported().items())
+        for folder, may in INSIDE.items()
+        if file.startswith(f"{folder}/")
+        for target in sorted(targets)
+        if target.startswith(f"{folder.partition('/')[0]}/")
+        and not any(target.startswith((f"{other}/", f"{other}.py")) for other in {folder, *may})
+    ]
+    assert against == []
+
+
+def test_every_folder_of_the_core_has_a_row() -> None:
+    folders = {f"core/{path.name}" for path in (SOURCE / "core").iterdir() if any(path.glob("*.py"))}
+    assert folders == {folder for folder in INSIDE if folder.startswith("core/")}
+
+
+def test_no_circle_of_more_than_two_files() -> None:
+    graph = files_imported()
+    found = [circle for circle in circles(graph) if len(circle) > 2]
+    assert found == [], "these files import one another; imports in functions and under TYPE_CHECKING count"
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def files_imported() -> dict[str, set[str]]:
+    """File → the files of `src/inlay` whose names it imports, wherever in it; a package is its ``__init__.py``."""
+    return {
+        str(path.relative_to(SOURCE)): {
+            target for name in imported_names(path) if (target := file_of(name)) is not None
+        }
+        - {str(path.relative_to(SOURCE))}
+        for path in sorted(SOURCE.rglob("*.py"))
+        if path.name != "__init__.py" or path.parent != SOURCE  # the public face imports everything
+    }
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Dotted names below `inlay` that a file imports; in ``from inlay.core import x``, x may be a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def file_of(name: str) -> str | None:
+    """The file that a dotted name stands for, or that defines it."""
+    parts = name.split(".")
+    if parts[0] != "inlay":
+        return None
+    for end in range(len(parts), 1, -1):
+        path = SOURCE.joinpath(*parts[1:end])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.exists():
+                return str(file.relative_to(SOURCE))
+    return None
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Sets of two files or more that all import one another, directly or through the others."""
+    found = networkx.strongly_connected_components(networkx.DiGraph(graph))
+    return sorted(sorted(members) for members in found if len(members) > 1)
 
 
 def test_exceptions_are_still_needed() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import inlay
 from inlay.arithmetic import combine
+from inlay.core.contracts.pieces import PromptPiece
 from inlay.core.errors import (
     AdapterFileError,
     AdapterNameError,
@@ -25,7 +26,6 @@ from inlay.core.errors import (
     SelectionError,
     UnsupportedError,
 )
-from inlay.core.pieces import PromptPiece
 from inlay.testing.models import ZOO
 from inlay.testing.specimen import randomise
 

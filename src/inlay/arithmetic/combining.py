@@ -27,15 +27,14 @@ from inlay.arithmetic.effects import base_value, change, check_has_weights, fact
 from inlay.arithmetic.low_rank import Factors, compress, concatenate, factorise
 from inlay.arithmetic.report import CombineReport, SiteError, relative
 from inlay.arithmetic.sparse import SPARSE, Sparse, Sparsifier
-from inlay.core.adapter import Adapter
 from inlay.core.build import build, check_free, initialise
+from inlay.core.contracts.adapter import Adapter, check_finite
+from inlay.core.contracts.pieces import DeltaPiece, Piece
+from inlay.core.contracts.site_pattern import pinned
 from inlay.core.errors import ConfigError, UnsupportedError, nearest, problems
-from inlay.core.finite import check_finite
+from inlay.core.forward.roster import roster_of
 from inlay.core.install import install
-from inlay.core.pattern import pinned
-from inlay.core.pieces import DeltaPiece, Piece
-from inlay.core.roster import roster_of
-from inlay.core.select import Places
+from inlay.core.model.select import Places
 from inlay.methods.lora import LoRA
 
 How = Literal["concatenate", "svd"] | Sparse

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from inlay.core.adapter import Adapter
 from inlay.core.build import build
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.pieces import SubsetPiece
 from inlay.core.errors import UnsupportedError
-from inlay.core.pieces import SubsetPiece
-from inlay.core.select import Places
-from inlay.core.view import ModelView
+from inlay.core.model.select import Places
+from inlay.core.model.view import ModelView
 from inlay.methods.full import parameter_names
 from inlay.methods.lt_sft import LTSFT
 

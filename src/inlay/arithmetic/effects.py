@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from inlay.arithmetic.low_rank import Factors
-from inlay.core.adapter import Adapter
-from inlay.core.delta import Delta
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.delta import Delta
+from inlay.core.contracts.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
 from inlay.core.errors import UnsupportedError, problems
-from inlay.core.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
 from inlay.methods._low_rank import ConvLowRank, LowRank
 from inlay.methods._offset import Offset
 from inlay.methods._triplets import Triplets

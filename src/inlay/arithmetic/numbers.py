@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
 
 
 def alike(adapters: Sequence[Adapter]) -> bool:

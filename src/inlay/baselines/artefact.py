@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from inlay.baselines import FILE, baselines
 from inlay.baselines.baseline import Baseline, Fitted
 from inlay.core.errors import AdapterFileError, BaseMismatchError, ConfigError, nearest, problems
-from inlay.core.fingerprint import Fingerprint, fingerprint
+from inlay.core.model.fingerprint import Fingerprint, fingerprint
 
 FORMAT = 1
 TENSORS = "baseline.safetensors"

@@ -16,7 +16,7 @@ import sys
 from importlib import import_module
 
 from inlay.bases import dense
-from inlay.core.layer import LATE
+from inlay.core.model.layer import LATE
 
 __all__ = ["dense", "register"]
 

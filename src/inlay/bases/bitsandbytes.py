@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import copy
 import logging
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from inlay.bases.dense import raw, replace
-from inlay.core.adapted import exchange
+from inlay.bases.dense import put_back, raw, replace
+from inlay.core.class_exchange import exchange
 from inlay.core.errors import UnsupportedError
-from inlay.core.layer import (
+from inlay.core.model.layer import (
     LayerShape,
     Store,
     Undo,
@@ -54,13 +54,9 @@ def _shape(layer: Any, dtype: torch.dtype) -> LayerShape:
 def _written(layer: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Undo:
     """A dense layer in the place of a quantised one; the result brings that back, its very objects."""
     back = exchange(layer, nn.Linear)
-    undo = replace(layer, {"weight": weight, "bias": bias}, dtype)
-
-    def restore() -> None:
-        undo()
-        back()
-
-    return restore
+    before = {name: raw(layer, name) for name in ("weight", "bias")}
+    replace(layer, {"weight": weight, "bias": bias}, dtype)
+    return partial(put_back, layer, before, back)
 
 
 # -- 4 bits -------------------------------------------------------------------------------------
@@ -109,8 +105,8 @@ def _(layer: Any) -> Store | None:
 
 @requantise_weight.register(Linear4bit)
 def _(layer: Any, weight: Tensor, bias: Tensor | None) -> Undo:
-    state, before = _state(layer), raw(layer, "weight")
-    undo = replace(layer, {"bias": bias}, state.dtype)
+    state, before = _state(layer), {name: raw(layer, name) for name in ("weight", "bias")}
+    replace(layer, {"bias": bias}, state.dtype)
     made = bnb.nn.Params4bit(
         weight.detach().to(state.dtype),
         requires_grad=False,
@@ -120,12 +116,7 @@ def _(layer: Any, weight: Tensor, bias: Tensor | None) -> Undo:
         module=layer,
     )
     layer._parameters["weight"] = made.to(weight.device)
-
-    def restore() -> None:
-        layer._parameters["weight"], layer.quant_state = before, state
-        undo()
-
-    return restore
+    return partial(put_back, layer, before, quant_state=state)
 
 
 @cache
@@ -201,18 +192,13 @@ def _(layer: Any) -> Store | None:
 
 @requantise_weight.register(Linear8bitLt)
 def _(layer: Any, weight: Tensor, bias: Tensor | None) -> Undo:
-    before, state = raw(layer, "weight"), layer.state
-    undo = replace(layer, {"bias": bias}, _dtype(layer))
+    before, state = {name: raw(layer, name) for name in ("weight", "bias")}, layer.state
+    replace(layer, {"bias": bias}, _dtype(layer))
     layer.state = copy.copy(state)
     layer.state.reset_grads()
     made = bnb.nn.Int8Params(weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
     layer._parameters["weight"] = made.to(weight.device)
-
-    def restore() -> None:
-        layer._parameters["weight"], layer.state = before, state
-        undo()
-
-    return restore
+    return partial(put_back, layer, before, state=state)
 
 
 @settle.register(Linear8bitLt)

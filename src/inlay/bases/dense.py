@@ -7,14 +7,15 @@ Writing replaces the `Parameter` object instead of its values, so undoing is bit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import singledispatch
+from functools import partial, singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from inlay.core.layer import Kind, LayerShape, Undo, read_weight, settle, shape_of, unsettle, write_weight
+from inlay.core.model.layer import Kind, LayerShape, Undo, read_weight, settle, shape_of, unsettle, write_weight
 
 
 def raw(layer: nn.Module, name: str) -> Tensor | None:
@@ -37,11 +38,19 @@ def replace(layer: nn.Module, values: Mapping[str, Tensor | None], dtype: torch.
             wanted = dtype if before is None or not before.is_floating_point() else before.dtype
             layer._parameters[name] = nn.Parameter(value.detach().to(wanted), requires_grad=False)
 
-    def undo() -> None:
-        for name, parameter in old.items():
-            layer._parameters[name] = parameter  # type: ignore[assignment]
+    return partial(put_back, layer, old)
 
-    return undo
+
+def put_back(layer: nn.Module, parameters: Mapping[str, Any], back: Undo | None = None, **attributes: Any) -> None:
+    """Give a layer back the very parameters and attributes that it had.
+
+    Steps of an undo are partial calls of functions like this one, because `copy.deepcopy` then copies what they act on.
+    """
+    layer._parameters.update(parameters)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    if back is not None:
+        back()
 
 
 def _shape(layer: nn.Module, kind: Kind, out_features: int, in_features: int) -> LayerShape | None:

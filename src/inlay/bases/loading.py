@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from inlay.bases import register
 from inlay.core.errors import ConfigError
-from inlay.core.layer import read_weight, store_of, write_weight
-from inlay.core.originals import INDEX, SINGLE, weight_map
-from inlay.core.view import ModelView
+from inlay.core.model.layer import read_weight, store_of, write_weight
+from inlay.core.model.originals import INDEX, SINGLE, weight_map
+from inlay.core.model.view import ModelView
 
 LIBRARIES = {
     "nf4": "bitsandbytes",

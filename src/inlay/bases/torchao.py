@@ -7,7 +7,7 @@ a dense weight for the backward pass, and its int4 product for the CPU has no de
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torchao.prototype.quantization.int4 import Int4OpaqueTensor
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
 from torchao.utils import TorchAOBaseTensor
 
-from inlay.bases.dense import raw, replace, values_of
-from inlay.core.adapted import exchange
+from inlay.bases.dense import put_back, raw, replace, values_of
+from inlay.core.class_exchange import exchange
 from inlay.core.errors import UnsupportedError
-from inlay.core.layer import Store, Undo, requantise_weight, settle, shape_of, store_of, unsettle
+from inlay.core.model.layer import Store, Undo, requantise_weight, settle, shape_of, store_of, unsettle
 
 NAMES: dict[type[Tensor], str] = {Int8Tensor: "torchao-int8", Int4OpaqueTensor: "torchao-int4"}
 LEVELS = 16  # of int4
@@ -127,14 +127,10 @@ def _(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> Undo:
     before: Any = raw(layer, "weight")
     if not isinstance(before, TorchAOBaseTensor):
         return replace(layer, {"weight": weight, "bias": bias}, weight.dtype)
-    undo = replace(layer, {"bias": bias}, before.dtype)
+    whole = {"weight": before, "bias": raw(layer, "bias")}
+    replace(layer, {"bias": bias}, before.dtype)
     layer._parameters["weight"] = nn.Parameter(_again(before, weight.detach().to(before.dtype)), requires_grad=False)
-
-    def restore() -> None:
-        layer._parameters["weight"] = before
-        undo()
-
-    return restore
+    return partial(put_back, layer, whole)
 
 
 def _again(before: Any, weight: Tensor) -> Tensor:

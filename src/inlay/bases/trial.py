@@ -14,9 +14,9 @@ from torch import nn
 
 from inlay.bases.loading import LIBRARIES, read_quantised
 from inlay.core.build import build, initialise
+from inlay.core.contracts.method import Method
 from inlay.core.errors import UserError
-from inlay.core.method import Method
-from inlay.core.select import Places
+from inlay.core.model.select import Places
 
 
 def refusal(method: Method, name: str, *, files: bool = False) -> str | None:

@@ -58,7 +58,7 @@ def merge(
 def check_requantize(model: Any, requantize: bool) -> None:
     """Raise a `ConfigError` where the merged base cannot be written in the format that it has."""
     from inlay.core.errors import ConfigError
-    from inlay.core.layer import store_of
+    from inlay.core.model.layer import store_of
 
     formats = {store.name for module in model.modules() if (store := store_of(module)) is not None}
     if requantize and not formats:
@@ -100,7 +100,7 @@ def write_merged(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def base_tensors(model: Any) -> dict[str, Any]:
     """The state dict without what adapters put into the module tree."""
-    from inlay.core.host import Storage
+    from inlay.core.forward.host import Storage
 
     stored = [f"{path}." for path, module in model.named_modules() if isinstance(module, Storage)]
     return {name: t for name, t in model.state_dict().items() if not name.startswith(tuple(stored))}

@@ -11,7 +11,7 @@ import typer
 from inlay.cli.output import show_table, write_json
 
 if TYPE_CHECKING:
-    from inlay.core.method import Method
+    from inlay.core.contracts.method import Method
 
 
 def methods(
@@ -95,9 +95,9 @@ def _describe_one(model: Any, total: int, cls: type[Method]) -> dict[str, Any]:
 
     import inlay.bases  # registers the layer types that can be read  # noqa: F401
     from inlay.core.build import build
+    from inlay.core.contracts.pieces import DeltaPiece, PromptPiece, SubsetPiece
     from inlay.core.errors import SelectionError, UnsupportedError
-    from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
-    from inlay.core.select import Places
+    from inlay.core.model.select import Places
 
     method = cls()
     facts: dict[str, Any] = {

@@ -12,15 +12,16 @@ from types import MappingProxyType
 
 from torch import nn
 
-from inlay.core.adapter import Adapter
 from inlay.core.build import build, initialise
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.method import Batches, Method
 from inlay.core.errors import SelectionError, UnsupportedError
+from inlay.core.forward.roster import find_roster, roster_of
+from inlay.core.hosts import hosts_of
 from inlay.core.install import install, uninstall
-from inlay.core.layer import settle_all, unsettle_all
-from inlay.core.measure import Batches, check_data
-from inlay.core.method import Method
-from inlay.core.roster import find_roster, roster_of
-from inlay.core.select import Places, Where
+from inlay.core.measure import check_data
+from inlay.core.model.layer import settle_all, unsettle_all
+from inlay.core.model.select import Places, Where
 
 
 def attach(
@@ -37,7 +38,7 @@ def attach(
 
     Args:
         name: under which the adapter is used, saved and detached; letters, digits, ``_`` and ``-``.
-        where: places (`core/select.py`); the paper's own where None.
+        where: places (`core/model/select.py`); the paper's own where None.
         layers: numbers of the layers to stay within.
         modules_to_save: ends of module names that the adapter trains whole, as copies of its own.
         data: for a method that is initialised from data (EVA, FISH mask): batches of keyword arguments for the
@@ -84,7 +85,7 @@ def detach(model: nn.Module, name: str) -> None:
     adapter = roster.require(name)
     if roster.merged is not None:
         raise UnsupportedError(f"adapter {roster.merged.name!r} is merged into this model; call unmerge() first")
-    uninstall(roster, adapter)
+    uninstall(hosts_of(model), adapter)
     roster.kept.clear()
 
 

@@ -10,17 +10,17 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from inlay.core.adapter import Adapter, Copies, Held
-from inlay.core.chain import arranged, check_fork
-from inlay.core.delta import Delta
+from inlay.core.contracts.adapter import Adapter, Copies, Held
+from inlay.core.contracts.delta import Delta
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
+from inlay.core.contracts.shared import shared_in
 from inlay.core.errors import AdapterNameError, SelectionError, UnsupportedError, problems
-from inlay.core.layer import store_of
-from inlay.core.method import Method
-from inlay.core.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
-from inlay.core.roster import find_roster, held_by_others
-from inlay.core.select import Places
-from inlay.core.shared import shared_in
-from inlay.core.view import ModelView
+from inlay.core.forward.chain import arranged, check_fork
+from inlay.core.forward.roster import find_roster, held_by_others
+from inlay.core.model.layer import store_of
+from inlay.core.model.select import Places
+from inlay.core.model.view import ModelView
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 

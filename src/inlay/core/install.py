@@ -4,41 +4,45 @@ from __future__ import annotations
 
 from torch import nn
 
-from inlay.core import prompting, roles
-from inlay.core.adapted import adopt, release
-from inlay.core.adapter import Adapter
-from inlay.core.attention import implementation
-from inlay.core.chain import Chain, arranged, leaves
+from inlay.core.class_exchange import adopt, release
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.pieces import DeltaPiece, PromptPiece, SubsetPiece
+from inlay.core.contracts.prompt import KeyValuePrompt, TokenPrompt
+from inlay.core.contracts.subset import SummedDifference
 from inlay.core.errors import UnsupportedError
-from inlay.core.host import Host, Storage
-from inlay.core.layer import settle_all, unsettle_all
-from inlay.core.pieces import DeltaPiece, PromptPiece, SubsetPiece
-from inlay.core.prompt import KeyValuePrompt, TokenPrompt
-from inlay.core.roster import Roster, find_roster, held_by_others
-from inlay.core.subset import SummedDifference
-from inlay.core.view import ModelView
+from inlay.core.forward import wrappers
+from inlay.core.forward.chain import Chain, arranged, leaves
+from inlay.core.forward.host import Host, Storage
+from inlay.core.forward.roster import Roster, find_roster, held_by_others
+from inlay.core.hosts import Hosts, hosts_of
+from inlay.core.model import roles
+from inlay.core.model.layer import settle_all, unsettle_all
+from inlay.core.model.view import ModelView
+from inlay.core.prompts.attention import implementation
+from inlay.core.prompts.interface import put_back, swapped
 
 
 def install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
     """Put a built adapter at its hosts, or leave the model as it was."""
-    there = find_roster(model)
-    roster, fresh = there or _new_roster(model), there is None
-    features = {path: host.features for path, host in roster.hosts.items()}
-    wrapped, encoder = len(roster.attention), roster.encoder
+    fresh = find_roster(model) is None
+    hosts = _new_hosts(model) if fresh else hosts_of(model)
+    roster = hosts.roster
+    features = {path: host.features for path, host in hosts.by_path.items()}
+    wrapped, encoder = len(hosts.attention), roster.encoder
     try:
         if fresh:
-            _enlist(roster)
-        _place(roster, adapter)
+            _enlist(hosts)
+        _place(hosts, adapter)
     except BaseException:
         roster.adapters.pop(adapter.name, None)
-        _remove(roster, adapter)
-        for path, host in roster.hosts.items():
+        _remove(hosts, adapter)
+        for path, host in hosts.by_path.items():
             adopt(host, features.get(path, frozenset()))
-        roster.hosts = {path: host for path, host in roster.hosts.items() if path in features}
+        hosts.by_path = {path: host for path, host in hosts.by_path.items() if path in features}
         roster.encoder = encoder
-        _unwrap_attention(roster, wrapped)
+        put_back(hosts.attention, keep=wrapped)
         if fresh:
-            _dismiss(roster)
+            _dismiss(hosts)
         raise
     elsewhere = {id(p): p.requires_grad for p in held_by_others(model, adapter)}
     for parameter in adapter.parameters():
@@ -47,67 +51,61 @@ def install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
     roster.active = adapter.name
 
 
-def uninstall(roster: Roster, adapter: Adapter) -> None:
+def uninstall(hosts: Hosts, adapter: Adapter) -> None:
     """Take an adapter out; with the last one the model is as it was before the first."""
+    roster = hosts.roster
     del roster.adapters[adapter.name]
-    _remove(roster, adapter)
+    _remove(hosts, adapter)
     if roster.active == adapter.name:
         roster.active = next(reversed(roster.adapters), None)
     if not roster.adapters:
-        _dismiss(roster)
+        _dismiss(hosts)
 
 
-def _new_roster(model: nn.Module) -> Roster:
-    """A roster for a model without adapters; the model is not touched yet."""
+def _new_hosts(model: nn.Module) -> Hosts:
+    """The hosts and the roster of a model without adapters; the model is not touched yet."""
     for path, module in model.named_modules():
         if "_inlay_host" in module.__dict__:
             raise UnsupportedError(
                 f"{path or 'this module'} belongs to another attached model; attach all adapters to the same root"
             )
-    return Roster(model, requires_grad={n: p.requires_grad for n, p in model.named_parameters()})
+    return Hosts(Roster(model), requires_grad={n: p.requires_grad for n, p in model.named_parameters()})
 
 
-def _enlist(roster: Roster) -> None:
+def _enlist(hosts: Hosts) -> None:
     """Make a model a host of adapters: freeze it, wrap its root and its checkpointed layers."""
-    roster.model.requires_grad_(False)
-    roster.model.__dict__["_inlay_roster"] = roster
-    settle_all(roster.model)
-    grant(roster, "", "root")
-    head = ModelView(roster.model).output_head if "head" in prompting.WRAPPERS else None
-    for path, module in roster.model.named_modules():
+    model = hosts.model
+    model.requires_grad_(False)
+    model.__dict__["_inlay_roster"], model.__dict__["_inlay_hosts"] = hosts.roster, hosts
+    settle_all(model)
+    hosts.grant("", "root")
+    view = ModelView(model)
+    for path, module in model.named_modules():
         if hasattr(module, "gradient_checkpointing"):
-            grant(roster, path, "checkpoint")
-        if module is head:
-            grant(roster, path, "head")
-        for feature in [name for name, fits in prompting.RECOGNISED.items() if fits(module)]:
-            grant(roster, path, feature)
+            hosts.grant(path, "checkpoint")
+        if features := wrappers.recognised(module, view):
+            hosts.grant(path, *features)
 
 
-def _dismiss(roster: Roster) -> None:
+def _dismiss(hosts: Hosts) -> None:
     """The inverse of `_enlist`, once no adapter is left."""
-    for host in roster.hosts.values():
+    model = hosts.model
+    for host in hosts:
         release(host)
-    unsettle_all(roster.model)
-    _unwrap_attention(roster, 0)
-    roster.model.__dict__.pop("_inlay_roster", None)
-    _thaw(roster)
+    unsettle_all(model)
+    put_back(hosts.attention)
+    for name in ("_inlay_roster", "_inlay_hosts"):
+        model.__dict__.pop(name, None)
+    _thaw(hosts)
 
 
-def _unwrap_attention(roster: Roster, keep: int) -> None:
-    """Give configurations back the attention they named, all but the first `keep`."""
-    while len(roster.attention) > keep:
-        config, original = roster.attention.pop()
-        config._attn_implementation = original
-
-
-def _thaw(roster: Roster) -> None:
+def _thaw(hosts: Hosts) -> None:
     """Give the base's parameters back the flags they had."""
-    flags = roster.requires_grad
-    for name, parameter in roster.model.named_parameters():
-        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+    for name, parameter in hosts.model.named_parameters():
+        parameter.requires_grad_(hosts.requires_grad.get(name, parameter.requires_grad))
 
 
-def _place(roster: Roster, adapter: Adapter) -> None:
+def _place(hosts: Hosts, adapter: Adapter) -> None:
     deltas: dict[str, list[DeltaPiece]] = {}
     differences: dict[str, list[SubsetPiece]] = {}
     for piece in adapter.pieces:
@@ -118,88 +116,85 @@ def _place(roster: Roster, adapter: Adapter) -> None:
     for piece in adapter.pieces:
         match piece:
             case DeltaPiece():
-                _place_delta(roster, adapter.name, piece, arranged(deltas[piece.site.path]))
+                _place_delta(hosts, adapter.name, piece, arranged(deltas[piece.site.path]))
             case SubsetPiece():
-                owner = roster.model.get_submodule(piece.path)
+                owner = hosts.model.get_submodule(piece.path)
                 value = owner._parameters[piece.parameter]
-                _place_parameter(roster, adapter.name, value, piece, differences[piece.name])
+                _place_parameter(hosts, adapter.name, value, piece, differences[piece.name])
             case PromptPiece():
-                _place_prompt(roster, adapter.name, piece)
+                _place_prompt(hosts, adapter.name, piece)
     for full, held in adapter.copies.held.items():
         path, _, parameter = full.rpartition(".")
-        value = roster.model.get_submodule(path)._parameters[parameter]
-        for host, own in _holders(roster, value):
+        value = hosts.model.get_submodule(path)._parameters[parameter]
+        for host, own in _holders(hosts, value):
             host.copies.setdefault(adapter.name, {})[own] = held
             _store(host, adapter.name, f"copy_{own}", held)
-            grant(roster, host.path, "forward")
-    roster.adapters[adapter.name] = adapter
+            hosts.grant(host.path, "forward")
+    hosts.roster.adapters[adapter.name] = adapter
 
 
-def _place_delta(roster: Roster, name: str, piece: DeltaPiece, chain: Chain) -> None:
+def _place_delta(hosts: Hosts, name: str, piece: DeltaPiece, chain: Chain) -> None:
     site = piece.site
-    host = grant(roster, site.path, "forward")
+    host = hosts.grant(site.path, "forward")
     host.deltas[name] = chain
     _store(host, name, piece.label + (site.part.name if site.part else "delta"), piece.delta)
-    encoder = getattr(getattr(roster.model, "config", None), "is_encoder_decoder", False)
+    encoder = getattr(getattr(hosts.model, "config", None), "is_encoder_decoder", False)
     if piece.delta.reads_span and encoder:
-        grant(roster, _encoder_path(ModelView(roster.model)) or "", "source")
+        hosts.grant(_encoder_path(ModelView(hosts.model)) or "", "source")
     for source in site.fed_by:
-        feeder = grant(roster, source, "forward")
+        feeder = hosts.grant(source, "forward")
         if host not in feeder.feeds:
             feeder.feeds.append(host)
 
 
 def _place_parameter(
-    roster: Roster, name: str, value: nn.Parameter | None, piece: SubsetPiece, same: list[SubsetPiece]
+    hosts: Hosts, name: str, value: nn.Parameter | None, piece: SubsetPiece, same: list[SubsetPiece]
 ) -> None:
     assert value is not None
     alone = len(same) == 1 and piece.weight == 1
     change = piece.difference if alone else SummedDifference([(p.weight, p.difference) for p in same])
-    for host, parameter in _holders(roster, value):
+    for host, parameter in _holders(hosts, value):
         host.differences.setdefault(name, {})[parameter] = change
         if host.path == piece.path:
             _store(host, name, f"{piece.label}difference_{parameter}", piece.difference)
-        grant(roster, host.path)
+        hosts.grant(host.path)
 
 
-def _holders(roster: Roster, value: nn.Parameter | None) -> list[tuple[Host, str]]:
+def _holders(hosts: Hosts, value: nn.Parameter | None) -> list[tuple[Host, str]]:
     """Every module that holds this very parameter, tied partners included, and the name it has there."""
     return [
-        (_host(roster, path), name)
-        for path, module in ModelView(roster.model).modules.items()
+        (hosts.at(path), name)
+        for path, module in ModelView(hosts.model).modules.items()
         for name, held in module._parameters.items()
         if held is value and value is not None
     ]
 
 
-def _place_prompt(roster: Roster, name: str, piece: PromptPiece) -> None:
+def _place_prompt(hosts: Hosts, name: str, piece: PromptPiece) -> None:
     """Prepare the model for a prompt; its parameters live at the root."""
-    view = ModelView(roster.model)
-    root = _host(roster, "")
-    if isinstance(roster.model, (nn.Sequential, nn.ModuleList)):
+    view = ModelView(hosts.model)
+    root = hosts.at("")
+    if isinstance(hosts.model, (nn.Sequential, nn.ModuleList)):
         raise UnsupportedError("a container has no text to put a prompt in front of")
     _store(root, name, piece.key, piece.prompt)
     encoder_path = _encoder_path(view)
     joins_encoder = isinstance(piece.prompt, TokenPrompt) and encoder_path is not None
     if joins_encoder:
         assert encoder_path is not None
-        roster.encoder = True
-        grant(roster, encoder_path, "stack")
+        hosts.roster.encoder = True
+        hosts.grant(encoder_path, "stack")
         if (
             "pooler" in view.modules[encoder_path]._modules
             and view.modules[encoder_path]._modules["pooler"] is not None
         ):
-            grant(roster, f"{encoder_path}.pooler" if encoder_path else "pooler", "pooler")
+            hosts.grant(f"{encoder_path}.pooler" if encoder_path else "pooler", "pooler")
     else:
         weighed = isinstance(piece.prompt, KeyValuePrompt) and piece.prompt.weighed
-        for place in view.attention_places():
-            grant(roster, place.path, "attention", *(["weighing"] if weighed else []))
-            config = getattr(place.module, "config", view.config)
-            original = config._attn_implementation or "eager"
-            if implementation(original) != original:
-                roster.attention.append((config, original))
-                config._attn_implementation = implementation(original)
-    _count_positions(roster, view, encoder_path, needed=isinstance(piece.prompt, TokenPrompt) and not joins_encoder)
+        places = view.attention_places()
+        for place in places:
+            hosts.grant(place.path, "attention", *(["weighing"] if weighed else []))
+        hosts.attention += swapped(view, places, implementation)
+    _count_positions(hosts, view, encoder_path, needed=isinstance(piece.prompt, TokenPrompt) and not joins_encoder)
 
 
 def _encoder_path(view: ModelView) -> str | None:
@@ -222,7 +217,7 @@ def _encoder_path(view: ModelView) -> str | None:
     return None if causal else paths[id(getattr(model, "base_model", model))]
 
 
-def _count_positions(roster: Roster, view: ModelView, encoder_path: str | None, *, needed: bool) -> None:
+def _count_positions(hosts: Hosts, view: ModelView, encoder_path: str | None, *, needed: bool) -> None:
     """Make the model's position tables count virtual positions."""
     found = 0
     for path, module in view.modules.items():
@@ -231,45 +226,14 @@ def _count_positions(roster: Roster, view: ModelView, encoder_path: str | None, 
             raise UnsupportedError(f"{path} ({type(module).__name__}) computes positions in a way prompts cannot move")
         rotary = type(module).__name__.endswith("RotaryEmbedding")
         if learned or rotary:
-            host = grant(roster, path, "positions" if learned else "rotary")
+            host = hosts.grant(path, "positions" if learned else "rotary")
             host.encoder = encoder_path is not None and (encoder_path == "" or path.startswith(encoder_path + "."))
             found += 1
     if needed and not found:
         raise UnsupportedError(
-            f"the positions of {type(roster.model).__name__} are in none of the known places (learned table, rotary "
+            f"the positions of {type(hosts.model).__name__} are in none of the known places (learned table, rotary "
             "embedding), so a prompt cannot be put in front of its text exactly"
         )
-
-
-def _host(roster: Roster, path: str) -> Host:
-    host = roster.hosts.get(path)
-    if host is None:
-        host = roster.hosts[path] = Host(roster, path, roster.model.get_submodule(path))
-        host.by_row = _sees_rows(roster.model, path, host.module)
-        host.pooled = roles.layer_of(path) is None or not hasattr(roster.model, "config")
-    return host
-
-
-def _sees_rows(model: nn.Module, path: str, module: nn.Module) -> bool:
-    """Whether a module's input is a batch of rows: not an expert's chosen tokens, not a table of positions."""
-    if isinstance(module, nn.Embedding):
-        table = ModelView(model).input_embedding
-        return table is None or module._parameters["weight"] is table._parameters["weight"]
-    return roles.EXPERT.fullmatch(path) is None
-
-
-def grant(roster: Roster, path: str, *features: str) -> Host:
-    """Give the host at `path` more to say in its module."""
-    host = _host(roster, path)
-    adopt(host, host.features | set(features))
-    return host
-
-
-def revoke(roster: Roster, path: str, *features: str) -> None:
-    """The inverse of `grant`; a host that is gone has nothing left to give back."""
-    if path in roster.hosts:
-        host = roster.hosts[path]
-        adopt(host, host.features - set(features))
 
 
 def _store(host: Host, name: str, key: str, trained: nn.Module) -> None:
@@ -288,10 +252,10 @@ def _store(host: Host, name: str, key: str, trained: nn.Module) -> None:
     trained.train(host.module.training)
 
 
-def _remove(roster: Roster, adapter: Adapter) -> None:
+def _remove(hosts: Hosts, adapter: Adapter) -> None:
     """Take everything of an adapter out of its hosts; hosts that nobody uses get their class back."""
     name = adapter.name
-    for host in roster.hosts.values():
+    for host in hosts:
         for owner in (host.deltas, host.differences, host.copies):
             owner.pop(name, None)
         storage = host.module._modules.get("inlay")
@@ -299,10 +263,10 @@ def _remove(roster: Roster, adapter: Adapter) -> None:
             del storage[name]
             if len(storage) == 0:
                 del host.module._modules["inlay"]
-    for host in roster.hosts.values():
+    for host in hosts:
         host.feeds = [
             h for h in host.feeds if any(host.path in s.fed_by for d in h.deltas.values() for s, _ in leaves(d))
         ]
-    for host in list(roster.hosts.values()):
+    for host in hosts:
         idle = not (host.deltas or host.copies or host.feeds) and host.path != ""
         adopt(host, host.features - {"forward"} if idle else host.features)

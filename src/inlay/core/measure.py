@@ -6,36 +6,14 @@ and returns the method, with what was found out about sizes filled in, and initi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from inlay.core.contracts.method import Batches, Method
 from inlay.core.errors import ConfigError
-from inlay.core.method import Method
-from inlay.core.roster import find_roster
-from inlay.core.route import Route
-from inlay.core.select import Places
-
-Batches = Iterable[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What came out.
-
-    Attributes:
-        method: to be built and stored; sizes that depend on the data are filled in.
-        values: piece key (``Site.key``, parameter name) → name in the piece's state → initial value.
-        places: where it goes, where that follows from what was found and not from the user.
-    """
-
-    method: Method
-    values: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    places: Places | None = None
+from inlay.core.forward.roster import bare
 
 
 def check_data(method: Method, data: Batches | None) -> None:
@@ -47,23 +25,6 @@ def check_data(method: Method, data: Batches | None) -> None:
         )
     if data is not None and not method.needs_data:
         raise ConfigError(f"method {method.name!r} is not initialised from data; leave `data` out")
-
-
-@contextmanager
-def bare(model: nn.Module) -> Iterator[None]:
-    """The base alone, in eval mode, whatever is attached and active; modes are put back."""
-    modes = [(m, m.training) for m in model.modules()]
-    roster = find_roster(model)
-    model.eval()
-    try:
-        if roster is None:
-            yield
-        else:
-            with roster.bind(Route((None,)), None):
-                yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def observe_inputs(

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.adapter import Adapter
-from inlay.core.chain import weights
+from inlay.core.contracts.adapter import Adapter, check_finite
+from inlay.core.contracts.pieces import DeltaPiece, PromptPiece
 from inlay.core.errors import UnsupportedError, problems
-from inlay.core.finite import check_finite
-from inlay.core.host import Host
-from inlay.core.layer import Undo, read_weight, requantise_weight, shape_of, write_weight
-from inlay.core.pieces import DeltaPiece, PromptPiece
-from inlay.core.roster import Merged, Roster, roster_of
+from inlay.core.forward.chain import weights
+from inlay.core.forward.host import Host
+from inlay.core.forward.roster import Merged, Roster, roster_of
+from inlay.core.hosts import Hosts, hosts_of
+from inlay.core.model.layer import Undo, read_weight, requantise_weight, shape_of, write_weight
 
 TRIAL_ROWS = 4  # that a layer with a forward of its own is tried on
 # Relative to what it gives: half precision rounds a product and its bias apart or at once.
@@ -73,7 +73,8 @@ def merge(model: nn.Module, name: str, *, requantize: bool = False) -> MergeRepo
     ]
     if wrong:
         raise UnsupportedError(problems(f"adapter {name!r} ({adapter.method.name}) has no weights to merge", wrong[:8]))
-    merged_into = [host for host in roster.hosts.values() if host.deltas.get(name)]
+    hosts = hosts_of(model)
+    merged_into = [host for host in hosts if host.deltas.get(name)]
     wrong = [
         f"{host.path} ({host.original_class.__name__})" for host in merged_into if not _computes_what_it_holds(host)
     ]
@@ -91,14 +92,14 @@ def merge(model: nn.Module, name: str, *, requantize: bool = False) -> MergeRepo
     lost: dict[str, float] = {}
     try:
         with torch.no_grad():
-            _merge_parameters(roster, adapter, undo, errors)
-            _merge_deltas(roster, adapter, undo, errors, lost, requantize)
+            _merge_parameters(hosts, adapter, undo, errors)
+            _merge_deltas(hosts, adapter, undo, errors, lost, requantize)
             untied = _untie(roster, undo)
     except BaseException:
         for step in reversed(undo):
             step()
         raise
-    undo.append(_activator(roster, roster.active))
+    undo.append(functools.partial(setattr, roster, "active", roster.active))
     roster.merged, roster.active = Merged(name, undo), name
     return MergeReport(errors, untied, lost)
 
@@ -118,10 +119,10 @@ def unmerge(model: nn.Module) -> None:
 
 
 def _merge_deltas(
-    roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float], lost: dict[str, float],
+    hosts: Hosts, adapter: Adapter, undo: list[Undo], errors: dict[str, float], lost: dict[str, float],
     requantize: bool,
 ) -> None:  # fmt: skip
-    for host in roster.hosts.values():
+    for host in hosts:
         placed = host.deltas.get(adapter.name)
         if not placed:
             continue
@@ -178,10 +179,10 @@ def _size(parts: list[Tensor]) -> float:
     return math.hypot(*(float(part.norm()) for part in parts))
 
 
-def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> None:
+def _merge_parameters(hosts: Hosts, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> None:
     """Differences and copies replace parameters at every module that shares them, so ties stay."""
     new: dict[int, nn.Parameter] = {}
-    for host in roster.hosts.values():
+    for host in hosts:
         names = {**host.differences.get(adapter.name, {}), **host.copies.get(adapter.name, {})}
         for name in names:
             old = host.module._parameters[name]
@@ -198,21 +199,11 @@ def _merge_parameters(roster: Roster, adapter: Adapter, undo: list[Undo], errors
                 errors[f"{host.path}.{name}"] = _loss(value, old.dtype)
                 new[id(old)] = nn.Parameter(value.detach().to(old.dtype), requires_grad=False)
             host.module._parameters[name] = new[id(old)]
-            undo.append(_putter(host.module, name, old))
+            undo.append(functools.partial(_put, host.module, name, old))
 
 
-def _activator(roster: Roster, name: str | None) -> Undo:
-    def activate() -> None:
-        roster.active = name
-
-    return activate
-
-
-def _putter(module: nn.Module, name: str, parameter: nn.Parameter) -> Undo:
-    def put() -> None:
-        module._parameters[name] = parameter
-
-    return put
+def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module._parameters[name] = parameter
 
 
 def _untie(roster: Roster, undo: list[Undo]) -> bool:
@@ -224,7 +215,7 @@ def _untie(roster: Roster, undo: list[Undo]) -> bool:
     if None in ends or ends[0]._parameters.get("weight") is ends[1]._parameters.get("weight"):
         return False
     config.tie_word_embeddings = False
-    undo.append(lambda: setattr(config, "tie_word_embeddings", True))
+    undo.append(functools.partial(setattr, config, "tie_word_embeddings", True))
     return True
 
 

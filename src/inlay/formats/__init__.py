@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
 from inlay.core.errors import AdapterFileError, ConfigError, OutputError, UnsupportedError
-from inlay.core.roster import roster_of
+from inlay.core.forward.roster import roster_of
 
 FORMATS = ("native", "peft")
 

@@ -24,13 +24,13 @@ from typing import Any
 
 from torch import nn
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.pieces import DeltaPiece
 from inlay.core.errors import AdapterFileError, UserError, problems
-from inlay.core.method import Method
-from inlay.core.pieces import DeltaPiece
-from inlay.core.roles import layer_of
-from inlay.core.select import Places
-from inlay.core.view import ModelView
+from inlay.core.model.roles import layer_of
+from inlay.core.model.select import Places
+from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive, open_archive
 from inlay.formats.exchange import CRASHES, Entry, Reading, restore
 from inlay.formats.peft.config import FILE, Config, read_config

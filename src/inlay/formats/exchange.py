@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from inlay.core.adapter import Adapter
 from inlay.core.build import build
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.method import Method
 from inlay.core.errors import AdapterFileError, AdapterNameError, OutputError, UserError, problems
 from inlay.core.install import install
-from inlay.core.method import Method
-from inlay.core.select import Places
+from inlay.core.model.select import Places
 from inlay.formats.archive import Archive
 
 # What a value of a wrong type or size in a foreign configuration may end in.

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.pieces import DeltaPiece
 from inlay.core.errors import AdapterFileError, ConfigError
-from inlay.core.method import Method
-from inlay.core.pieces import DeltaPiece
-from inlay.core.select import Places
-from inlay.core.view import ModelView
+from inlay.core.model.select import Places
+from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive, archive
 from inlay.formats.exchange import Entry, Reading, restore
 

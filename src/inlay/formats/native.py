@@ -22,14 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inlay import __version__
-from inlay.core.adapter import Adapter, digest_of
 from inlay.core.build import build
+from inlay.core.contracts.adapter import Adapter, digest_of
+from inlay.core.contracts.method import Method
 from inlay.core.errors import AdapterFileError, BaseMismatchError, ConfigError, OutputError, problems
-from inlay.core.fingerprint import Fingerprint, fingerprint
+from inlay.core.forward.roster import held_by_others
 from inlay.core.install import install
-from inlay.core.method import Method
-from inlay.core.roster import held_by_others
-from inlay.core.select import Places
+from inlay.core.model.fingerprint import Fingerprint, fingerprint
+from inlay.core.model.select import Places
 from inlay.formats.archive import header_of
 from inlay.formats.exchange import CRASHES, Weightless
 

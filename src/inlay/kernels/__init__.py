@@ -1,8 +1,14 @@
-"""Fast paths, each beside its naive twin, which is its oracle. Importing this package puts them into effect."""
+"""Fast paths, each beside its naive twin, which is its oracle. Importing this package puts them into effect;
+`inlay.fast_paths(False)` leaves the twins in force. Their order is in `core/forward/wrappers.py`."""
 
-from inlay.kernels import dropout as dropout
-from inlay.kernels import flash as flash
-from inlay.kernels import gated as gated
-from inlay.kernels import labelled_head as labelled_head
-from inlay.kernels import norm as norm
-from inlay.kernels import trunk as trunk
+from inlay.core.forward.wrappers import register, register_around_root
+from inlay.kernels import dropout, flash, gated, labelled_head, norm, packed, trunk
+
+register("dropout", dropout.dropout, dropout.is_dropout)
+register("attention-backward", flash.attention, flash.is_attention)
+register("gated-mlp", gated.gated, gated.is_gated)
+register("loss-at-labels", labelled_head.head, labelled_head.is_head)
+register("norm", norm.norm, norm.is_norm)
+register("trunk-cache", trunk.trunk)
+register_around_root("packing", packed.around)
+register_around_root("loss-at-labels", labelled_head.labelled)

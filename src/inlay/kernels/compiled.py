@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from inlay.core import roles
+from inlay.core.contracts.pieces import DeltaPiece, PromptPiece
 from inlay.core.errors import UnsupportedError
-from inlay.core.pieces import DeltaPiece, PromptPiece
-from inlay.core.roster import find_roster
-from inlay.core.view import ModelView
+from inlay.core.forward.roster import find_roster
+from inlay.core.model import roles
+from inlay.core.model.view import ModelView
 
 BACKEND = "inductor"
 GRAPHS = 64  # of one kind of block: a route, a dtype, the first block (nothing flows to its input), …

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core import prompting
-from inlay.core.host import Host
-from inlay.core.transforms import transformed
+from inlay.core.forward.host import Host
+from inlay.core.forward.transforms import transformed
+from inlay.core.model.view import ModelView
 from inlay.kernels.masks import MOST, drawn, fresh_seed, without_
 
 
@@ -63,10 +63,6 @@ def _kept(x: Tensor, share: float, seed: int) -> Tensor:
     return without_((x * (1 / (1 - share))).contiguous(), drawn(x.numel(), seed, share))
 
 
-def is_dropout(module: nn.Module) -> bool:
+def is_dropout(module: nn.Module, view: ModelView) -> bool:
     """torch's own; what is derived from it may compute anything."""
     return type(module) is nn.Dropout
-
-
-prompting.WRAPPERS["dropout"] = dropout
-prompting.RECOGNISED["dropout"] = is_dropout

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from inlay.core import prompting
-from inlay.core.host import Host
-from inlay.core.transforms import transformed
+from inlay.core.forward.host import Host
+from inlay.core.forward.transforms import transformed
+from inlay.core.model.view import ModelView
 from inlay.kernels import second
 from inlay.kernels.dropout import Dropout
 from inlay.kernels.masks import MOST, fresh_seed
@@ -44,7 +44,7 @@ class FasterBackward(TorchFunctionMode):
             query = args[0]
             scale = given.get("scale") or query.shape[-1] ** -0.5
             mask, causal = given.get("attn_mask"), given.get("is_causal", False)
-            return FlashAttention.apply(*args, mask, causal, scale)  # type: ignore[no-untyped-call]
+            return BlockedBackward.apply(*args, mask, causal, scale)  # type: ignore[no-untyped-call]
         if func is F.scaled_dot_product_attention and len(args) == 3 and drops(*args, **given):
             return with_dropout(*args, **given)
         return func(*args, **given)
@@ -107,7 +107,7 @@ def with_dropout(
     return kept @ value
 
 
-class FlashAttention(torch.autograd.Function):
+class BlockedBackward(torch.autograd.Function):
     """See the module; (rows, heads, tokens, size) each."""
 
     @staticmethod
@@ -207,10 +207,6 @@ def attention(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) 
         return inner(*args, **kwargs)
 
 
-def is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module, view: ModelView) -> bool:
     """A module that computes attention itself: none of its children is one."""
-    return "Attention" in type(module).__name__ and not any(is_attention(m) for m in module.children())
-
-
-prompting.WRAPPERS["flash"] = attention
-prompting.RECOGNISED["flash"] = is_attention
+    return "Attention" in type(module).__name__ and not any(is_attention(m, view) for m in module.children())

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core import prompting
-from inlay.core.host import Host
-from inlay.core.transforms import transformed, watched
+from inlay.core.forward.host import Host
+from inlay.core.forward.transforms import transformed, watched
+from inlay.core.model.view import ModelView
 from inlay.kernels import gpu, second
 
 CHILDREN = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -93,10 +93,6 @@ class Gate(torch.autograd.Function):
         return d_gate, grads[0] * opened.detach(), None
 
 
-def is_gated(module: nn.Module) -> bool:
+def is_gated(module: nn.Module, view: ModelView) -> bool:
     """A module made of the four children and nothing that is called beside them."""
     return module._modules.keys() >= set(CHILDREN) and all(module._modules[n] is not None for n in CHILDREN)
-
-
-prompting.WRAPPERS["gated"] = gated
-prompting.RECOGNISED["gated"] = is_gated

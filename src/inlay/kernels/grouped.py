@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.core.grouped import Grouped
-from inlay.core.site import Site
+from inlay.core.contracts.delta import Grouped
+from inlay.core.model.site import Site
 
 FEW = 8  # tokens a segment, up to which float32 products are the faster ones
 

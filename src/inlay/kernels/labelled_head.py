@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from inlay.core import prompting
 from inlay.core.errors import UnsupportedError
-from inlay.core.host import Host
+from inlay.core.forward.host import Host
+from inlay.core.forward.transforms import transformed, watched
 from inlay.core.labels import IGNORED
-from inlay.core.transforms import transformed, watched
+from inlay.core.model.view import ModelView
 from inlay.kernels import gpu, second
 from inlay.kernels.cross_entropy import cross_entropy_
 from inlay.kernels.lazy import LazyTensor, Mode
@@ -37,6 +37,7 @@ from inlay.kernels.lazy import LazyTensor, Mode
 SCORES_AT_ONCE = 2**23  # numbers in a chunk's scores: 16 MiB in half precision
 FEWEST_ROWS = 256  # below, a matrix product does not reach its speed: 128 rows take 6 to 9 % longer, 512 no less
 TRIAL_TOKENS = 128  # of the row that both ways are tried on
+FEATURE = "loss-at-labels"
 TELLING_ROWS = 16  # whose scores are there at once where labels are made up
 SPREAD = 3.0  # of the scores of made-up hidden states
 AGREEMENT = 2e-3  # relative, between the two losses: half precision sums in another order
@@ -68,6 +69,11 @@ def head(host: Host, inner: Callable[..., Any], hidden: Tensor, *args: Any, **kw
         return hidden.new_empty((*hidden.shape[:-1], 0))
     asked.scores.append(inner(hidden, *args, **kwargs))
     return asked.scores[-1]
+
+
+def is_head(module: nn.Module, view: ModelView) -> bool:
+    """The model's output head."""
+    return module is view.output_head
 
 
 def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +141,7 @@ def _head_of(host: Host) -> nn.Linear | None:
     ):
         return None
     at: Host | None = layer.__dict__.get("_inlay_host")
-    if at is None or "head" not in at.features or at.original_class is not nn.Linear or not _bare(layer, at):
+    if at is None or FEATURE not in at.features or at.original_class is not nn.Linear or not _bare(layer, at):
         return None
     used = host.roster.current().used
     touched = any(n in owner for n in used for owner in (at.deltas, at.differences, at.copies))
@@ -367,7 +373,3 @@ class LabelledLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         second.refuse("the loss at the labels", "call the model without labels and compute the loss from its logits")
         return ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None, None, None, None
-
-
-prompting.WRAPPERS["head"] = head
-prompting.AROUND.append(labelled)

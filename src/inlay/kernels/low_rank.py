@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.core.transforms import transformed
+from inlay.core.forward.transforms import transformed
 from inlay.kernels import gpu, second
 from inlay.kernels.masks import MOST, drawn, fresh_seed, without, without_
 

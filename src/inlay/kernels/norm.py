@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core import prompting
-from inlay.core.host import Host
-from inlay.core.transforms import transformed
+from inlay.core.forward.host import Host
+from inlay.core.forward.transforms import transformed
+from inlay.core.model.view import ModelView
 from inlay.kernels import gpu, second
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the gradient's norm
@@ -107,7 +107,7 @@ class RootMeanSquare(torch.autograd.Function):
         return gradient(grads[0], x, weight, *ctx.formula), None, None, None, None
 
 
-def is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module, view: ModelView) -> bool:
     """A norm with a vector of weights and nothing else; torch's own layer norm is one kernel already."""
     weight = module._parameters.get("weight")
     return (
@@ -118,7 +118,3 @@ def is_norm(module: nn.Module) -> bool:
         and sum(p is not None for p in module._parameters.values()) == 1
         and not module._modules
     )
-
-
-prompting.WRAPPERS["norm"] = norm
-prompting.RECOGNISED["norm"] = is_norm

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.core.transforms import transformed
+from inlay.core.forward.transforms import transformed
 
 BLOCK = 64
 LEVELS = {

@@ -17,20 +17,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionMaskInterface
 
-from inlay.core import prompting
-from inlay.core.attention import PREFIX, _base
 from inlay.core.errors import UnsupportedError
-from inlay.core.host import Host
-from inlay.core.view import ModelView
+from inlay.core.forward.host import Host
+from inlay.core.model.view import ModelView
+from inlay.core.prompts.interface import NAMESPACE, configurations, original_attention, put_back, registered, swapped
 
 NAME = "packed_"
 WASTE = 1.25  # slots to tokens, at most, of texts that share a call
@@ -172,57 +171,47 @@ def prepare(model: nn.Module) -> Callable[[], None]:
         UnsupportedError: attention outside of transformers' interface, or of a kind that is not known here.
     """
     view = ModelView(model)
-    configs = {id(c): c for p in view.attention_places() for c in (getattr(p.module, "config", view.config),)}
-    changed: list[tuple[Any, str]] = []
-    for config in configs.values():
-        original = config._attn_implementation or "eager"
+    places = view.attention_places()
+    for config in configurations(view, places):
         layers = set(getattr(config, "layer_types", None) or _KNOWN_LAYERS)
-        if NAME in original:
-            continue
-        if original.removeprefix(PREFIX) not in ("sdpa", "eager"):  # prompts of other adapters stand before it
-            raise UnsupportedError(f"packing works with the attention implementations sdpa and eager, not {original!r}")
         if layers - _KNOWN_LAYERS:
             raise UnsupportedError(f"packing does not know the layers {', '.join(sorted(layers - _KNOWN_LAYERS))}")
-        changed.append((config, original))
-    for config, original in changed:
-        config._attn_implementation = _registered(original)
-
-    def undo() -> None:
-        for config, original in changed:
-            config._attn_implementation = original
-
-    return undo
+    return partial(put_back, swapped(view, places, _implementation))
 
 
-def _registered(original: str) -> str:
-    name = NAME + original
-    if name in AttentionInterface._global_mapping:
-        return name
+def _implementation(original: str) -> str:
+    """The registered name of the attention that takes texts apart before `original`."""
+    if NAME in original:
+        return original
+    if original.removeprefix(NAMESPACE) not in ("sdpa", "eager"):  # prompts of other adapters stand before it
+        raise UnsupportedError(f"packing works with the attention implementations sdpa and eager, not {original!r}")
     masks = AttentionMaskInterface._global_mapping[original]
+    return registered(NAME, original, partial(_attention, original), partial(_mask, masks))
 
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        return masks(*args, **kwargs) if _RUNS.get() is None else None
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        runs, base = _RUNS.get(), _base(original, module)
-        if runs is None:
-            return base(module, query, key, value, mask, **kwargs)
-        if kwargs.get("position_bias") is not None:
-            raise UnsupportedError("attention with a bias by position cannot be packed")
-        window, needed = kwargs.get("sliding_window"), original.endswith("eager")
-        if not needed and _takes_all(query, value, kwargs):
-            return at_once(query, key, value, runs, window, kwargs.get("scaling")), None
-        parts = []
-        for rows in _rows(runs, query.device):
-            q, k, v = (rows.apart(t) for t in (query, key, value))
-            length = q.shape[2]
-            own = _causal(length, window, q) if needed or (window and length > window) else None
-            parts.append(rows.together(base(module, q, k, v, own, **kwargs)[0]))
-        return torch.cat(parts, 1), None
+def _mask(masks: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The model's own mask; none where texts are taken apart."""
+    return masks(*args, **kwargs) if _RUNS.get() is None else None
 
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
-    return name
+
+def _attention(
+    original: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> Any:
+    runs, base = _RUNS.get(), original_attention(original, module)
+    if runs is None:
+        return base(module, query, key, value, mask, **kwargs)
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedError("attention with a bias by position cannot be packed")
+    window, needed = kwargs.get("sliding_window"), original.endswith("eager")
+    if not needed and _takes_all(query, value, kwargs):
+        return at_once(query, key, value, runs, window, kwargs.get("scaling")), None
+    parts = []
+    for rows in _rows(runs, query.device):
+        q, k, v = (rows.apart(t) for t in (query, key, value))
+        length = q.shape[2]
+        own = _causal(length, window, q) if needed or (window and length > window) else None
+        parts.append(rows.together(base(module, q, k, v, own, **kwargs)[0]))
+    return torch.cat(parts, 1), None
 
 
 def _takes_all(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -316,6 +305,3 @@ def isolates(model: nn.Module, texts: list[list[int]], tolerance: float) -> bool
     first = len(texts[0])
     apart = (packed - alone).float().norm(dim=-1) <= tolerance * alone.float().norm(dim=-1)
     return bool(apart.all()) and torch.equal(packed[first:], moved[first:])
-
-
-prompting.AROUND.insert(0, around)

@@ -23,16 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core import prompting
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.pieces import PromptPiece
 from inlay.core.errors import UnsupportedError
-from inlay.core.host import Host
-from inlay.core.install import grant, revoke
-from inlay.core.pieces import PromptPiece
-from inlay.core.roster import roster_of
-from inlay.core.view import ModelView
+from inlay.core.forward.host import Host
+from inlay.core.hosts import hosts_of
+from inlay.core.model.view import ModelView
 
-FEATURE = "trunk"
+FEATURE = "trunk-cache"
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -95,7 +93,7 @@ def find_cut(model: nn.Module, adapter: Adapter, batch: dict[str, Any]) -> Cut:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedError(f"{type(model).__name__} has two stacks; a trunk is cut in models that have one")
     blocks = ModelView(model).stack().blocks
-    trained = {path for path, host in roster_of(model).hosts.items() if _acts(host, adapter.name)}
+    trained = {host.path for host in hosts_of(model) if _acts(host, adapter.name)}
     started, first = _order(model, batch, blocks, trained)
     if tuple(started) != blocks:
         raise UnsupportedError(f"{type(model).__name__} does not run its blocks once each, one after another")
@@ -169,7 +167,7 @@ def open_cut(model: nn.Module, cut: Cut) -> None:
     """Make the blocks below the cut listen to the contexts here."""
     for path in cut.blocks:
         _LISTEN.setdefault(model, Counter())[path] += 1
-        grant(roster_of(model), path, FEATURE)
+        hosts_of(model).grant(path, FEATURE)
 
 
 def close_cut(model: nn.Module, cut: Cut) -> None:
@@ -177,7 +175,7 @@ def close_cut(model: nn.Module, cut: Cut) -> None:
     for path in cut.blocks:
         _LISTEN[model][path] -= 1
         if not _LISTEN[model][path]:
-            revoke(roster_of(model), path, FEATURE)
+            hosts_of(model).revoke(path, FEATURE)
 
 
 @contextmanager
@@ -247,6 +245,3 @@ def trunk(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         if asked.enough:
             raise _Enough
     return out
-
-
-prompting.WRAPPERS[FEATURE] = trunk

@@ -12,8 +12,8 @@ from functools import cache
 from importlib import import_module, metadata
 from types import MappingProxyType, ModuleType
 
+from inlay.core.contracts.method import Method
 from inlay.core.errors import ConfigError, nearest
-from inlay.core.method import Method
 
 # Key → module and class, in the order of the methods table.
 BUILT_IN = {

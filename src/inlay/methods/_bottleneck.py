@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, cast
-from inlay.core.grouped import Grouped
-from inlay.core.method import Method
-from inlay.core.site import Site
+from inlay.core.contracts.delta import Delta, Grouped, cast
+from inlay.core.contracts.method import Method
+from inlay.core.model.site import Site
 from inlay.kernels.grouped import Bottlenecks
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -2,7 +2,7 @@
 
 The members' pieces stay pieces of their own, each labelled with its member's number (`_member.py`), so that files,
 counts, initialisation from data and learning rates work as they do for the member alone. How deltas at one module
-act on one another is in `core/chain.py`; prompts stand behind one another; differences to a parameter add.
+act on one another is in `core/forward/chain.py`; prompts stand behind one another; differences to a parameter add.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from inlay.core.adapter import Adapter
-from inlay.core.clock import Clock
+from inlay.core.contracts.adapter import Adapter, Clock
+from inlay.core.contracts.method import Batches, Measured, Method, PromptMethod, Recipe
+from inlay.core.contracts.pieces import Branch, Piece
 from inlay.core.errors import SelectionError, UnsupportedError
-from inlay.core.measure import Batches, Measured
-from inlay.core.method import Method, Recipe
-from inlay.core.pieces import Branch, Piece
-from inlay.core.prompt import PromptMethod
-from inlay.core.select import Places
+from inlay.core.model.select import Places
 from inlay.methods._member import Clocks, Member, pieces_of
 
 if TYPE_CHECKING:
-    from inlay.core.view import ModelView
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, init=False)

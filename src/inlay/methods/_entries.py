@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from inlay.core.pieces import SubsetPiece
-from inlay.core.subset import Difference
+from inlay.core.contracts.pieces import SubsetPiece
+from inlay.core.contracts.subset import Difference
 
 if TYPE_CHECKING:
-    from inlay.core.adapter import Adapter
+    from inlay.core.contracts.adapter import Adapter
 
 
 class SparseDifference(Difference):

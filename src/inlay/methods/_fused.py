@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.clock import Clock
-from inlay.core.delta import Delta, cast
+from inlay.core.contracts.adapter import Clock
+from inlay.core.contracts.delta import Delta, cast
+from inlay.core.contracts.pieces import DeltaPiece
 from inlay.core.errors import UnsupportedError
-from inlay.core.pieces import DeltaPiece
-from inlay.core.site import Site
+from inlay.core.model.site import Site
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

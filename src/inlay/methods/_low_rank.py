@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, cast
+from inlay.core.contracts.delta import Delta, Grouped, cast
 from inlay.core.errors import UnsupportedError
-from inlay.core.grouped import Grouped
-from inlay.core.site import Site
+from inlay.core.model.site import Site
 from inlay.kernels.grouped import LowRanks
 from inlay.kernels.low_rank import add_low_rank, applies, applies_to_layer, linear_with_low_rank
 
@@ -66,7 +65,7 @@ class LowRank(Delta):
             return self.post(x, y, site)
         return add_low_rank(y, x, self.a, self.b, self.scale, dropout, owned=True)
 
-    def whole(self, x: Tensor, site: Site) -> Tensor | None:
+    def with_layer(self, x: Tensor, site: Site) -> Tensor | None:
         layer: Any = site.module
         weight, bias, dropout = layer.weight, layer.bias, self.dropout if self.training else 0.0
         if not applies_to_layer(x, weight, bias, dropout):

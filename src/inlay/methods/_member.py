@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from inlay.core.adapter import Adapter, kind_and_module
-from inlay.core.clock import Clock
-from inlay.core.method import Method
-from inlay.core.pieces import Branch, DeltaPiece, Piece, PromptPiece, SubsetPiece
-from inlay.core.select import Places
-from inlay.core.shared import Shared, shared_in
+from inlay.core.contracts.adapter import Adapter, Clock, kind_and_module
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.pieces import Branch, DeltaPiece, Piece, PromptPiece, SubsetPiece
+from inlay.core.contracts.shared import Shared, shared_in
+from inlay.core.model.select import Places
 
 if TYPE_CHECKING:
-    from inlay.core.view import ModelView
+    from inlay.core.model.view import ModelView
     from inlay.methods._composition import Composition
 
 

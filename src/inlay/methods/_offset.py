@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, cast
+from inlay.core.contracts.delta import Delta, cast
 from inlay.core.errors import ConfigError
-from inlay.core.site import Site
+from inlay.core.model.site import Site
 
 Factors = tuple[Tensor, Tensor]
 

@@ -1,15 +1,15 @@
-"""What methods with a rank and an alpha share: values that differ from site to site, by `core/pattern.py`."""
+"""What methods with a rank and an alpha share: values that differ by site (`core/contracts/site_pattern.py`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.pieces import DeltaPiece, Piece
+from inlay.core.contracts.site_pattern import Pattern, frozen, unused, value_at
 from inlay.core.errors import SelectionError, problems
-from inlay.core.method import Method
-from inlay.core.pattern import Pattern, frozen, unused, value_at
-from inlay.core.pieces import DeltaPiece, Piece
-from inlay.core.site import Site
+from inlay.core.model.site import Site
 
 
 class Ranked(Protocol):

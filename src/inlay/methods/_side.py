@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, cast
+from inlay.core.contracts.delta import Delta, cast
 from inlay.core.errors import UnsupportedError
-from inlay.core.site import Site
-from inlay.core.span import current_span
+from inlay.core.model.site import Site
+from inlay.core.prompts.span import current_span
 from inlay.methods._bottleneck import FUNCTIONS
 
 if TYPE_CHECKING:
-    from inlay.core.view import ModelView
+    from inlay.core.model.view import ModelView
     from inlay.methods.ladder import LadderSideTuning
 
 

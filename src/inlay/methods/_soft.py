@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from inlay.core.errors import ConfigError, UnsupportedError
-from inlay.core.measure import bare
-from inlay.core.view import ModelView
+from inlay.core.forward.roster import bare
+from inlay.core.model.view import ModelView
 
 COMMON = 5_000
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from inlay.core import roles
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.site_pattern import Pattern, frozen
 from inlay.core.errors import SelectionError
-from inlay.core.layer import Kind
-from inlay.core.method import Method
-from inlay.core.pattern import Pattern, frozen
-from inlay.core.select import Places, select
+from inlay.core.model import roles
+from inlay.core.model.layer import Kind
+from inlay.core.model.select import Places, select
 from inlay.methods._steps import length_of_run
 from inlay.methods.full import parameter_names
 
 if TYPE_CHECKING:
-    from inlay.core.view import ModelView
+    from inlay.core.model.view import ModelView
 
 KINDS: tuple[Kind, ...] = ("linear", "embedding", "conv", "norm")
 BLOCKS = "every parameter of the numbered layers"  # `default_where` of these methods

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from inlay.core.contracts.pieces import DeltaPiece, Piece, PromptPiece
+from inlay.core.contracts.shared import Shared
 from inlay.core.errors import ConfigError
-from inlay.core.pieces import DeltaPiece, Piece, PromptPiece
-from inlay.core.shared import Shared
 
 if TYPE_CHECKING:
-    from inlay.core.adapter import Adapter
+    from inlay.core.contracts.adapter import Adapter
 
 SCHEDULE = "schedule"  # the key under which the counter is stored
 

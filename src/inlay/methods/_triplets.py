@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, cast
-from inlay.core.site import Site
+from inlay.core.contracts.delta import Delta, cast
+from inlay.core.model.site import Site
 
 if TYPE_CHECKING:
-    from inlay.core.adapter import Adapter
+    from inlay.core.contracts.adapter import Adapter
     from inlay.methods._steps import Steps
 
 TENSORS = ("a", "b", "e")

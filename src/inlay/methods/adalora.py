@@ -28,19 +28,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inlay.core.clock import Clock
-from inlay.core.delta import Delta, DeltaMethod
-from inlay.core.method import Method, Recipe
-from inlay.core.pattern import Pattern, frozen, value_at
-from inlay.core.pieces import Piece
-from inlay.core.site import Site
+from inlay.core.contracts.adapter import Clock
+from inlay.core.contracts.delta import Delta
+from inlay.core.contracts.method import DeltaMethod, Method, Recipe
+from inlay.core.contracts.pieces import Piece
+from inlay.core.contracts.site_pattern import Pattern, frozen, value_at
+from inlay.core.model.site import Site
 from inlay.methods._steps import counted, length_of_run, steps_of
 from inlay.methods._triplets import Triplets, without_pruned
 
 if TYPE_CHECKING:
-    from inlay.core.adapter import Adapter
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.contracts.adapter import Adapter
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,14 +17,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.pieces import Branch, Piece, PromptPiece
 from inlay.core.errors import UnsupportedError
-from inlay.core.method import Method
-from inlay.core.pieces import Branch, Piece, PromptPiece
 from inlay.methods._composition import Composition, restored
 
 if TYPE_CHECKING:
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, init=False)

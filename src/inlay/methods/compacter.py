@@ -26,21 +26,21 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, DeltaMethod, cast
+from inlay.core.contracts.delta import Delta, cast
+from inlay.core.contracts.method import DeltaMethod, Recipe
+from inlay.core.contracts.pieces import DeltaPiece
+from inlay.core.contracts.shared import Shared
 from inlay.core.errors import SelectionError, problems
-from inlay.core.layer import Kind
-from inlay.core.method import Recipe
-from inlay.core.pieces import DeltaPiece
-from inlay.core.roles import CROSS_ATTENTION
-from inlay.core.select import select
-from inlay.core.shared import Shared
-from inlay.core.site import Site
+from inlay.core.model.layer import Kind
+from inlay.core.model.roles import CROSS_ATTENTION
+from inlay.core.model.select import select
+from inlay.core.model.site import Site
 from inlay.methods._bottleneck import FUNCTIONS, check_sizes
 
 if TYPE_CHECKING:
-    from inlay.core.pieces import Piece
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.contracts.pieces import Piece
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,20 +28,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inlay.core.clock import Clock
-from inlay.core.method import Method, Recipe
-from inlay.core.pattern import Pattern, frozen
-from inlay.core.pieces import Piece
-from inlay.core.select import Places
-from inlay.core.subset import Difference, SubsetMethod
-from inlay.core.view import ModelView
+from inlay.core.contracts.adapter import Clock
+from inlay.core.contracts.method import Method, Recipe, SubsetMethod
+from inlay.core.contracts.pieces import Piece
+from inlay.core.contracts.site_pattern import Pattern, frozen
+from inlay.core.contracts.subset import Difference
+from inlay.core.model.select import Places
+from inlay.core.model.view import ModelView
 from inlay.methods import _sparse
 from inlay.methods._entries import SparseDifference, differences, thinned
 from inlay.methods._gates import GatedDifference, closing_slope
 from inlay.methods._steps import counted, forget, steps_of
 
 if TYPE_CHECKING:
-    from inlay.core.adapter import Adapter
+    from inlay.core.contracts.adapter import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,20 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, DeltaMethod, cast
-from inlay.core.grouped import Grouped
-from inlay.core.method import Recipe
-from inlay.core.pattern import Pattern
-from inlay.core.site import Site
-from inlay.core.transforms import transformed
-from inlay.core.watch import stamp
+from inlay.core.contracts.delta import Delta, Grouped, cast
+from inlay.core.contracts.method import DeltaMethod, Recipe
+from inlay.core.contracts.site_pattern import Pattern
+from inlay.core.forward.transforms import transformed
+from inlay.core.model.site import Site
+from inlay.core.model.watch import stamp
 from inlay.kernels.grouped import LowRanks, Turned
 from inlay.methods._patterns import check_used, rank_and_alpha, settle
 
 if TYPE_CHECKING:
-    from inlay.core.pieces import Piece
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.contracts.pieces import Piece
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

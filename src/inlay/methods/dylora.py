@@ -25,15 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inlay.core.adapter import Adapter
-from inlay.core.clock import Clock
-from inlay.core.delta import Delta, DeltaMethod, cast
-from inlay.core.method import Recipe
-from inlay.core.pieces import Piece
-from inlay.core.select import Places
-from inlay.core.shared import Shared
-from inlay.core.site import Site
-from inlay.core.view import ModelView
+from inlay.core.contracts.adapter import Adapter, Clock
+from inlay.core.contracts.delta import Delta, cast
+from inlay.core.contracts.method import DeltaMethod, Recipe
+from inlay.core.contracts.pieces import Piece
+from inlay.core.contracts.shared import Shared
+from inlay.core.model.select import Places
+from inlay.core.model.site import Site
+from inlay.core.model.view import ModelView
 from inlay.methods._low_rank import LowRank, check_sizes
 
 

@@ -25,16 +25,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, DeltaMethod
+from inlay.core.contracts.delta import Delta
+from inlay.core.contracts.method import Batches, DeltaMethod, Measured, Recipe
+from inlay.core.contracts.pieces import DeltaPiece, Piece
+from inlay.core.contracts.site_pattern import Pattern, frozen, value_at
 from inlay.core.errors import ConfigError
 from inlay.core.labels import IGNORED
-from inlay.core.measure import Batches, Measured, observe_inputs
-from inlay.core.method import Recipe
-from inlay.core.pattern import Pattern, frozen, value_at
-from inlay.core.pieces import DeltaPiece, Piece
-from inlay.core.select import Places, select
-from inlay.core.site import Site
-from inlay.core.view import ModelView
+from inlay.core.measure import observe_inputs
+from inlay.core.model.select import Places, select
+from inlay.core.model.site import Site
+from inlay.core.model.view import ModelView
 from inlay.methods._low_rank import check_sizes, low_rank
 from inlay.methods._principal import Inputs, Principal
 

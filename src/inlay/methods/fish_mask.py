@@ -22,13 +22,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from inlay.core.contracts.method import Batches, Measured, Recipe, SubsetMethod
+from inlay.core.contracts.site_pattern import Pattern, frozen
+from inlay.core.contracts.subset import Difference
 from inlay.core.errors import ConfigError
-from inlay.core.measure import Batches, Measured, bare
-from inlay.core.method import Recipe
-from inlay.core.pattern import Pattern, frozen
-from inlay.core.select import Places
-from inlay.core.subset import Difference, SubsetMethod
-from inlay.core.view import ModelView
+from inlay.core.forward.roster import bare
+from inlay.core.model.select import Places
+from inlay.core.model.view import ModelView
 from inlay.methods._entries import SparseDifference
 from inlay.methods._sparse import BLOCKS, candidates, chosen_in, counts, how_many, largest, settle
 

@@ -24,21 +24,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.clock import Clock
-from inlay.core.delta import Delta
+from inlay.core.contracts.adapter import Clock
+from inlay.core.contracts.delta import Delta
+from inlay.core.contracts.method import Measured, Method, Recipe
+from inlay.core.contracts.pieces import DeltaPiece, Piece
+from inlay.core.contracts.shared import shared_in
 from inlay.core.errors import AdapterNameError, SelectionError, UnsupportedError
-from inlay.core.measure import Measured
-from inlay.core.method import Method, Recipe
-from inlay.core.pieces import DeltaPiece, Piece
-from inlay.core.roster import find_roster
-from inlay.core.shared import shared_in
+from inlay.core.forward.roster import find_roster
 from inlay.methods._composition import restored
 from inlay.methods._fused import Fused, PullToIdentity
 
 if TYPE_CHECKING:
-    from inlay.core.adapter import Adapter
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.contracts.adapter import Adapter
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

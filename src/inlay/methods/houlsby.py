@@ -18,10 +18,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, DeltaMethod
-from inlay.core.layer import Kind
-from inlay.core.method import Recipe
-from inlay.core.site import Site
+from inlay.core.contracts.delta import Delta
+from inlay.core.contracts.method import DeltaMethod, Recipe
+from inlay.core.model.layer import Kind
+from inlay.core.model.site import Site
 from inlay.methods._bottleneck import BottleneckDelta, check_sizes
 
 

@@ -18,10 +18,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, DeltaMethod, cast
-from inlay.core.grouped import Grouped
-from inlay.core.method import Recipe
-from inlay.core.site import Site
+from inlay.core.contracts.delta import Delta, Grouped, cast
+from inlay.core.contracts.method import DeltaMethod, Recipe
+from inlay.core.model.site import Site
 from inlay.kernels.grouped import EnteringScales, LeavingScales
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.core.method import Method
-from inlay.core.pieces import Branch
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.pieces import Branch
 from inlay.methods._composition import Composition
 
 

@@ -27,15 +27,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from inlay.core.contracts.method import Method, Recipe
 from inlay.core.errors import SelectionError, UnsupportedError
-from inlay.core.method import Method, Recipe
 from inlay.methods._bottleneck import FUNCTIONS
 from inlay.methods._side import SideNetwork, SideTransformer, heads_of
 
 if TYPE_CHECKING:
-    from inlay.core.pieces import Piece
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.contracts.pieces import Piece
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class LadderSideTuning(Method):
         )
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
-        from inlay.core.pieces import DeltaPiece
+        from inlay.core.contracts.pieces import DeltaPiece
 
         if places.where is not None:
             raise SelectionError("method 'ladder' stands beside the whole stack, so it takes no `where`; use `layers`")

@@ -22,21 +22,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from inlay.core.delta import DeltaMethod
+from inlay.core.contracts.method import DeltaMethod, Recipe
+from inlay.core.contracts.pieces import DeltaPiece
+from inlay.core.contracts.site_pattern import Pattern, frozen
 from inlay.core.errors import SelectionError, problems
-from inlay.core.method import Recipe
-from inlay.core.originals import Originals
-from inlay.core.pattern import Pattern, frozen
-from inlay.core.pieces import DeltaPiece
-from inlay.core.site import Site
+from inlay.core.model.originals import Originals
+from inlay.core.model.site import Site
 from inlay.kernels.normal_float import LEVELS
 from inlay.methods._backbone import Alternation, Backbone
 from inlay.methods._low_rank import check_sizes
 
 if TYPE_CHECKING:
-    from inlay.core.pieces import Piece
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.contracts.pieces import Piece
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

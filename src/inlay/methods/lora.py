@@ -19,18 +19,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from inlay.core.delta import Delta, DeltaMethod
+from inlay.core.contracts.delta import Delta
+from inlay.core.contracts.method import DeltaMethod, Recipe
+from inlay.core.contracts.site_pattern import Pattern, frozen, unused, value_at
 from inlay.core.errors import SelectionError, problems
-from inlay.core.layer import Kind
-from inlay.core.method import Recipe
-from inlay.core.pattern import Pattern, frozen, unused, value_at
-from inlay.core.site import Site
+from inlay.core.model.layer import Kind
+from inlay.core.model.site import Site
 from inlay.methods._low_rank import low_rank
 
 if TYPE_CHECKING:
-    from inlay.core.pieces import Piece
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.contracts.pieces import Piece
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

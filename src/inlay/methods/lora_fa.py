@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inlay.core.adapter import Adapter
-from inlay.core.clock import Clock
-from inlay.core.delta import Delta, DeltaMethod
-from inlay.core.layer import Kind
-from inlay.core.method import Recipe
-from inlay.core.pieces import DeltaPiece
-from inlay.core.site import Site
-from inlay.core.watch import stamp
+from inlay.core.contracts.adapter import Adapter, Clock
+from inlay.core.contracts.delta import Delta
+from inlay.core.contracts.method import DeltaMethod, Recipe
+from inlay.core.contracts.pieces import DeltaPiece
+from inlay.core.model.layer import Kind
+from inlay.core.model.site import Site
+from inlay.core.model.watch import stamp
 from inlay.methods._low_rank import check_sizes, low_rank
 
 

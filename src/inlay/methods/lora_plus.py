@@ -21,14 +21,13 @@ from typing import ClassVar
 
 from torch.optim import Optimizer
 
-from inlay.core.adapter import Adapter
-from inlay.core.clock import Clock
-from inlay.core.delta import Delta, DeltaMethod
+from inlay.core.contracts.adapter import Adapter, Clock
+from inlay.core.contracts.delta import Delta
+from inlay.core.contracts.method import DeltaMethod, Recipe
+from inlay.core.contracts.pieces import DeltaPiece
 from inlay.core.errors import ConfigError
-from inlay.core.layer import Kind
-from inlay.core.method import Recipe
-from inlay.core.pieces import DeltaPiece
-from inlay.core.site import Site
+from inlay.core.model.layer import Kind
+from inlay.core.model.site import Site
 from inlay.methods._low_rank import check_sizes, low_rank
 
 

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, DeltaMethod, cast
+from inlay.core.contracts.delta import Delta, cast
+from inlay.core.contracts.method import DeltaMethod, Recipe
 from inlay.core.errors import SelectionError
-from inlay.core.layer import Kind
-from inlay.core.method import Recipe
-from inlay.core.site import Site
-from inlay.core.span import current_span
+from inlay.core.model.layer import Kind
+from inlay.core.model.site import Site
+from inlay.core.prompts.span import current_span
 
 if TYPE_CHECKING:
-    from inlay.core.pieces import Piece
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.contracts.pieces import Piece
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

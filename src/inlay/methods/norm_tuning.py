@@ -20,12 +20,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, DeltaMethod
+from inlay.core.contracts.delta import Delta, Grouped
+from inlay.core.contracts.method import DeltaMethod, Recipe
 from inlay.core.errors import SelectionError, problems
-from inlay.core.grouped import Grouped
-from inlay.core.layer import Kind
-from inlay.core.method import Recipe
-from inlay.core.site import Site
+from inlay.core.model.layer import Kind
+from inlay.core.model.site import Site
 from inlay.kernels.grouped import stacked
 from inlay.methods._twin import twin
 from inlay.methods.bitfit import CHANNELS_FIRST

@@ -25,11 +25,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from inlay.core.contracts.method import PromptMethod, Recipe
+from inlay.core.contracts.prompt import KeyValuePrompt, KeyValues
 from inlay.core.errors import SelectionError
-from inlay.core.method import Recipe
-from inlay.core.observe import keys_values
-from inlay.core.prompt import KeyValuePrompt, KeyValues, PromptMethod
-from inlay.core.view import AttentionPlace, ModelView
+from inlay.core.model.view import AttentionPlace, ModelView
+from inlay.core.prompts.observe import keys_values
 from inlay.methods._soft import repeated, table, words
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.core.method import Method
+from inlay.core.contracts.method import Method
 from inlay.methods._composition import Composition
 
 

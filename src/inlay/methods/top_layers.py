@@ -11,12 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.core import roles
+from inlay.core.contracts.method import Recipe, SubsetMethod
 from inlay.core.errors import SelectionError
-from inlay.core.method import Recipe
-from inlay.core.select import Places
-from inlay.core.subset import SubsetMethod
-from inlay.core.view import ModelView
+from inlay.core.model import roles
+from inlay.core.model.select import Places
+from inlay.core.model.view import ModelView
 from inlay.methods.full import parameter_names
 
 

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, cast
+from inlay.core.contracts.delta import Delta, cast
+from inlay.core.contracts.method import Method, Recipe
+from inlay.core.contracts.shared import Shared
 from inlay.core.errors import SelectionError, UnsupportedError
-from inlay.core.method import Method, Recipe
-from inlay.core.shared import Shared
-from inlay.core.site import Site
+from inlay.core.model.site import Site
 from inlay.methods._twin import twin
 
 if TYPE_CHECKING:
-    from inlay.core.pieces import Piece
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.contracts.pieces import Piece
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class TrainableTokens(Method):
         )
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
-        from inlay.core.pieces import DeltaPiece
+        from inlay.core.contracts.pieces import DeltaPiece
 
         if (places.where, places.layers) != (None, None):
             raise SelectionError(

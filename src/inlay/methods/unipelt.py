@@ -24,19 +24,19 @@ from typing import TYPE_CHECKING, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, cast
+from inlay.core.contracts.delta import Delta, cast
+from inlay.core.contracts.method import Method, Recipe
+from inlay.core.contracts.pieces import DeltaPiece, Piece, PromptPiece
+from inlay.core.contracts.prompt import KeyValuePrompt, KeyValues
 from inlay.core.errors import SelectionError
-from inlay.core.method import Method, Recipe
-from inlay.core.pieces import DeltaPiece, Piece, PromptPiece
-from inlay.core.prompt import KeyValuePrompt, KeyValues
-from inlay.core.select import Places, select
-from inlay.core.site import Site
+from inlay.core.model.select import Places, select
+from inlay.core.model.site import Site
 from inlay.methods._low_rank import LowRank
 from inlay.methods.pfeiffer import Pfeiffer
 from inlay.methods.prefix_tuning import PrefixTuning
 
 if TYPE_CHECKING:
-    from inlay.core.view import ModelView
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

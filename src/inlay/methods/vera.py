@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.delta import Delta, DeltaMethod, cast
-from inlay.core.method import Recipe
-from inlay.core.pieces import DeltaPiece
-from inlay.core.select import select
-from inlay.core.shared import Shared
-from inlay.core.site import Site
+from inlay.core.contracts.delta import Delta, cast
+from inlay.core.contracts.method import DeltaMethod, Recipe
+from inlay.core.contracts.pieces import DeltaPiece
+from inlay.core.contracts.shared import Shared
+from inlay.core.model.select import select
+from inlay.core.model.site import Site
 
 if TYPE_CHECKING:
-    from inlay.core.pieces import Piece
-    from inlay.core.select import Places
-    from inlay.core.view import ModelView
+    from inlay.core.contracts.pieces import Piece
+    from inlay.core.model.select import Places
+    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

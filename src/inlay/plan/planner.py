@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 import inlay.bases  # registers the layer types that can be read  # noqa: F401
-from inlay.core.adapter import Adapter
 from inlay.core.build import build
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.method import Method
 from inlay.core.install import install
-from inlay.core.method import Method
-from inlay.core.select import Places, Where
-from inlay.core.view import ModelView
+from inlay.core.model.select import Places, Where
+from inlay.core.model.view import ModelView
 from inlay.plan.machine import Machine
 from inlay.plan.setting import BYTES_PER_WEIGHT, ROLES, Memory, Precision, Setting
 from inlay.plan.skeleton import Skeleton

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
 from inlay.core.labels import IGNORED
 from inlay.kernels import labelled_head
 from inlay.plan.ledger import Entry, Ledger

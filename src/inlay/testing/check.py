@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from inlay.core.contracts.method import Method
 from inlay.core.errors import problems
-from inlay.core.method import Method
 from inlay.testing.laws import LAWS, Law, refusal
 from inlay.testing.models import ZOO
 from inlay.testing.specimen import Specimen

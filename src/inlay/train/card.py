@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from inlay.core.method import Method
+from inlay.core.contracts.method import Method
 from inlay.train.config import RunConfig
 from inlay.train.record import TrainingRecord
 

@@ -11,8 +11,8 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from inlay.core.contracts.method import Method
 from inlay.core.errors import ConfigError, nearest, problems
-from inlay.core.method import Method
 
 _CLASSES = ConfigDict(arbitrary_types_allowed=True)  # fields may hold methods
 

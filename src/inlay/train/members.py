@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inlay.core.contracts.method import Method
 from inlay.core.errors import ConfigError, problems
-from inlay.core.method import Method
 
 if TYPE_CHECKING:
-    from inlay.core.adapter import Adapter
+    from inlay.core.contracts.adapter import Adapter
 
 
 def located(method: Method) -> Method:

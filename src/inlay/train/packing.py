@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.pieces import DeltaPiece, PromptPiece
 from inlay.core.errors import UnsupportedError
 from inlay.core.labels import IGNORED
-from inlay.core.pieces import DeltaPiece, PromptPiece
 from inlay.kernels import packed, trunk
 from inlay.train.config import RunConfig
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from inlay.core.contracts.method import Method
 from inlay.core.errors import ConfigError, problems
-from inlay.core.method import Method
 from inlay.train.config import RunConfig, Task
 from inlay.train.hyper import build_method, usual_places
 from inlay.train.loading import Base, base_source, load_base
@@ -37,7 +37,7 @@ from inlay.train.rows import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from inlay.core.adapter import Adapter
+    from inlay.core.contracts.adapter import Adapter
     from inlay.data import Layout
 
 SHARED = tuple(n for n in ("precision", "quantize", "gradient_checkpointing") if n in RunConfig.model_fields)
@@ -80,7 +80,7 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
     """
     from transformers import set_seed
 
-    from inlay.core.fingerprint import fingerprint as base_fingerprint
+    from inlay.core.model.fingerprint import fingerprint as base_fingerprint
     from inlay.data import collate
     from inlay.data import fingerprint as rows_fingerprint
 

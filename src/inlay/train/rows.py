@@ -14,7 +14,7 @@ from inlay.train.loading import Base, read_config
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from inlay.core.adapter import Adapter
+    from inlay.core.contracts.adapter import Adapter
     from inlay.data import Layout
 
 FEWEST_TO_SPLIT = 20  # rows; holding one out of fewer says nothing and costs too much
@@ -134,8 +134,8 @@ def context_of(model: Any, tokenizer: Any) -> int | None:
 
 
 def _virtual_tokens(adapter: Adapter) -> int:
-    from inlay.core.pieces import PromptPiece
-    from inlay.core.prompt import TokenPrompt
+    from inlay.core.contracts.pieces import PromptPiece
+    from inlay.core.contracts.prompt import TokenPrompt
 
     prompts = [piece.prompt for piece in adapter.pieces if isinstance(piece, PromptPiece)]
     return sum(prompt.length for prompt in prompts if isinstance(prompt, TokenPrompt))

@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter, not_finite
 from inlay.core.errors import ConfigError
-from inlay.core.finite import not_finite
 from inlay.core.labels import IGNORED
 from inlay.train.folder import RunFolder, write_beside
 from inlay.train.order import LengthGroupedOrder

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import ConfigError, UnsupportedError
-from inlay.core.view import ModelView
+from inlay.core.model.view import ModelView
 from inlay.kernels import packed, trunk
 from inlay.kernels.trunk import Cut
 from inlay.train.folder import disk_errors, write_beside, write_text

@@ -10,7 +10,7 @@ import pytest
 
 from inlay.bases.loading import stored_tensors
 from inlay.core.errors import ConfigError
-from inlay.core.originals import INDEX
+from inlay.core.model.originals import INDEX
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.prefixed import fused, fusible, naive
+from inlay.core.prompts.prefix_attention import fused, fusible, naive
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import inlay
 from inlay import LoRA
-from inlay.core.transforms import transformed
+from inlay.core.forward.transforms import transformed
 from inlay.testing.models import ZOO
 from tests.golden.hand import shake
 

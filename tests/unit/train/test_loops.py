@@ -12,7 +12,7 @@ import torch
 
 import inlay
 from inlay import LoRA, PrefixTuning, PromptTuning
-from inlay.core.method import Method
+from inlay.core.contracts.method import Method
 from inlay.train import load_base
 from tests import tiny
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from torch import nn
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
 from inlay.core.errors import AdapterFileError, ConfigError, UnsupportedError, UserError, nearest, problems
-from inlay.core.view import ModelView
+from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive, open_archive
 from inlay.formats.exchange import CRASHES, Reading, Writing, restore, store
 from inlay.formats.peft import adaption, deltas, low_rank, prompts, rescaling, settings, tokens

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
 from inlay.core.errors import UnsupportedError
-from inlay.core.roles import layer_of
-from inlay.core.select import Places
-from inlay.core.view import ModelView
+from inlay.core.model.roles import layer_of
+from inlay.core.model.select import Places
+from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive
 from inlay.formats.exchange import Entry, Reading, Writing
 from inlay.formats.peft.common import PREFIX, header

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from inlay.core.select import Places
-from inlay.core.view import ModelView
+from inlay.core.model.select import Places
+from inlay.core.model.view import ModelView
 from inlay.formats.peft import targets
 
 PREFIX = "base_model.model."  # of every name in the file, where PEFT has replaced layers

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from inlay.core.adapter import Adapter
-from inlay.core.layer import read_weight
-from inlay.core.view import ModelView
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.model.layer import read_weight
+from inlay.core.model.view import ModelView
 from inlay.formats.exchange import Entry
 from inlay.formats.peft.config import Config
 from inlay.formats.peft.targets import saved_modules

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.pieces import DeltaPiece
 from inlay.core.errors import UnsupportedError
-from inlay.core.pieces import DeltaPiece
-from inlay.core.view import ModelView
+from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive
 from inlay.formats.exchange import Entry, Reading, Writing
 from inlay.formats.peft import settings, targets
@@ -141,7 +141,7 @@ def read(config: Config, view: ModelView, archive: Archive) -> Reading:
 
 def _shared(adapter: Adapter, view: ModelView, archive: Archive) -> Iterator[Entry]:
     """What the pieces have in common; VeRA's matrices may be left out, because their seed makes them again."""
-    from inlay.core.shared import shared_in
+    from inlay.core.contracts.shared import shared_in
 
     own = {id(s): s for module in adapter.modules() for s in shared_in(module).values()}
     for shared in own.values():

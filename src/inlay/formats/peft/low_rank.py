@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.core.adapter import Adapter
-from inlay.core.method import Method
-from inlay.core.pieces import DeltaPiece
-from inlay.core.site import Site
-from inlay.core.view import ModelView
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.pieces import DeltaPiece
+from inlay.core.model.site import Site
+from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive
 from inlay.formats.exchange import Entry, Reading, Writing
 from inlay.formats.peft import targets

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.pieces import PromptPiece
+from inlay.core.contracts.prompt import KeyValuePrompt, TokenPrompt
 from inlay.core.errors import UnsupportedError
-from inlay.core.pieces import PromptPiece
-from inlay.core.prompt import KeyValuePrompt, TokenPrompt
-from inlay.core.select import Places
-from inlay.core.view import AttentionPlace, ModelView
+from inlay.core.model.select import Places
+from inlay.core.model.view import AttentionPlace, ModelView
 from inlay.formats.archive import Archive
 from inlay.formats.exchange import Entry, Reading, Writing
 from inlay.formats.peft import targets

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.pieces import DeltaPiece
+from inlay.core.contracts.site_pattern import frozen, value_at
 from inlay.core.errors import UnsupportedError
-from inlay.core.method import Method
-from inlay.core.pattern import frozen, value_at
-from inlay.core.pieces import DeltaPiece
-from inlay.core.view import ModelView
+from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive
 from inlay.formats.peft import targets
 from inlay.formats.peft.config import Config

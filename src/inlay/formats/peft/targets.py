@@ -14,8 +14,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from inlay.core.pattern import pinned
-from inlay.core.view import ModelView
+from inlay.core.contracts.site_pattern import pinned
+from inlay.core.model.view import ModelView
 from inlay.formats.peft.config import Config
 
 HEADS = {

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
 from inlay.core.errors import UnsupportedError
-from inlay.core.select import Places
-from inlay.core.view import ModelView
+from inlay.core.model.select import Places
+from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive
 from inlay.formats.exchange import Entry, Reading, Writing
 from inlay.formats.peft import targets

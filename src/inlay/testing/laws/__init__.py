@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from inlay.core.method import Method
+from inlay.core.contracts.method import Method
 from inlay.testing.laws.computing import (
     checkpointing,
     compiling,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.adapter import Adapter
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.method import Method
 from inlay.core.errors import RouteError, UnsupportedError
-from inlay.core.method import Method
 from inlay.testing.laws.scaffold import (
     ROWS,
     Broken,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 from typing import Any
 from unittest import mock
@@ -12,9 +13,10 @@ import yaml
 from torch import nn
 
 import inlay
-from inlay.core import install
+from inlay.core.contracts.method import Method
 from inlay.core.errors import AdapterFileError, AdapterNameError, BaseMismatchError, ConfigError
-from inlay.core.method import Method
+from inlay.core.forward.host import Host
+from inlay.core.hosts import Hosts
 from inlay.testing.laws.scaffold import Broken, attached, census, forward, hold, parts, put, same, train
 from inlay.testing.specimen import Specimen
 
@@ -113,14 +115,21 @@ def detach_restores(specimen: Specimen, method: Method) -> None:
 
 def all_or_nothing(specimen: Specimen, method: Method) -> None:
     """An attach that fails half way leaves no trace, on a bare model and beside another adapter."""
+    own_grant = Hosts.grant
     for crowded in (False, True):
         model = specimen.build()
         if crowded:
             put(specimen, model, inlay.LoRA(rank=2), "two")
         before = census(model)
-        steps = [mock.DEFAULT] * 4 + [MemoryError("no room")] * 100
+        granted = itertools.count()
+
+        def grant(hosts: Hosts, path: str, *features: str, granted: Any = granted) -> Host:
+            if next(granted) >= 4:
+                raise MemoryError("no room")
+            return own_grant(hosts, path, *features)
+
         try:
-            with mock.patch.object(install, "grant", mock.Mock(wraps=install.grant, side_effect=steps)):
+            with mock.patch.object(Hosts, "grant", grant):
                 put(specimen, model, method)
         except MemoryError:
             pass

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.adapter import Adapter
-from inlay.core.delta import DeltaMethod
+from inlay.core.contracts.adapter import Adapter
+from inlay.core.contracts.method import DeltaMethod, Method
+from inlay.core.contracts.pieces import SubsetPiece
 from inlay.core.errors import UnsupportedError
-from inlay.core.method import Method
-from inlay.core.pieces import SubsetPiece
 from inlay.testing.specimen import Specimen
 
 TOLERANCE = 2e-5  # float32, logits of order one: summation order differs between batch shapes

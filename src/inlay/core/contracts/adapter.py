@@ -1,0 +1,256 @@
+"""An adapter: everything one method put into one model under one name.
+
+What a method does around every optimizer step, in whatever loop the steps are made, is its adapter's `Clock`: a budget
+that shrinks (AdaLoRA), a rank drawn anew (DyLoRA), a mask found half way (LT-SFT), a regulariser. PyTorch tells of the
+steps of every optimizer, so nobody has to call anything: plain loops, `transformers.Trainer` and TRL's trainers all
+keep the schedule.
+
+    backward ─▶ before_step (weights and gradients of this step) ─▶ optimizer.step ─▶ after_step (new weights)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from inlay.core.contracts.method import Method
+from inlay.core.contracts.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
+from inlay.core.contracts.shared import shared_in
+from inlay.core.errors import UnsupportedError, problems
+from inlay.core.model.select import Places, Where
+
+
+class Held(nn.Module):
+    """An adapter's own values of a parameter, where optimizers, devices and state dicts see them."""
+
+    def __init__(self, value: nn.Parameter) -> None:
+        super().__init__()
+        self.value = value
+
+
+class Copies(Mapping[str, nn.Parameter]):
+    """Full parameter name → the adapter's own values, as they are held now: a module's parameters may be replaced."""
+
+    def __init__(self, held: Mapping[str, Held] | None = None) -> None:
+        self.held = dict(held or {})
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self.held[name].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One attached adapter.
+
+    Attributes:
+        name: under which `use`, `save` and `detach` know it.
+        method: its hyper-parameters.
+        places: the user's `where` and `layers`.
+        pieces: its trained modules and their places.
+        copies: full parameter name → the adapter's own values (`modules_to_save`).
+        modules_to_save: the module paths those belong to.
+        clock: what happens around an optimizer's steps, where the method has something to do there.
+        prompts: those of the pieces that are prompts.
+        changes_base: whether it changes the base's own weights, which all rows of a batch share.
+        reads_span: whether some delta acts at positions of the prompt (`core/prompts/span.py`).
+    """
+
+    name: str
+    method: Method
+    places: Places
+    pieces: list[Piece]
+    copies: Copies = field(default_factory=Copies)
+    modules_to_save: tuple[str, ...] = ()
+    clock: Clock | None = None
+    prompts: tuple[PromptPiece, ...] = field(init=False)
+    changes_base: bool = field(init=False)
+    reads_span: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Asked in every forward, so found once; a cached property is nothing that Dynamo can trace.
+        self.prompts = tuple(p for p in self.pieces if isinstance(p, PromptPiece))
+        self.changes_base = any(isinstance(p, SubsetPiece) for p in self.pieces)
+        self.reads_span = any(isinstance(p, DeltaPiece) and p.delta.reads_span for p in self.pieces)
+
+    @property
+    def where(self) -> Where:
+        """Where the adapter is, in the user's words or the method's default."""
+        return self.places.where if self.places.where is not None else self.method.default_where
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the adapter under the name it is stored by.
+
+        ``delta/<site>/<name>``, ``prompt/<key>/<name>``, ``difference/<parameter>/<name>``, ``shared/<key>/<name>``,
+        ``copy/<parameter>``.
+        """
+        return self._named(keep_vars=False)
+
+    def _named(self, *, keep_vars: bool) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for piece in self.pieces:
+            kind, module = kind_and_module(piece)
+            owned = shared_in(module)
+            for name, tensor in module.state_dict(keep_vars=keep_vars).items():
+                owner = next((o for o in owned if name.startswith(f"{o}.")), None)
+                if owner is None:
+                    found[f"{kind}/{piece.key}/{name}"] = tensor
+                else:
+                    found[f"shared/{owned[owner].key}/{name.removeprefix(f'{owner}.')}"] = tensor
+        return found | {f"copy/{n}": p for n, p in self.copies.items()}
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for an optimizer: one for each rate that the method asks for (LoRA+ has two).
+
+        Args:
+            learning_rate: of parameters whose rate the method does not raise.
+        """
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        seen: set[int] = set()
+        for name, value in self._named(keep_vars=True).items():
+            if isinstance(value, nn.Parameter) and id(value) not in seen:
+                seen.add(id(value))
+                by_rate.setdefault(self.method.rate_of(name), []).append(value)
+        return [
+            {"params": values, "lr": learning_rate * factor, "weight_decay": weight_decay}
+            for factor, values in by_rate.items()
+        ]
+
+    def modules(self) -> list[nn.Module]:
+        """The trained modules, in the order of the model."""
+        return [kind_and_module(piece)[1] for piece in self.pieces]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every trained parameter, copies of whole modules included."""
+        seen: set[int] = set()
+        for module in self.modules():
+            for parameter in module.parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+        yield from self.copies.values()
+
+    @property
+    def count(self) -> int:
+        """Trained numbers of the method itself; a head in `modules_to_save` is not the method's."""
+        return sum(p.numel() for p in self.parameters()) - self.count_copied
+
+    @property
+    def count_copied(self) -> int:
+        """Trained numbers in copies of whole modules."""
+        return sum(p.numel() for p in self.copies.values())
+
+    @property
+    def trainable(self) -> bool:
+        return any(p.requires_grad for p in self.parameters())
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        for parameter in self.parameters():
+            parameter.requires_grad_(value)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, types and values: equal digests are equal adapters."""
+        return digest_of(self.tensors())
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the tensors in the order of their names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def kind_and_module(piece: Piece) -> tuple[str, nn.Module]:
+    """A piece's trained module, and the word that the names of its tensors begin with."""
+    match piece:
+        case DeltaPiece():
+            return "delta", piece.delta
+        case PromptPiece():
+            return "prompt", piece.prompt
+        case SubsetPiece():
+            return "difference", piece.difference
+
+
+def not_finite(adapter: Adapter) -> list[str]:
+    """Names of the tensors with values that are no numbers, of what a file would hold: in training, a gate that is
+    open or closed for good may be infinite."""
+    _, tensors = adapter.method.stored(adapter)
+    return [n for n, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+
+
+def check_finite(adapters: Sequence[Adapter]) -> None:
+    """Raise one `UnsupportedError` that names every tensor with values that are no numbers.
+
+    What is computed from them says nothing, and the largest of several errors may not show it.
+    """
+    wrong = [f"{adapter.name!r}: {name}" for adapter in adapters for name in not_finite(adapter)]
+    if wrong:
+        said = [*wrong[:8], *([f"and {len(wrong) - 8} more"] if len(wrong) > 8 else [])]
+        raise UnsupportedError(
+            problems("values that are not finite, as of a training that diverged; train again", said)
+        )
+
+
+class Clock(ABC):  # noqa: B024
+    """Told of the steps of every optimizer that holds trainable parameters of its adapter. Abstract.
+
+    Counters and averages belong in buffers (of a `Shared` child, for one), so that they are stored, and a resumed run
+    goes on where it stopped.
+
+    Hyper-parameters are read from ``self.adapter.method`` when they are needed: a training run may fill in
+    the number of steps (`Method.for_steps`) after attaching.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        _keep(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # a deep copy has steps of its own
+        _keep(self)
+
+    def before_step(self, optimizer: Optimizer) -> None:  # noqa: B027 - either half may be left out
+        """Gradients are complete; they may be read and changed, and so may the step be refused by raising."""
+
+    def after_step(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """The parameters have their new values; they may be changed in place, under no_grad."""
+
+
+_CLOCKS: weakref.WeakSet[Clock] = weakref.WeakSet()
+_hooks: list[Any] = []
+
+
+def _keep(clock: Clock) -> None:
+    _CLOCKS.add(clock)
+    if not _hooks:  # a process without clocks pays nothing for them
+        _hooks.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _tell(optimizer, "before_step")))
+        _hooks.append(register_optimizer_step_post_hook(lambda optimizer, *_: _tell(optimizer, "after_step")))
+
+
+def _tell(optimizer: Optimizer, what: str) -> None:
+    clocks = list(_CLOCKS)
+    if not clocks:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for clock in clocks:
+        if any(p.requires_grad and id(p) in held for p in clock.adapter.parameters()):
+            getattr(clock, what)(optimizer)

@@ -1,0 +1,51 @@
+"""The third contract: chosen parameters of the base, trained as a difference.
+
+    θ' = θ + d        d starts at zero, so the base's own values are never written
+
+A difference changes the layer for every row, so a batch that mixes it with other adapters is refused.
+Training d instead of θ keeps the base bit-identical, makes switching exact and free, and stores only
+what was learnt; a sparse method (FISH mask, LT-SFT) keeps d at its chosen entries alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Difference(nn.Module, ABC):
+    """What is added to one parameter. Abstract."""
+
+    @abstractmethod
+    def apply_to(self, value: Tensor) -> Tensor:
+        """The parameter that the model computes with, of `value`'s shape and dtype."""
+
+
+class DenseDifference(Difference):
+    """A difference at every entry."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        dtype = like.dtype if like.dtype == torch.float64 else torch.float32
+        self.difference = nn.Parameter(torch.zeros(like.shape, dtype=dtype, device=like.device))
+
+    def apply_to(self, value: Tensor) -> Tensor:
+        return (value + self.difference).to(value.dtype)
+
+
+class SummedDifference(Difference):
+    """Several differences to one parameter, each with its weight; they are stored where their pieces are."""
+
+    def __init__(self, parts: Sequence[tuple[float, Difference]]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)  # a tuple: the modules belong to their pieces
+
+    def apply_to(self, value: Tensor) -> Tensor:
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
+        total = wide
+        for weight, part in self.parts:
+            total = total + weight * (part.apply_to(wide) - wide)
+        return total.to(value.dtype)

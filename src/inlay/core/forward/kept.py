@@ -1,0 +1,69 @@
+"""What forwards without gradients leave for the next ones, as long as nothing that went into it has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from inlay.core.forward.call import Call
+from inlay.core.forward.route import Route
+from inlay.core.forward.stacks import Stacks
+from inlay.core.model.watch import Watch, watchable
+
+KEPT_PROMPTS = 128
+KEPT_ROUTES = 4  # a server alternates between few: the batch it decodes, the ones it prefills
+
+
+class Kept:
+    """What forwards without gradients leave for the next ones: the last few routes' stacks, computed prompts."""
+
+    def __init__(self) -> None:
+        self.routes: dict[tuple[str | None, ...], Stacks] = {}
+        self.prompted: dict[str, tuple[Watch, Call]] = {}
+        self.base = Watch()
+
+    def of(self, route: Route) -> Stacks:
+        """The stacks of a route, as they are or, where some parameter has changed, empty."""
+        found = self.routes.pop(route.names, None)
+        if found is None or not found.watch.unchanged():
+            found = Stacks(route.names)
+        self.routes[route.names] = found  # the last used one last
+        for old in list(self.routes)[:-KEPT_ROUTES]:
+            self.routes.pop(old, None)
+        return found
+
+    def prompts(self, name: str) -> Call | None:
+        """An adapter's prompts from an earlier forward, if neither it nor the base has changed since."""
+        held = self.prompted.pop(name, None)
+        if held is None or not held[0].unchanged():
+            return None
+        if not self.base.unchanged():  # prompts may be prefilled through it, or projected by it
+            self.prompted, self.base = {}, Watch()
+            return None
+        self.prompted[name] = held
+        return held[1]
+
+    def keep(self, name: str, prompts: Call, modules: Iterable[nn.Module], base: Iterable[nn.Module]) -> None:
+        """Keep prompts that were computed from these modules, where it can be told whether they change."""
+        own, below = [m for module in modules for m in module.modules()], list(base)
+        if not all(map(watchable, (*own, *below))):
+            return
+        if not self.base.modules:
+            self.base.add(below)
+        watch = Watch()
+        watch.add(own)
+        self.prompted[name] = watch, prompts
+        for old in list(self.prompted)[:-KEPT_PROMPTS]:
+            self.prompted.pop(old, None)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.routes, self.prompted, self.base = {}, {}, Watch()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()

@@ -1,0 +1,1 @@
+"""Virtual positions: how prompts enter a model, attend, and never show."""

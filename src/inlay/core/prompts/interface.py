@@ -1,0 +1,72 @@
+"""transformers' attention interface: how a function of ours stands before a model's own attention.
+
+A name is registered for attention and for masks alike: without the second, the mask would arrive as None and padded
+rows would be silently wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from inlay.core.model.view import AttentionPlace, ModelView
+
+Attention: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
+Named: TypeAlias = list[tuple[Any, str]]
+"""Configurations, and the attention implementation that each named."""
+
+NAMESPACE = "inlay_"
+
+
+def original_attention(name: str, module: nn.Module) -> Attention:
+    """The function that the implementation `name` (``sdpa``, ``eager``, …) means for a module."""
+    if name == "eager":
+        own: Attention = sys.modules[type(module).__module__].eager_attention_forward
+        return own
+    shared: Attention = AttentionInterface._global_mapping[name]
+    return shared
+
+
+def registered(prefix: str, original: str, attention: Attention, masks: Callable[..., Any] | None = None) -> str:
+    """The name of `attention`, which stands before `original`; registered with transformers the first time.
+
+    Args:
+        masks: makes the masks that it is given; as `original`'s where None.
+    """
+    name = prefix + original
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, masks or AttentionMaskInterface._global_mapping[original])
+    return name
+
+
+def configurations(view: ModelView, places: Iterable[AttentionPlace]) -> list[Any]:
+    """The configurations in which these attention modules look up their implementation, once each."""
+    found = {id(c): c for p in places if (c := getattr(p.module, "config", view.config)) is not None}
+    return list(found.values())
+
+
+def swapped(view: ModelView, places: Iterable[AttentionPlace], name: Callable[[str], str]) -> Named:
+    """Let configurations name another implementation; what they named before is for `put_back`.
+
+    Args:
+        name: of the implementation that stands before a given one.
+    """
+    changed: Named = []
+    new = [(c, o, name(o)) for c in configurations(view, places) for o in (c._attn_implementation or "eager",)]
+    for config, original, wanted in new:
+        if wanted != original:
+            changed.append((config, config._attn_implementation))
+            config._attn_implementation = wanted
+    return changed
+
+
+def put_back(changed: Named, keep: int = 0) -> None:
+    """Give configurations the implementation back that they named, all but the first `keep`."""
+    while len(changed) > keep:
+        config, original = changed.pop()
+        config._attn_implementation = original
