@@ -6,6 +6,7 @@ import traceback
 
 import pytest
 
+import inlay
 from inlay.core.contracts.method import Method
 from inlay.methods import registry
 from inlay.testing import LAWS, ZOO, Specimen, refusal
@@ -35,8 +36,26 @@ CASES = [
 ]
 
 
+# Without the fast paths the laws hold for the plain formulas: every method on a decoder, and on more by `exhaustive`.
+PLAIN = [
+    pytest.param(cls.examples()[0], ZOO[name], id=f"{key}-{name}", marks=[pytest.mark.exhaustive] * (name != "llama"))
+    for key, cls in registry().items()
+    for name in ("llama", *OF_EACH_KIND)
+]
+
+
 @pytest.mark.parametrize(("method", "specimen"), CASES)
 def test_laws(method: Method, specimen: Specimen) -> None:
+    hold_all(method, specimen)
+
+
+@pytest.mark.parametrize(("method", "specimen"), PLAIN)
+def test_laws_without_fast_paths(method: Method, specimen: Specimen) -> None:
+    with inlay.fast_paths(False):
+        hold_all(method, specimen)
+
+
+def hold_all(method: Method, specimen: Specimen) -> None:
     reason = refusal(specimen, method)
     if reason is not None:
         pytest.skip(reason)  # test_refusals pins which these are
