@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import epochs, peaks, serving, startup, steps, timing, together, trunk
+from benchmarks import epochs, peaks, serving, startup, steps, timing, together, trunk, without_bf16
 from benchmarks.provenance import ROOT, provenance, write_json
 from benchmarks.report import Options, Part, Row, table
 from benchmarks.timing import MINIMUM_RUNS
@@ -40,6 +40,7 @@ SECTIONS: dict[str, Callable[[Options], Part]] = {
     "batches": serving.batches,
     "switches": serving.switches,
     "lora": steps.lora,
+    "without_bf16": without_bf16.measure,
     "notes": steps.notes,
     "methods": steps.methods,
     "activations": steps.activations,

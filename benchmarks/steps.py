@@ -86,15 +86,15 @@ def method_contests() -> list[Contest]:
 
 
 def lora(options: Options) -> Part:
-    return _all(lora_contests(), options)
+    return all_contests(lora_contests(), options)
 
 
 def notes(options: Options) -> Part:
-    return _all(notes_contests(), options)
+    return all_contests(notes_contests(), options)
 
 
 def methods(options: Options) -> Part:
-    return _all(method_contests(), options)
+    return all_contests(method_contests(), options)
 
 
 def activations(options: Options) -> Part:
@@ -110,7 +110,8 @@ def activations(options: Options) -> Part:
     return part
 
 
-def _all(contests: list[Contest], options: Options) -> Part:
+def all_contests(contests: list[Contest], options: Options) -> Part:
+    """The rows of several contests, one after another."""
     part = Part(raw=[])
     for contest in contests:
         options.say(f"  {contest.case.name}")
