@@ -56,7 +56,7 @@ def attach(
         measured = method.inherit(model)
         if measured.places is not None and (where, layers) != (None, None):
             raise SelectionError(
-                f"method {method.name!r} has the places of what it is made of; leave `where` and `layers` out"
+                f"method {method.name!r} is placed where the adapters it combines are; leave `where` and `layers` out"
             )
         places = measured.places or places
     else:

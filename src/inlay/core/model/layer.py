@@ -80,7 +80,8 @@ def read_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     the core freezes it. A quantised layer's weight is dequantised.
     """
     raise UnsupportedError(
-        f"the weight of a {type(layer).__name__} cannot be read; see docs/methods.md for known bases"
+        f"the weight of a {type(layer).__name__} cannot be read: inlay knows dense layers and those of bitsandbytes "
+        "and torchao. Choose other layers with `where`, or load the base in one of these formats"
     )
 
 
