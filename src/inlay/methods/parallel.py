@@ -7,7 +7,7 @@ He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning
 
 Initialised like LoRA: W_down Kaiming-uniform with a = √5, W_up and biases zero; s = 4.
 
-Not to be confused with the class `Parallel`, ``--method in-parallel`` (`methods/in_parallel.py`), which composes methods.
+Not to be confused with ``--method in-parallel``, the class `Parallel` (`methods/in_parallel.py`): a composition.
 """
 
 from __future__ import annotations

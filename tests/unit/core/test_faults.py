@@ -289,7 +289,7 @@ def test_a_layer_that_gives_something_else_than_its_weight_says_is_not_merged(la
     shake(inlay.attach(model, LoRA(rank=2), where=lambda *_: True))
     x, before = torch.randn(4, 4), [p.clone() for p in model.parameters()]
     expected = model(x)
-    with pytest.raises(inlay.UserError, match="layers with a forward of their own"):
+    with pytest.raises(inlay.UserError, match="these layers have a forward of their own"):
         inlay.merge(model, "default")
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
     assert torch.equal(model(x), expected)
