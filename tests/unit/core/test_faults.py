@@ -63,7 +63,7 @@ def test_a_table_that_is_shared_by_all_rows_cannot_be_routed_by_row() -> None:
     for name in "ab":
         adapter = inlay.attach(model, LoRA(rank=2), name=name, where=["relative_attention_bias"])
         shake(adapter, 0.3 if name == "a" else 0.8)
-    with pytest.raises(inlay.UserError, match="row by row"):
+    with pytest.raises(inlay.UserError, match="is not a batch of rows"):
         mixed_is_alone(model, inputs("t5", rows=2), ["a", "b"])
 
 
