@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,9 @@ def test_both_ways(method: Any, base: Path, make_adapter: Callable[..., Path], c
     code, out, err = command("convert", tmp_path / "theirs", tmp_path / "ours", "--to", "native", "--json")
     assert code == 0, err
     assert json.loads(out)["from"] == "peft"
-    assert read_record(tmp_path / "ours") == read_record(folder)
+    record, before = read_record(tmp_path / "ours"), read_record(folder)
+    assert record is not None and before is not None
+    assert record == dataclasses.replace(before, base=f"./{base.name}"), "no file tells where the base lay"
     expected = logits(base, folder)
     assert (logits(base, tmp_path / "theirs") - expected).abs().max() < 1e-5
     assert (logits(base, tmp_path / "ours") - expected).abs().max() < 1e-5
@@ -105,7 +108,10 @@ def test_a_classifier_without_a_record(command: Any, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
     assert command("convert", tmp_path / "theirs", tmp_path / "ours", "--to", "native")[0] == 0
-    code, out, err = command("convert", tmp_path / "ours", tmp_path / "again", "--to", "peft", "--json")
+    words = ("convert", tmp_path / "ours", tmp_path / "again", "--to", "peft", "--json")
+    code, out, err = command(*words)
+    assert code == 2 and "names the base './base', which is no folder here: give it with --base" in err
+    code, out, err = command(*words, "--base", place)
     assert code == 0, err
     assert json.loads(out)["parameters"] == 2 * 2 * (16 + 16) + 4 * 16 + 4
     theirs, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "again"))

@@ -136,4 +136,4 @@ def test_a_chart_without_plotly(config: Path, command: Command, monkeypatch: pyt
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "plotly" else found(name, *a))
     code, _, error = command("plan", "--base", config, "--plot", "plan.html")
-    assert code == 2 and "pip install 'inlay[report]'" in error
+    assert code == 2 and "pip install plotly" in error

@@ -167,7 +167,7 @@ def test_a_plan_for_quantised_weights(wide: Path, command: Command) -> None:
 
 MISTAKES: list[tuple[tuple[object, ...], str]] = [
     (("--quantize", "nf5"), "quantize is 'nf5': input should be 'nf4', 'fp4', 'int8'"),
-    (("--quantize", "nf4", "--method", "full"), "is quantised (nf4), so no small step of it can be taken"),
+    (("--quantize", "nf4", "--method", "full"), "is quantised (nf4) and cannot be changed in small steps"),
     (("--quantize", "nf4", "--method", "top-layers"), "Load the base without quantisation"),
 ]
 

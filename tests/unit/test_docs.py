@@ -12,6 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
+SOURCES = sorted(
+    p for p in (ROOT / "src/inlay").iterdir() if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")
+)
+NAMED = re.compile(r"(?<![\w/.*<>-])(?:[\w-]+/)*[\w-]+\.(?:py|md)\b")
+WRITTEN_BY_INLAY = {"README.md"}  # the card beside an adapter
+
 
 def test_tables_are_up_to_date() -> None:
     done = subprocess.run(
@@ -38,6 +44,26 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
         elif not (inside / path).exists():
             missing.append(f"{inside.relative_to(ROOT)}/{path}")
     assert missing == []
+
+
+@pytest.mark.parametrize("room", SOURCES, ids=lambda room: room.name)
+def test_paths_named_in_the_sources_exist(room: Path) -> None:
+    """In messages, docstrings and comments: beside the file, in the package, or from the root of the repository."""
+    dead = []
+    for file in sorted(room.rglob("*.py")) if room.is_dir() else [room]:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            for name in set(NAMED.findall(line)) - WRITTEN_BY_INLAY:
+                if not any((place / name).is_file() for place in (file.parent, ROOT / "src/inlay", ROOT)):
+                    dead.append(f"{file.relative_to(ROOT)}:{number}: {name}")
+    assert dead == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_paths_named_in_the_pages_exist(page: Path) -> None:
+    """Between backticks, with or without the room in front."""
+    places = [ROOT, *(path for path in (ROOT / "src/inlay", *(ROOT / "src/inlay").rglob("*")) if path.is_dir())]
+    names = set(re.findall(rf"`({NAMED.pattern})`", page.read_text(encoding="utf-8"))) - WRITTEN_BY_INLAY
+    assert {name for name in names if not any((place / name).is_file() for place in places)} == set()
 
 
 def test_make_targets_in_the_readme_exist() -> None:

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "bases": {"core"},
     "kernels": {"core"},
-    "formats": {"core", "methods"},  # a file names its method; the registry knows the class
+    "formats": {"core", "methods", "assets"},  # a file names its method, whose class the registry knows, and its base
     "methods": {"core", "kernels"},
     "assets": {"core"},
     "arithmetic": {"core", "methods"},

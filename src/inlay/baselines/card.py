@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from inlay.baselines.baseline import Baseline
+from inlay.formats.provenance import shown
 from inlay.train.card import table
 from inlay.train.config import RunConfig
 from inlay.train.record import TrainingRecord
@@ -18,7 +19,8 @@ def card(
     Args:
         facts: ``rows, eval_rows, parameters, seconds``.
     """
-    base = "" if config.base is None else f"--base {config.base} "
+    base = "embedded" if config.base is None else shown(config.base)
+    words = "" if config.base is None else f"--base {base if base == config.base else f'path/to/{base}'} "
     learnt = f", {facts['parameters']:,} numbers learnt beside it" if facts["parameters"] else ""
     settings = [(key, f"`{value!r}`") for key, value in baseline.to_dict().items() if key != "method"]
     return "\n".join(
@@ -30,14 +32,14 @@ def card(
             "",
             f"# {baseline.name} for {record.task}",
             "",
-            f"A baseline fitted by [inlay](https://pypi.org/project/inlay/): {type(baseline).__name__} "
+            f"A baseline fitted by inlay: {type(baseline).__name__} "
             f"({baseline.paper}). No parameter of the base is trained{learnt}.",
             "",
             table(
                 ("", ""),
                 [
-                    ("Base", f"`{config.base or 'embedded'}`"),
-                    ("Data", f"`{config.data}` ({facts['rows']:,} rows)"),
+                    ("Base", f"`{base}`"),
+                    ("Data", f"`{shown(config.data)}` ({facts['rows']:,} rows)"),
                     ("Held out", f"{facts['eval_rows']:,} rows"),
                     ("Seconds", f"{facts['seconds']:,.1f}"),
                 ],
@@ -56,7 +58,7 @@ def card(
             "## Use",
             "",
             "```console",
-            f"$ inlay evaluate {base}--adapter . --data rows.jsonl",
+            f"$ inlay evaluate {words}--adapter . --data rows.jsonl",
             "```",
             "",
         ]

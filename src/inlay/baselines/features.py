@@ -165,6 +165,5 @@ def _package(name: str) -> Any:
     except ImportError as error:
         package = {"sklearn": "scikit-learn"}.get(name.partition(".")[0], name)
         raise UserError(
-            f"method 'features' with this classifier needs the package {package}; "
-            "install the baselines' packages with: pip install 'inlay[baselines]'"
+            f"method 'features' with this classifier needs a package that is not installed: pip install {package}"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,7 @@ def _fit(config: RunConfig, baseline: Baseline, folder: RunFolder) -> RunResult:
     record = _record(resolved, rows, held)
     eval_rows = 0 if held is None else len(held)
     write_beside(folder.adapter, lambda part: _write(part, baseline, fitted, rows, record, resolved, result, eval_rows))
-    folder.finish(json.dumps(result.to_dict(), indent=2) + "\n")
+    folder.finish(result.stored())
     return result
 
 

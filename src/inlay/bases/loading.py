@@ -211,9 +211,8 @@ def check_quantisation(name: str) -> None:
     if name not in LIBRARIES:
         raise ConfigError(f"quantize={name!r} is unknown; known: {', '.join(LIBRARIES)}")
     if find_spec(LIBRARIES[name]) is None:
-        raise ConfigError(
-            f"quantize={name} needs {LIBRARIES[name]}, which is not installed: pip install 'inlay[quant]'"
-        )
+        library = LIBRARIES[name]
+        raise ConfigError(f"quantize={name} needs {library}, which is not installed: pip install {library}")
     if name == "torchao-int4" and torch.cuda.is_available():
         raise ConfigError("quantize=torchao-int4 is for the CPU: its packed weights have no form on a GPU. Use nf4")
 

@@ -87,10 +87,11 @@ def convert(
 
 def _base(adapter: Path, source: str, base: str | None, record: TrainingRecord | None, *, pickles: bool) -> Base:
     """The base that an adapter belongs to."""
-    from inlay.formats.describing import base_named
+    from inlay.cli.models import base_of
     from inlay.train import load_base
 
-    base = base or (record.base if record is not None else base_named(adapter))
+    if base is None and adapter.is_dir():
+        base = base_of([str(adapter)])
     if record is not None:
         labels = record.labels if record.task == "classification" else None
         return load_base(base, task=record.task, label_names=labels)

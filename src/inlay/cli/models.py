@@ -99,18 +99,22 @@ def base_of(folders: Sequence[str]) -> str | None:
     from inlay.core.errors import ConfigError
     from inlay.formats import format_of
     from inlay.formats.describing import base_named
+    from inlay.formats.provenance import LOCAL
     from inlay.train import read_record
     from inlay.train.prepare import absolute
 
     found: dict[str, str | None] = {}
     for folder in folders:
-        record, named = read_record(folder), base_named(Path(folder))
-        if record is not None:
-            found[folder] = record.base and absolute(record.base)
-        elif named is not None and Path(named).expanduser().is_dir():
-            found[folder] = absolute(named)
-        elif (kind := format_of(Path(folder))) != "native":
-            said = f"names the base {named!r}, which is no folder here" if named else "does not say its base"
+        record, kind = read_record(folder), format_of(Path(folder))
+        names = [record.base] if record is not None else []
+        names += [named] if (named := base_named(Path(folder))) is not None else []
+        there = [absolute(name) for name in names if name and Path(name).expanduser().is_dir()]
+        if there:
+            found[folder] = there[0]
+        elif record is not None and (record.base is None or not record.base.startswith(LOCAL)):
+            found[folder] = record.base
+        elif names or kind != "native":
+            said = f"names the base {names[0]!r}, which is no folder here" if names else "does not say its base"
             raise ConfigError(f"{folder} ({kind}) {said}: give it with --base, a transformers folder or hub id")
     if len(set(found.values())) > 1:
         lines = "\n".join(f"  - {folder}: {base}" for folder, base in found.items())

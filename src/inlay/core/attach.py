@@ -34,21 +34,21 @@ def attach(
     modules_to_save: Sequence[str] = (),
     data: Batches | None = None,
 ) -> Adapter:
-    """Put a method's trained pieces into `model`, in place; the base is frozen, the adapter active and trainable.
+    """Put a method's trained pieces into `model`, in place. The base is frozen; the adapter is active and trainable.
 
     Args:
-        name: under which the adapter is used, saved and detached; letters, digits, ``_`` and ``-``.
-        where: places (`core/model/select.py`); the paper's own where None.
-        layers: numbers of the layers to stay within.
-        modules_to_save: ends of module names that the adapter trains whole, as copies of its own.
-        data: for a method that is initialised from data (EVA, FISH mask): batches of keyword arguments for the
-            model's forward, with labels where the method follows gradients.
+        name: the adapter is used, saved and detached under it; letters, digits, ``_`` and ``-``.
+        where: the places to adapt (`core/model/select.py`); None means those of the method's paper.
+        layers: numbers of the layers to adapt; None means all.
+        modules_to_save: modules, named by the ends of their paths, of which the adapter trains a copy of its own.
+        data: batches of keyword arguments for the model's forward, for a method that is initialised from data (EVA,
+            FISH mask); with labels where the method needs gradients.
 
     Raises:
         ConfigError: data is missing, or given to a method that takes none.
         AdapterNameError: the name is taken or ill-formed.
-        SelectionError: `where`, `layers` or `modules_to_save` match nothing, or what the method cannot adapt.
-        UnsupportedError: the method cannot be exact on this model. In every case the model is as it was.
+        SelectionError: `where`, `layers` or `modules_to_save` match nothing, or something the method cannot adapt.
+        UnsupportedError: the method cannot be exact on this model. Whatever is raised, the model is unchanged.
     """
     places = Places.of(where, layers)
     check_data(method, data)
@@ -56,7 +56,7 @@ def attach(
         measured = method.inherit(model)
         if measured.places is not None and (where, layers) != (None, None):
             raise SelectionError(
-                f"method {method.name!r} has the places of what it is made of; leave `where` and `layers` out"
+                f"method {method.name!r} is placed where the adapters it combines are; leave `where` and `layers` out"
             )
         places = measured.places or places
     else:
@@ -76,7 +76,7 @@ def attach(
 
 
 def detach(model: nn.Module, name: str) -> None:
-    """Take an adapter out; with the last one the model is as it was before the first attach.
+    """Take an adapter out. Once the last one is out, the model is as it was before the first attach.
 
     Raises:
         AdapterNameError: there is no such adapter.
@@ -93,8 +93,8 @@ def detach(model: nn.Module, name: str) -> None:
 def use(model: nn.Module, choice: str | None | Sequence[str | None]) -> Iterator[None]:
     """Choose the active adapter for a block: a name, None for the base, or one of these a row.
 
-    Holds for the calling thread or task only, and ends however the block is left. Nothing about
-    training changes: which adapter is active and which is trainable are separate.
+    The choice holds for the calling thread or task only, and ends however the block is left. It does not change
+    what is trained: which adapter is active and which is trainable are separate questions.
 
     Raises:
         AdapterNameError: a name is unknown.

@@ -1,4 +1,4 @@
-"""Everything an adapter consists of, built beside the model and checked before anything is installed."""
+"""Building everything an adapter consists of, outside the model, and checking it before anything is installed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(
         packed = [p for p, m in view.modules.items() if _covered(p, [path]) and store_of(m) is not None]
         if packed:
             raise UnsupportedError(
-                f"modules_to_save: {packed[0]} is quantised, so a trained copy of it would be another layer. Load the "
+                f"modules_to_save: {packed[0]} is quantised, so it cannot be copied and trained. Load the "
                 "base without quantisation, or adapt the layer"
             )
         for parameter_name, value in _own_parameters(view, path).items():
@@ -52,7 +52,7 @@ def build(
 
 
 def _own_parameters(view: ModelView, path: str) -> dict[str, nn.Parameter]:
-    """The base's parameters in a module by full name, each once; what another adapter keeps there is not the base's."""
+    """The base's own parameters in a module, by full name, each once; what other adapters store there is left out."""
     inside = [(p, m) for p, m in view.modules.items() if _covered(p, [path])]
     named = [(f"{p}.{n}", v) for p, m in inside for n, v in m._parameters.items() if v is not None]
     first = {id(value): name for name, value in reversed(named)}
@@ -63,7 +63,7 @@ def check_free(model: nn.Module, name: str) -> None:
     """Raise unless an adapter of that name can be attached to the model now."""
     roster = find_roster(model)
     if not NAME.fullmatch(name):
-        raise AdapterNameError(f"adapter name {name!r} may hold letters, digits, '_' and '-' only")
+        raise AdapterNameError(f"adapter name {name!r}: only letters, digits, '_' and '-' are allowed")
     if roster is not None and name in roster.adapters:
         raise AdapterNameError(f"adapter {name!r} is already on this model; detach it first, or choose another name")
     if roster is not None and roster.merged is not None:
@@ -73,7 +73,7 @@ def check_free(model: nn.Module, name: str) -> None:
 def initialise(
     model: nn.Module, adapter: Adapter, measured: Mapping[str, Mapping[str, torch.Tensor]] = MappingProxyType({})
 ) -> None:
-    """Fill a built adapter's parameters as its paper says, and then with what was measured on data."""
+    """Fill a built adapter's parameters as its paper says, then with the values measured on data, if any."""
     view = ModelView(model)
     held = {id(p) for p in held_by_others(model, adapter)}
     with torch.no_grad():
@@ -105,15 +105,13 @@ def _saved_modules(view: ModelView, wanted: Sequence[str]) -> list[str]:
 
 
 def _outside(pieces: list[Piece], saved: list[str], *, explicit: bool) -> list[Piece]:
-    """Drop pieces inside modules that are trained whole anyway; refuse where the user named both."""
+    """Drop pieces inside modules that are trained whole anyway; raise where the user named both."""
     inside = [p for p in pieces if not isinstance(p, PromptPiece) and _covered(_path(p), saved)]
     if inside and explicit:
-        raise SelectionError(
-            problems("where", [f"{p.key} lies in a module of modules_to_save, which is trained whole" for p in inside])
-        )
+        raise SelectionError(problems("where", [f"{p.key} lies inside a module of modules_to_save" for p in inside]))
     left = [p for p in pieces if p not in inside]
     if inside and not left:
-        raise SelectionError("where: every place lies in a module of modules_to_save, so nothing is left to adapt")
+        raise SelectionError("where: every place lies inside a module of modules_to_save, so nothing is left to adapt")
     return left
 
 
@@ -122,7 +120,7 @@ def _covered(path: str, saved: list[str]) -> bool:
 
 
 def _check_parts(pieces: list[Piece], method: Method) -> None:
-    """A part of a fused layer shares its input with the other parts, so it cannot change it."""
+    """The parts of a fused layer share one input, so a delta at one part must not change it."""
     changed = [
         p.key for p in pieces if isinstance(p, DeltaPiece) and p.site.part and type(p.delta).pre is not Delta.pre
     ]
@@ -139,13 +137,13 @@ def _check_reached(view: ModelView, pieces: list[Piece]) -> None:
     unreached = [p.key for p in pieces if isinstance(p, DeltaPiece) and _covered(p.site.path, closed)]
     if unreached:
         raise UnsupportedError(
-            f"{', '.join(unreached[:4])} lies in a layer of torch.nn that bypasses its children, so an adapter there "
-            "would never act; choose places outside it, or train its parameters with 'full' or 'top-layers'"
+            f"{', '.join(unreached[:4])}: the torch.nn layer around it uses its weights without calling it, so an "
+            "adapter there would never act; choose other places, or train its parameters with 'full' or 'top-layers'"
         )
 
 
 def _check_forks(pieces: list[Piece]) -> None:
-    """Deltas beside one another must not see each other's work."""
+    """Deltas that stand in parallel must not see one another's output."""
     by_path: dict[str, list[DeltaPiece]] = {}
     for piece in pieces:
         if isinstance(piece, DeltaPiece) and piece.branches:
@@ -155,7 +153,7 @@ def _check_forks(pieces: list[Piece]) -> None:
 
 
 def _storable(places: Places, pieces: list[Piece], view: ModelView) -> Places:
-    """A predicate cannot be written to a file; the sites it chose can, by names that fit nothing else."""
+    """A predicate cannot be written to a file, so it is replaced by the sites it chose, under unambiguous names."""
     if not callable(places.where):
         return places
     names = tuple(p.key for p in pieces)

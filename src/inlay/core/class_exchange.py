@@ -8,13 +8,13 @@ so `isinstance`, `state_dict`, parameter names, tied weights and name-based look
     attention     keeps its class: the attention function finds the host by itself
     root          the model itself: rows are checked, prompts computed and hidden, generation prepared
     checkpoint    a checkpointed layer recomputes under the route of its forward, and only where gradients flow
-    weighing      attention whose prompts are weighed by what enters it
-    positions     a table of learned positions, or a rotary one, that moves on behind a prompt
+    weighing      attention whose input decides how much each prompt pair counts
+    positions     a learned or rotary position table, whose positions shift behind a prompt
     stack         an encoder that virtual tokens join;  pooler: its pooler, which must not see them
-    source        the encoder of an encoder–decoder, whose input is the prompt
+    source        the encoder of an encoder–decoder, in front of whose input the prompt stands
     parameters    names whose values an adapter may replace
 
-Fast paths (`inlay.kernels`) are features too; `core/forward/wrappers.py` has them all, in their order.
+Fast paths (`inlay.kernels`) are features too; `core/forward/wrappers.py` lists all of them in order.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def adopt(host: Host, features: frozenset[str]) -> None:
         module.__dict__["_inlay_host"] = host
     if not features - {"attention"} and not parameters:
         return
-    # An instance's forward (accelerate's hooks) is called through the host; one that was put there since calls us.
+    # A forward set on the instance before (accelerate's hooks) is called through the host; one set since calls ours.
     if module.__dict__.get("_inlay_forward") is host.original_forward:
         module.__dict__.pop("_inlay_forward", None)
     later = module.__dict__.pop("forward", None)
@@ -74,7 +74,7 @@ def release(host: Host) -> None:
     module.__class__ = host.original_class
     later: Any = module.__dict__.pop("forward", None)
     if _made_here(later):
-        later = getattr(later.__func__, "given", None)  # or it is the module's own, put back by somebody
+        later = getattr(later.__func__, "given", None)  # or somebody has put the module's own forward back
     if later is not None:
         module.__dict__["forward"] = later
     if host.original_forward is not None:
@@ -85,7 +85,7 @@ def release(host: Host) -> None:
 
 
 def exchange(module: nn.Module, cls: type[nn.Module]) -> Callable[[], None]:
-    """Give a module another class of its own, beneath what a host has made of it; the result gives the old one back."""
+    """Change a module's own class, beneath the one its host has given it; the returned function undoes it."""
     host: Host | None = module.__dict__.get("_inlay_host")
     old = type(module) if host is None else host.original_class
     _put_class(module, cls)
@@ -121,7 +121,7 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
     if "checkpoint" in features:
         body["_gradient_checkpointing_func"] = property(_checkpoint_function, _set_checkpoint_function)
     if "positions" in features:
-        # Between the class and nn.Embedding, so that the offset a subclass adds itself is added first.
+        # Between the class and nn.Embedding, so that an offset which a subclass adds is added first.
         bases = (ShiftedPositions,) if cls is nn.Embedding else (cls, ShiftedPositions)
     body |= {name: property(functools.partial(_parameter, name)) for name in parameters}
     made: type[nn.Module] = type(cls.__name__, bases, body)
@@ -138,7 +138,7 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         host: Host | None = self.__dict__.get("_inlay_host")
         inner: Callable[..., Any] = functools.partial(cls.forward, self)
-        if host is None or host.inside():  # called by a forward that was put around this one and outlived the adapters
+        if host is None or host.inside():  # a forward wrapped around this one has outlived the adapters and calls it
             return self.__dict__.get("_inlay_forward", inner)(*args, **kwargs)
         if host.original_forward is not None:
             inner = host.call_original
@@ -152,15 +152,16 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _made_here(forward: Any) -> bool:
-    """Whether a forward is one of this file's; what stands around one by `functools.wraps` has its attributes, too."""
+    """Whether this file made a forward itself: a wrapper around one has its attributes too, by `functools.wraps`."""
     function = getattr(forward, "__func__", forward)
     return function is not None and getattr(function, "itself", None) is function
 
 
 def _set_attribute(cls: type[nn.Module], *, root: bool) -> Callable[..., None]:
-    """A forward that is put in the place of an attached model's own (TRL's fused head) gets the prompts, too.
+    """A `__setattr__` through which a forward that replaces an attached model's own (TRL's fused head) gets the prompts
+    too.
 
-    A module's own forward put back (by accelerate, when it takes its hooks off) takes away what stood in its place.
+    When the module's own forward is set again (accelerate removing its hooks), the replacement is dropped.
     """
 
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:
@@ -178,7 +179,7 @@ def _set_attribute(cls: type[nn.Module], *, root: bool) -> Callable[..., None]:
 
 
 def _patched(given: Any, owner: nn.Module) -> Callable[..., Any]:
-    """The function that stands for `given`; it finds module and host by itself, so a copied model has its own."""
+    """A function in place of `given` that finds its module and host itself, so that it works in a copied model."""
     bound = isinstance(given, types.MethodType) and given.__self__ is owner
     function = given.__func__ if bound else given
 
@@ -206,8 +207,8 @@ def _generate(cls: Any) -> Callable[..., Any]:
 def _leave_embeddings(self: nn.Module) -> None:
     """transformers calls this when checkpointing is switched on, so that reentrant checkpoints of a frozen model work.
 
-    Layers of an attached model are given an anchor instead (`_checkpointed`): were the embeddings' outputs to require
-    gradients, every layer would be computed again and gradients would flow to the bottom.
+    Layers of an attached model get an anchor instead (`_checkpointed`): if the embeddings' outputs required gradients,
+    every layer would be computed again and gradients would flow to the bottom.
     """
 
 
@@ -226,10 +227,10 @@ def _set_checkpoint_function(module: nn.Module, function: Callable[..., Any]) ->
 def _checkpointed(host: Host, inner: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
     """Run a checkpointed layer so that its recomputation, after every `use` block is left, takes the same route.
 
-    The prompts' tensors enter as arguments: a reentrant checkpoint runs its own backward for each layer, and
-    would otherwise walk the graph that made them once a layer. An empty tensor that requires gradients stands
-    in for the inputs that do not, so the base's embeddings never have to. What other layers left for a delta in
-    this one enters the same way; what a recomputation leaves for deltas elsewhere is dropped.
+    The prompts' tensors are passed as arguments: a reentrant checkpoint runs its own backward for each layer, and
+    would otherwise walk the graph that made them once per layer. Where no input requires gradients, an empty tensor
+    that does is passed along, so that the base's embeddings need not require any. What other layers captured for a
+    delta in this one is passed the same way; what a recomputation captures for deltas elsewhere is dropped.
     """
     roster = host.roster
     route, call = roster.current(), roster.call.get()
@@ -239,7 +240,7 @@ def _checkpointed(host: Host, inner: Callable[..., Any], function: Callable[...,
     prompts = call.tensors(host.path) if call is not None else []
     tensors = [*prompts, *(x for _, _, x in waiting)]
     flows = any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *tensors))
-    prefilling = call is not None and call.capture is not None  # its keys and values outlive the layer's call
+    prefilling = call is not None and call.capture is not None  # its keys and values are kept after the layer's call
     if prefilling or (not flows and not _trains(layer, route.used)):
         return function(*args)
     anchor = torch.empty(0, requires_grad=True)
@@ -266,14 +267,14 @@ def _trains(layer: nn.Module, names: tuple[str, ...]) -> bool:
 
 
 def _layer(function: Any) -> nn.Module | None:
-    """The layer that a checkpointed function runs: a bound method's, or the first argument of a partial forward."""
+    """The layer that a checkpointed function runs: the owner of a bound method, or a partial's first argument."""
     owner = function.args[0] if isinstance(function, functools.partial) and function.args else function
     owner = getattr(owner, "__self__", owner)
     return owner if isinstance(owner, nn.Module) else None
 
 
 class ShiftedPositions(nn.Embedding):
-    """A table of learned positions that counts a prompt's positions too."""
+    """A learned position table that counts the positions of a prompt too."""
 
     def forward(self, positions: Tensor) -> Tensor:
         host: Host = self.__dict__["_inlay_host"]

@@ -1,13 +1,13 @@
 """Everything inlay raises on purpose, in one tree.
 
     InlayError
-    └── UserError                 a mistake the caller can mend; commands end with exit code 2
+    └── UserError                 a mistake the caller can correct; commands end with exit code 2
         ├── ConfigError           an option, a method's hyper-parameter, a run configuration
-        ├── SelectionError        `where` or `modules_to_save` matches nothing, or what cannot be adapted
+        ├── SelectionError        `where` or `modules_to_save` matches nothing, or something that cannot be adapted
         ├── AdapterNameError      an adapter name that is unknown, already taken or ill-formed
         ├── RouteError            rows and adapters do not fit each other
         ├── DataError             a data file: type, columns, rows, lengths, labels
-        ├── AdapterFileError      an adapter that is truncated, tampered with or not one at all
+        ├── AdapterFileError      a file that is truncated, was tampered with, or is no adapter
         ├── BaseMismatchError     an adapter that belongs to another base model
         ├── OutputError           an output folder in use, a full disk
         └── UnsupportedError      a combination that cannot be exact, refused instead of approximated
@@ -27,7 +27,7 @@ class InlayError(Exception):
 
 
 class UserError(InlayError):
-    """A mistake the caller can mend."""
+    """A mistake the caller can correct."""
 
 
 class ConfigError(UserError):
@@ -35,7 +35,7 @@ class ConfigError(UserError):
 
 
 class SelectionError(UserError):
-    """A place that matches nothing in the model, or that the method cannot adapt."""
+    """A place that is not in the model, or that the method cannot adapt."""
 
 
 class AdapterNameError(UserError):
@@ -51,7 +51,7 @@ class DataError(UserError):
 
 
 class AdapterFileError(UserError):
-    """A file that is not a whole, honest adapter."""
+    """A file that is truncated, was tampered with, or is no adapter."""
 
 
 class BaseMismatchError(UserError):
@@ -67,14 +67,14 @@ class UnsupportedError(UserError):
 
 
 def problems(heading: str, found: Sequence[str]) -> str:
-    """One message for everything that is wrong: the heading, then a line a problem."""
+    """One message for everything that is wrong: the heading, then one line per problem."""
     if len(found) == 1:
         return f"{heading}: {found[0]}"
     return "\n".join([f"{heading} ({len(found)} problems):", *(f"  - {line}" for line in found)])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped word: `; did you mean 'rank'?`, or the known words where they are few, or nothing."""
+    """A hint for a mistyped word: `; did you mean 'rank'?`, or the known words if they are few, or nothing."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:

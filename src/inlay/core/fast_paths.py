@@ -1,4 +1,4 @@
-"""`inlay.fast_paths`: which fast paths are on, at how many places, and the switch."""
+"""`inlay.fast_paths`: which fast paths are on and at how many places, and how to switch them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class FastPath:
     """One fast path.
 
     Attributes:
-        does: what, in a line.
-        on: whether it is in force.
-        places: modules of attached models where it acts when it applies (to training, to mixed batches, …).
+        does: what it does, in one line.
+        on: whether it may run.
+        places: number of modules of attached models where it can run (in training, in mixed batches, …).
     """
 
     name: str
@@ -33,7 +33,7 @@ class FastPath:
 
 
 class FastPaths(Mapping[str, FastPath]):
-    """Name → fast path, as it was when asked; where the question was a switch, leaving a `with` block takes it back."""
+    """Name → fast path, as it was at the time of the call. Leaving a `with` block undoes the switch of that call."""
 
     def __init__(self, found: Mapping[str, FastPath], before: frozenset[str] | None = None) -> None:
         self._found, self._before = dict(found), before
@@ -62,18 +62,18 @@ class FastPaths(Mapping[str, FastPath]):
 def fast_paths(on: bool | None = None, *names: str, model: nn.Module | None = None) -> FastPaths:
     """Say which fast paths are on, and switch them.
 
-    Each computes what the model's own code, or an adapter's plain formula, computes, only faster or in less memory.
-    Where a number looks wrong, ``inlay.fast_paths(False)`` leaves the plain code in force everywhere: in the whole
-    process, at once, for models that are attached already too. ``with inlay.fast_paths(False): ...`` takes it back at
-    the end of the block. The environment variable ``INLAY_FAST_PATHS=0`` says it before the program starts.
+    A fast path computes the same as the model's own code, or an adapter's plain formula, but faster or in less memory.
+    If a number looks wrong, ``inlay.fast_paths(False)`` makes inlay run the plain code everywhere: at once, in the
+    whole process, in models that have adapters already too. ``with inlay.fast_paths(False): ...`` does so for the
+    block only. The environment variable ``INLAY_FAST_PATHS=0`` does so from outside of the program.
 
     Args:
-        on: True or False switches; None only asks.
-        names: those to switch; all where none is given.
-        model: count places in this attached model; else in all that are alive.
+        on: True or False switches; None only reports.
+        names: the fast paths to switch; all if none is given.
+        model: count places in this attached model only; None counts in all that are alive.
 
     Raises:
-        ConfigError: a name is unknown; nothing was switched.
+        ConfigError: a name is unknown; nothing is switched.
     """
     if on is None and names:
         return FastPaths({name: found for name, found in _report(model).items() if name in wrappers.checked(names)})
@@ -104,7 +104,7 @@ def _owners(model: nn.Module | None) -> list[Hosts]:
 
 
 def _acts(name: str, host: Host) -> bool:
-    """Whether a fast path has something to do at a module."""
+    """Whether a fast path can run at a module."""
     kinds = {type(delta) for chain in host.deltas.values() for _, delta in leaves(chain)}
     match name:
         case "fused-update":

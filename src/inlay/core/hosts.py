@@ -1,7 +1,7 @@
 """The hosts of one model: the modules at which adapters do something, and what was changed in it so that they can.
 
-The roster (`core/forward/roster.py`) says which adapters there are and which one acts; what stands here is only needed
-where adapters come and go.
+The roster (`core/forward/roster.py`) knows which adapters there are and which is active; this file is only needed when
+adapters are attached or detached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Hosts:
 
     Attributes:
         requires_grad: the base's flags before the first attach, by parameter name.
-        attention: configurations that name an attention function of ours now, and what they named before.
+        attention: configurations that name one of our attention functions now, and what they named before.
     """
 
     roster: Roster
@@ -49,11 +49,11 @@ class Hosts:
         return self.roster.model
 
     def __iter__(self) -> Iterator[Host]:
-        """The hosts, in the order in which they became ones."""
+        """The hosts, in the order in which they were added."""
         return iter(list(self.by_path.values()))
 
     def at(self, path: str) -> Host:
-        """The host at `path`, which may be a new one."""
+        """The host at `path`; made if there is none."""
         host = self.by_path.get(path)
         if host is None:
             host = self.by_path[path] = Host(self.roster, path, self.model.get_submodule(path))
@@ -62,20 +62,20 @@ class Hosts:
         return host
 
     def grant(self, path: str, *features: str) -> Host:
-        """Give the host at `path` more to say in its module."""
+        """Add features to the host at `path`, which is made if there is none."""
         host = self.at(path)
         adopt(host, host.features | set(features))
         return host
 
     def revoke(self, path: str, *features: str) -> None:
-        """The inverse of `grant`; a host that is gone has nothing left to give back."""
+        """The inverse of `grant`; nothing happens if the host is gone already."""
         if path in self.by_path:
             host = self.by_path[path]
             adopt(host, host.features - set(features))
 
 
 def hosts_of(model: nn.Module) -> Hosts:
-    """The hosts of an attached model, also when it is compiled or wrapped for data parallelism.
+    """The hosts of an attached model, even if it is compiled or wrapped for data parallelism.
 
     Raises:
         UnsupportedError: nothing is attached.
@@ -91,7 +91,7 @@ def living() -> list[Hosts]:
 
 
 def _sees_rows(model: nn.Module, path: str, module: nn.Module) -> bool:
-    """Whether a module's input is a batch of rows: not an expert's chosen tokens, not a table of positions."""
+    """Whether the first dimension of a module's input is the batch: not at an expert, not at a position table."""
     if isinstance(module, nn.Embedding):
         table = ModelView(model).input_embedding
         return table is None or module._parameters["weight"] is table._parameters["weight"]

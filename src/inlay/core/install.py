@@ -1,4 +1,4 @@
-"""Putting built pieces at their hosts in the model, and taking them out without a trace."""
+"""Installing built pieces at their hosts in the model, and removing them without a trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from inlay.core.prompts.interface import put_back, swapped
 
 
 def install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
-    """Put a built adapter at its hosts, or leave the model as it was."""
+    """Install a built adapter at its hosts; if that fails, the model is as it was."""
     fresh = find_roster(model) is None
     hosts = _new_hosts(model) if fresh else hosts_of(model)
     roster = hosts.roster
@@ -73,7 +73,7 @@ def _new_hosts(model: nn.Module) -> Hosts:
 
 
 def _enlist(hosts: Hosts) -> None:
-    """Make a model a host of adapters: freeze it, wrap its root and its checkpointed layers."""
+    """Prepare a model for its first adapter: freeze it, wrap its root and its checkpointed layers."""
     model = hosts.model
     model.requires_grad_(False)
     model.__dict__["_inlay_roster"], model.__dict__["_inlay_hosts"] = hosts.roster, hosts
@@ -161,7 +161,7 @@ def _place_parameter(
 
 
 def _holders(hosts: Hosts, value: nn.Parameter | None) -> list[tuple[Host, str]]:
-    """Every module that holds this very parameter, tied partners included, and the name it has there."""
+    """Every module that holds this parameter object, tied ones included, and its name there."""
     return [
         (hosts.at(path), name)
         for path, module in ModelView(hosts.model).modules.items()
@@ -175,7 +175,7 @@ def _place_prompt(hosts: Hosts, name: str, piece: PromptPiece) -> None:
     view = ModelView(hosts.model)
     root = hosts.at("")
     if isinstance(hosts.model, (nn.Sequential, nn.ModuleList)):
-        raise UnsupportedError("a container has no text to put a prompt in front of")
+        raise UnsupportedError("this module has no forward of its own, so there is no text to put a prompt in front of")
     _store(root, name, piece.key, piece.prompt)
     encoder_path = _encoder_path(view)
     joins_encoder = isinstance(piece.prompt, TokenPrompt) and encoder_path is not None
@@ -223,7 +223,9 @@ def _count_positions(hosts: Hosts, view: ModelView, encoder_path: str | None, *,
     for path, module in view.modules.items():
         learned = roles.LEARNED_POSITIONS.fullmatch(path) is not None
         if learned and not isinstance(module, nn.Embedding):
-            raise UnsupportedError(f"{path} ({type(module).__name__}) computes positions in a way prompts cannot move")
+            raise UnsupportedError(
+                f"{path} ({type(module).__name__}) computes positions in a way that prompts cannot shift"
+            )
         rotary = type(module).__name__.endswith("RotaryEmbedding")
         if learned or rotary:
             host = hosts.grant(path, "positions" if learned else "rotary")
@@ -231,8 +233,8 @@ def _count_positions(hosts: Hosts, view: ModelView, encoder_path: str | None, *,
             found += 1
     if needed and not found:
         raise UnsupportedError(
-            f"the positions of {type(hosts.model).__name__} are in none of the known places (learned table, rotary "
-            "embedding), so a prompt cannot be put in front of its text exactly"
+            f"{type(hosts.model).__name__} has neither a learned position table nor a rotary embedding known to "
+            "inlay, so a prompt cannot be put in front of its text exactly"
         )
 
 
@@ -253,7 +255,7 @@ def _store(host: Host, name: str, key: str, trained: nn.Module) -> None:
 
 
 def _remove(hosts: Hosts, adapter: Adapter) -> None:
-    """Take everything of an adapter out of its hosts; hosts that nobody uses get their class back."""
+    """Remove everything of an adapter from its hosts; modules that are no hosts any more get their class back."""
     name = adapter.name
     for host in hosts:
         for owner in (host.deltas, host.differences, host.copies):

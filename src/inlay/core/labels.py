@@ -1,3 +1,3 @@
-"""What a label says that is none."""
+"""The label of a position that is not trained on."""
 
-IGNORED = -100  # of a position that is not learnt: torch's and transformers' own number
+IGNORED = -100  # the number that torch and transformers use

@@ -1,7 +1,7 @@
 """Initialisation from data: what a method looks at before its pieces are built.
 
-`attach(model, method, data=batches)` runs `Method.measure` first. It may run the frozen base over the batches
-and returns the method, with what was found out about sizes filled in, and initial values by piece.
+`attach(model, method, data=batches)` calls `Method.measure` first. It may run the frozen base over the batches, and
+returns the method with the sizes it found filled in, and initial values for the pieces.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from inlay.core.forward.roster import bare
 
 
 def check_data(method: Method, data: Batches | None) -> None:
-    """Raise unless data was given exactly where the method needs some."""
+    """Raise if data is missing that the method needs, or is given to a method that needs none."""
     if method.needs_data and data is None:
         raise ConfigError(
             f"method {method.name!r} is initialised from data: call attach(model, method, data=batches) with an "
@@ -30,17 +30,18 @@ def check_data(method: Method, data: Batches | None) -> None:
 def observe_inputs(
     model: nn.Module, modules: Sequence[nn.Module], data: Batches, see: Callable[[int, Tensor], None]
 ) -> int:
-    """Run the base over the batches and show what enters each module.
+    """Run the base over the batches and pass what enters each module to `see`.
 
     Args:
-        see: called with the module's place in `modules` and its input, (..., in).
+        see: called with the module's index in `modules` and its input, (..., in).
 
     Returns:
         The number of batches.
     """
     hooks = [m.register_forward_pre_hook(lambda _, args, i=i: see(i, args[0].detach())) for i, m in enumerate(modules)]
     count = 0
-    # An encoder–decoder makes its decoder's input from the labels; elsewhere they would only cost a loss.
+    # An encoder–decoder makes its decoder's input from the labels; elsewhere they would only cause a loss to be
+    # computed.
     needs_labels = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     try:
         with bare(model), torch.no_grad():

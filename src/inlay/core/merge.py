@@ -1,4 +1,4 @@
-"""Folding an adapter into the base's weights, and taking it back bit for bit."""
+"""Merging an adapter into the base's weights, and undoing it bit for bit."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from inlay.core.forward.roster import Merged, Roster, roster_of
 from inlay.core.hosts import Hosts, hosts_of
 from inlay.core.model.layer import Undo, read_weight, requantise_weight, shape_of, write_weight
 
-TRIAL_ROWS = 4  # that a layer with a forward of its own is tried on
-# Relative to what it gives: half precision rounds a product and its bias apart or at once.
+TRIAL_ROWS = 4  # rows on which a layer with a forward of its own is tried
+# Relative to the output: in half precision, product and bias may be rounded separately or at once.
 AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging cost.
+    """How exact a merge was.
 
     Attributes:
-        layers: path → largest absolute difference between the merged weight and bias and the values the base's
-            type could hold; 0 where the type lost nothing.
-        lost: path → size of that difference as a share of the adapter's own change to both (Frobenius norms):
-            at 1 the rounding is as large as what was learnt.
-        untied: whether an input embedding and an output head that shared a matrix no longer do.
+        layers: path → largest absolute rounding error of the merged weight and bias; 0 where the base's dtype holds
+            the sum exactly.
+        lost: path → norm of that error divided by the norm of the adapter's own change (Frobenius); at 1 the
+            rounding is as large as what was learnt.
+        untied: whether the input embedding and the output head shared a matrix before and no longer do.
     """
 
     layers: dict[str, float]
@@ -47,20 +47,20 @@ class MergeReport:
 
 
 def merge(model: nn.Module, name: str, *, requantize: bool = False) -> MergeReport:
-    """Fold adapter `name` into the base, in place. The model then costs what the base costs.
+    """Merge adapter `name` into the base's weights, in place. The model is then as fast as the base.
 
     Until `unmerge` the merged adapter is the active one, and choosing another raises.
 
-    The sum is formed in float32 and rounded once to the base's type; the report says what that cost. A quantised
-    layer becomes a dense one of the sum.
+    The sum is computed in float32 and rounded once to the base's dtype; the report gives the rounding error. A
+    quantised layer becomes a dense one.
 
     Args:
-        requantize: leave quantised layers quantised: the sum is rounded to their format, which costs more.
+        requantize: keep quantised layers quantised: the sum is rounded to their format, which is less exact.
 
     Raises:
         AdapterNameError: there is no such adapter.
-        UnsupportedError: some piece has no weight with the same effect, some layer computes something else than its
-            weight says, or another merge is in effect. The model is as it was.
+        UnsupportedError: some piece has no weight with the same effect, some layer computes something other than its
+            weight, or another adapter is merged already. The model is unchanged.
     """
     roster = roster_of(model)
     adapter = roster.require(name)
@@ -81,8 +81,8 @@ def merge(model: nn.Module, name: str, *, requantize: bool = False) -> MergeRepo
     if wrong:
         raise UnsupportedError(
             problems(
-                f"adapter {name!r} cannot be merged into layers with a forward of their own, which give something else "
-                "than their weight says; leave it beside them, or choose other places",
+                f"adapter {name!r} cannot be merged: these layers have a forward of their own that computes something "
+                "other than their weight; leave the adapter unmerged, or choose other places",
                 wrong[:8],
             )
         )
@@ -105,7 +105,7 @@ def merge(model: nn.Module, name: str, *, requantize: bool = False) -> MergeRepo
 
 
 def unmerge(model: nn.Module) -> None:
-    """Take the merge back: the very parameters that were there before, bit for bit.
+    """Undo the merge: put back the parameters that were there before, bit for bit.
 
     Raises:
         UnsupportedError: nothing is merged.
@@ -136,10 +136,10 @@ def _merge_deltas(
 
 
 def _computes_what_it_holds(host: Host) -> bool:
-    """Whether a layer's forward is the one that its type is known for, or is seen to give the same."""
+    """Whether a layer's forward is that of its known type, or gives the same when tried."""
     module, cls = host.module, host.original_class
     shape = shape_of(module)
-    if shape is None or shape.kind not in ("linear", "conv"):  # deltas of an embedding see to its scale themselves
+    if shape is None or shape.kind not in ("linear", "conv"):  # deltas at an embedding handle its scale themselves
         return True
     known: Any = next(c for c in cls.__mro__ if c in shape_of.registry)
     if host.original_forward is None and cls.forward is known.forward:
@@ -167,7 +167,7 @@ def _wide(layer: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
 
 
 def _apart(layer: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> list[Tensor]:
-    """Differences of weight and bias; a bias that is not there is zero."""
+    """The differences of weight and bias; a missing bias counts as zero."""
     (weight, bias), (other_weight, other_bias) = layer, other
     apart = [weight - other_weight]
     if bias is not None:
@@ -180,7 +180,7 @@ def _size(parts: list[Tensor]) -> float:
 
 
 def _merge_parameters(hosts: Hosts, adapter: Adapter, undo: list[Undo], errors: dict[str, float]) -> None:
-    """Differences and copies replace parameters at every module that shares them, so ties stay."""
+    """Let differences and copies replace parameters in every module that shares them, so that ties stay."""
     new: dict[int, nn.Parameter] = {}
     for host in hosts:
         names = {**host.differences.get(adapter.name, {}), **host.copies.get(adapter.name, {})}

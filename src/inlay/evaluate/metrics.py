@@ -161,9 +161,10 @@ def _package(name: str, metric: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        module = name.partition(".")[0]
+        package = {"sklearn": "scikit-learn", "rouge_score": "rouge-score"}.get(module, module)
         raise UserError(
-            f"the metric {metric!r} needs the package {name.partition('.')[0]}; "
-            "install the metrics with: pip install 'inlay[eval]'"
+            f"the metric {metric!r} needs a package that is not installed: pip install {package}"
         ) from error
 
 

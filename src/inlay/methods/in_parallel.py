@@ -9,6 +9,8 @@ designs are combined by adding what each contributes.
 A method that changes what enters a layer cannot stand beside one that reads what leaves it: the second would
 see the first's work, and the two views would differ. That is refused; `Stack` is the order for it. Prompts stand
 behind one another in front of the text; differences to the same parameter add. It merges where all its methods do.
+
+Not to be confused with ``--method parallel``, the class `ParallelAdapter` (`methods/parallel.py`): a bottleneck.
 """
 
 from __future__ import annotations

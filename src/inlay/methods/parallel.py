@@ -6,6 +6,8 @@ He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning
      └── W_down ── relu ── W_up ── · s ─┘
 
 Initialised like LoRA: W_down Kaiming-uniform with a = √5, W_up and biases zero; s = 4.
+
+Not to be confused with ``--method in-parallel``, the class `Parallel` (`methods/in_parallel.py`): a composition.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def check_chart(path: Path) -> None:
     from importlib.util import find_spec
 
     if find_spec("plotly") is None:
-        raise ConfigError("--plot needs plotly, which is not installed: pip install 'inlay[report]'")
+        raise ConfigError("--plot needs plotly, which is not installed: pip install plotly")
     if path.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--plot {path}: the chart is an HTML page; give a name such as plan.html")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from inlay.core.contracts.method import Method
+from inlay.formats.provenance import shown
 from inlay.train.config import RunConfig
 from inlay.train.record import TrainingRecord
 
@@ -34,27 +35,28 @@ def card(
         facts: ``rows, eval_rows, trainable, base_parameters, steps, seconds``.
         metrics: of the adapter that is kept.
     """
-    base = config.base or "embedded"
+    base = shown(config.base) if config.base else "embedded"
+    published = config.base == base  # and not a folder of this machine
     share = 100 * facts["trainable"] / max(facts["base_parameters"], 1)
     hyper = {name: getattr(config, name) for name in _HYPER if getattr(config, name) not in (None, False)}
     return "\n".join(
         [
             "---",
             "library_name: inlay",
-            *([f"base_model: {config.base}"] if config.base and not config.base.startswith(("/", ".", "~")) else []),
+            *([f"base_model: {base}"] if published else []),
             f"tags: [inlay, {method.name}, {record.task}]",
             "---",
             "",
             f"# {config.name}: {method.name} for {record.task}",
             "",
-            f"An adapter made by [inlay](https://pypi.org/project/inlay/): {type(method).__name__} ({method.paper}), "
+            f"An adapter made by inlay: {type(method).__name__} ({method.paper}), "
             f"{facts['trainable']:,} trained parameters ({share:.2f} % of the base's {facts['base_parameters']:,}).",
             "",
             table(
                 ("", ""),
                 [
                     ("Base", f"`{base}`"),
-                    ("Data", f"`{config.data}` ({facts['rows']:,} rows)"),
+                    ("Data", f"`{shown(config.data)}` ({facts['rows']:,} rows)"),
                     *_held(config, facts),
                 ],
             ),
@@ -85,7 +87,7 @@ def card(
             "",
             "## Use",
             "",
-            *_use(config, record, base),
+            *_use(record, None if config.base is None else base if published else f"path/to/{base}"),
             "",
         ]
     )
@@ -94,7 +96,7 @@ def card(
 def _held(config: RunConfig, facts: dict[str, Any]) -> list[tuple[str, str]]:
     if not facts["eval_rows"]:
         return []
-    source = f"`{config.eval_data}`" if config.eval_data else "held out of the data"
+    source = f"`{shown(config.eval_data)}`" if config.eval_data else "held out of the data"
     return [("Evaluated on", f"{source} ({facts['eval_rows']:,} rows)")]
 
 
@@ -105,13 +107,13 @@ def _places(config: RunConfig) -> str:
     return where + layers + heads
 
 
-def _use(config: RunConfig, record: TrainingRecord, base: str) -> list[str]:
-    words = "" if config.base is None else f"--base {base} "
+def _use(record: TrainingRecord, base: str | None) -> list[str]:
+    words = "" if base is None else f"--base {base} "
     verb = "generate" if record.task in ("causal", "seq2seq") else "evaluate"
     rest = '"..."' if verb == "generate" else "--data rows.jsonl"
     labels = "" if record.labels is None or record.task != "classification" else f", num_labels={len(record.labels)}"
     labels = ", num_labels=1" if record.task == "regression" else labels
-    path = "inlay.assets.base_path()" if config.base is None else repr(base)
+    path = "inlay.assets.base_path()" if base is None else repr(base)
     return [
         "```console",
         f"$ inlay {verb} {words}--adapter . {rest}",
@@ -119,7 +121,7 @@ def _use(config: RunConfig, record: TrainingRecord, base: str) -> list[str]:
         "",
         "```python",
         "import inlay",
-        *(["import inlay.assets"] if config.base is None else []),
+        *(["import inlay.assets"] if base is None else []),
         f"from transformers import {_CLASSES[record.task]}",
         "",
         f"model = {_CLASSES[record.task]}.from_pretrained({path}{labels})",

@@ -26,7 +26,7 @@ def check_optimizer(name: str) -> None:
     import torch
 
     if name not in OWN and find_spec("bitsandbytes") is None:
-        raise ConfigError(f"optimizer {name!r} comes from bitsandbytes: pip install 'inlay[quant]'")
+        raise ConfigError(f"optimizer {name!r} needs bitsandbytes, which is not installed: pip install bitsandbytes")
     if name.startswith("paged") and not torch.cuda.is_available():
         without = name.removeprefix("paged-")
         raise ConfigError(f"optimizer {name!r} moves its states between a GPU and memory; on a CPU give {without!r}")

@@ -10,7 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from inlay.core.errors import AdapterFileError
+from inlay.formats.provenance import LOCAL, shareable
 from inlay.train.folder import write_text
 
 FILE = "training.json"
@@ -22,7 +25,8 @@ class TrainingRecord:
 
     Attributes:
         task: what was trained.
-        base: folder or hub id; None is the embedded base.
+        base: folder or hub id; None is the embedded base. In the file a folder has its last name only (`shareable`);
+            `read_record` finds the whole path in the configuration of the run, while the adapter lies in its folder.
         labels: names of the classes in the order of the head's outputs.
         columns: role → column of the training data.
         kind: of the data: ``completion``, ``chat``, ``classification``, ``regression`` or ``text``.
@@ -46,7 +50,8 @@ class TrainingRecord:
     quantize: str | None = None
 
     def write(self, folder: Path) -> None:
-        write_text(folder / FILE, json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
+        values = dataclasses.asdict(self) | {"base": None if self.base is None else shareable(self.base)}
+        write_text(folder / FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_record(folder: str | Path) -> TrainingRecord | None:
@@ -60,12 +65,24 @@ def read_record(folder: str | Path) -> TrainingRecord | None:
         return None
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        labels = values.pop("labels")
-        return TrainingRecord(**values, labels=None if labels is None else tuple(labels))
+        labels, base = values.pop("labels"), values.pop("base")
+        base = _in_full(base, Path(folder))
+        return TrainingRecord(**values, base=base, labels=None if labels is None else tuple(labels))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise AdapterFileError(
             f"{path} is not a whole training record ({error}); copy it again, or remove it"
         ) from error
+
+
+def _in_full(base: str | None, folder: Path) -> str | None:
+    """The path of a base of which only the name was recorded, as the run around the adapter has it."""
+    if base is None or not base.startswith(LOCAL):
+        return base
+    try:
+        named = yaml.safe_load((folder.resolve().parent / "run.yaml").read_text(encoding="utf-8"))["base"]
+        return str(named) if shareable(named) == base else base
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return base  # the adapter was taken out of its run's folder
 
 
 def versions() -> dict[str, str]:

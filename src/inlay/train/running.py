@@ -64,7 +64,12 @@ class RunResult:
     compiled: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """As the command prints it; the file in the run's folder names what is beside it (`stored`)."""
         return {**dataclasses.asdict(self), "out": str(self.out), "adapter": str(self.adapter)}
+
+    def stored(self) -> str:
+        """The text of result.json, which holds wherever the folder is moved."""
+        return json.dumps(self.to_dict() | {"out": ".", "adapter": self.adapter.name}, indent=2) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> RunResult:
@@ -360,7 +365,7 @@ def _finish(
         compiled=compilation.to_dict() if compilation else None,
     )
     write_beside(folder.adapter, lambda part: _write_adapter(prepared, result, part))
-    folder.finish(json.dumps(result.to_dict(), indent=2) + "\n")
+    folder.finish(result.stored())
     return result
 
 

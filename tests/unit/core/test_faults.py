@@ -63,7 +63,7 @@ def test_a_table_that_is_shared_by_all_rows_cannot_be_routed_by_row() -> None:
     for name in "ab":
         adapter = inlay.attach(model, LoRA(rank=2), name=name, where=["relative_attention_bias"])
         shake(adapter, 0.3 if name == "a" else 0.8)
-    with pytest.raises(inlay.UserError, match="row by row"):
+    with pytest.raises(inlay.UserError, match="is not a batch of rows"):
         mixed_is_alone(model, inputs("t5", rows=2), ["a", "b"])
 
 
@@ -289,7 +289,7 @@ def test_a_layer_that_gives_something_else_than_its_weight_says_is_not_merged(la
     shake(inlay.attach(model, LoRA(rank=2), where=lambda *_: True))
     x, before = torch.randn(4, 4), [p.clone() for p in model.parameters()]
     expected = model(x)
-    with pytest.raises(inlay.UserError, match="layers with a forward of their own"):
+    with pytest.raises(inlay.UserError, match="these layers have a forward of their own"):
         inlay.merge(model, "default")
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
     assert torch.equal(model(x), expected)

@@ -44,10 +44,15 @@ def test_what_a_run_leaves(completions: Path, llama: Path, tmp_path: Path, capfd
     assert result.steps == 3 and result.tokens_per_second > 0 and result.peak_memory_bytes > 2**20
     assert set(result.metrics) == {"train_loss", "eval_loss"}
     card = (result.adapter / "README.md").read_text()
-    for part in ("LoRA", str(llama), str(completions), "learning_rate", f"{result.trainable:,}", "inlay.load(model"):
+    for part in ("LoRA", llama.name, completions.name, "learning_rate", f"{result.trainable:,}", "inlay.load(model"):
         assert part in card
     record = read_record(result.adapter)
     assert record is not None and (record.task, record.kind) == ("causal", "completion")
+    assert record.base == str(llama), "the run's own configuration has the whole path"
+    for file in ("metrics.jsonl", "result.json", *adapter - {"adapter"}):
+        told = (tmp_path / "run" / file).read_bytes()
+        for path in (llama, completions, tmp_path):
+            assert bytes(path.parent) not in told, f"{file} tells where {path.name} lies on this machine"
 
 
 def test_the_saved_configuration_reproduces_the_run(completions: Path, llama: Path, tmp_path: Path) -> None:

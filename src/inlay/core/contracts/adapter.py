@@ -1,9 +1,8 @@
 """An adapter: everything one method put into one model under one name.
 
-What a method does around every optimizer step, in whatever loop the steps are made, is its adapter's `Clock`: a budget
-that shrinks (AdaLoRA), a rank drawn anew (DyLoRA), a mask found half way (LT-SFT), a regulariser. PyTorch tells of the
-steps of every optimizer, so nobody has to call anything: plain loops, `transformers.Trainer` and TRL's trainers all
-keep the schedule.
+What a method does around every optimizer step is its adapter's `Clock`: a budget that shrinks (AdaLoRA), a rank drawn
+anew (DyLoRA), a mask found half-way (LT-SFT), a regulariser. PyTorch calls it around the steps of every optimizer, so
+no training loop has to: plain loops, `transformers.Trainer` and TRL's trainers all keep the schedule.
 
     backward ─▶ before_step (weights and gradients of this step) ─▶ optimizer.step ─▶ after_step (new weights)
 """
@@ -30,7 +29,7 @@ from inlay.core.model.select import Places, Where
 
 
 class Held(nn.Module):
-    """An adapter's own values of a parameter, where optimizers, devices and state dicts see them."""
+    """Holds an adapter's own copy of a parameter where optimizers, `.to(device)` and state dicts find it."""
 
     def __init__(self, value: nn.Parameter) -> None:
         super().__init__()
@@ -38,7 +37,7 @@ class Held(nn.Module):
 
 
 class Copies(Mapping[str, nn.Parameter]):
-    """Full parameter name → the adapter's own values, as they are held now: a module's parameters may be replaced."""
+    """Full parameter name → the adapter's copy. Looked up anew each time, because the parameters may be replaced."""
 
     def __init__(self, held: Mapping[str, Held] | None = None) -> None:
         self.held = dict(held or {})
@@ -58,14 +57,14 @@ class Adapter:
     """One attached adapter.
 
     Attributes:
-        name: under which `use`, `save` and `detach` know it.
+        name: the name that `use`, `save` and `detach` take.
         method: its hyper-parameters.
         places: the user's `where` and `layers`.
         pieces: its trained modules and their places.
         copies: full parameter name → the adapter's own values (`modules_to_save`).
         modules_to_save: the module paths those belong to.
-        clock: what happens around an optimizer's steps, where the method has something to do there.
-        prompts: those of the pieces that are prompts.
+        clock: what happens around an optimizer's steps; None where the method does nothing there.
+        prompts: the pieces that are prompts.
         changes_base: whether it changes the base's own weights, which all rows of a batch share.
         reads_span: whether some delta acts at positions of the prompt (`core/prompts/span.py`).
     """
@@ -82,7 +81,7 @@ class Adapter:
     reads_span: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        # Asked in every forward, so found once; a cached property is nothing that Dynamo can trace.
+        # Needed in every forward, so computed once; a cached property cannot be traced by Dynamo.
         self.prompts = tuple(p for p in self.pieces if isinstance(p, PromptPiece))
         self.changes_base = any(isinstance(p, SubsetPiece) for p in self.pieces)
         self.reads_span = any(isinstance(p, DeltaPiece) and p.delta.reads_span for p in self.pieces)
@@ -93,7 +92,7 @@ class Adapter:
         return self.places.where if self.places.where is not None else self.method.default_where
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the adapter under the name it is stored by.
+        """Every tensor of the adapter, under the name it has in a file.
 
         ``delta/<site>/<name>``, ``prompt/<key>/<name>``, ``difference/<parameter>/<name>``, ``shared/<key>/<name>``,
         ``copy/<parameter>``.
@@ -114,10 +113,10 @@ class Adapter:
         return found | {f"copy/{n}": p for n, p in self.copies.items()}
 
     def parameter_groups(self, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Groups for an optimizer: one for each rate that the method asks for (LoRA+ has two).
+        """Parameter groups for an optimizer: one for each learning rate that the method asks for (LoRA+ has two).
 
         Args:
-            learning_rate: of parameters whose rate the method does not raise.
+            learning_rate: the rate of parameters for which the method asks no other.
         """
         by_rate: dict[float, list[nn.Parameter]] = {}
         seen: set[int] = set()
@@ -146,12 +145,12 @@ class Adapter:
 
     @property
     def count(self) -> int:
-        """Trained numbers of the method itself; a head in `modules_to_save` is not the method's."""
+        """Number of trained values of the method itself, without the copies of `modules_to_save`."""
         return sum(p.numel() for p in self.parameters()) - self.count_copied
 
     @property
     def count_copied(self) -> int:
-        """Trained numbers in copies of whole modules."""
+        """Number of trained values in the copies of `modules_to_save`."""
         return sum(p.numel() for p in self.copies.values())
 
     @property
@@ -165,7 +164,7 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over names, shapes, types and values: equal digests are equal adapters."""
+        """SHA-256 over names, shapes, types and values: adapters with equal digests are equal."""
         return digest_of(self.tensors())
 
 
@@ -180,7 +179,7 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
 
 
 def kind_and_module(piece: Piece) -> tuple[str, nn.Module]:
-    """A piece's trained module, and the word that the names of its tensors begin with."""
+    """The word with which the names of a piece's tensors begin, and its trained module."""
     match piece:
         case DeltaPiece():
             return "delta", piece.delta
@@ -191,33 +190,33 @@ def kind_and_module(piece: Piece) -> tuple[str, nn.Module]:
 
 
 def not_finite(adapter: Adapter) -> list[str]:
-    """Names of the tensors with values that are no numbers, of what a file would hold: in training, a gate that is
-    open or closed for good may be infinite."""
+    """Names of the tensors with infinite or NaN values, among those a file would hold. (A gate that is open or closed
+    for good may be infinite during training.)"""
     _, tensors = adapter.method.stored(adapter)
     return [n for n, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
 
 
 def check_finite(adapters: Sequence[Adapter]) -> None:
-    """Raise one `UnsupportedError` that names every tensor with values that are no numbers.
+    """Raise one `UnsupportedError` that names every tensor with infinite or NaN values.
 
-    What is computed from them says nothing, and the largest of several errors may not show it.
+    Whatever is computed from them is meaningless, and the largest of several errors need not show it.
     """
     wrong = [f"{adapter.name!r}: {name}" for adapter in adapters for name in not_finite(adapter)]
     if wrong:
         said = [*wrong[:8], *([f"and {len(wrong) - 8} more"] if len(wrong) > 8 else [])]
         raise UnsupportedError(
-            problems("values that are not finite, as of a training that diverged; train again", said)
+            problems("values that are not finite, as after a training that diverged; train again", said)
         )
 
 
 class Clock(ABC):  # noqa: B024
-    """Told of the steps of every optimizer that holds trainable parameters of its adapter. Abstract.
+    """Called around the steps of every optimizer that holds trainable parameters of its adapter. Abstract.
 
-    Counters and averages belong in buffers (of a `Shared` child, for one), so that they are stored, and a resumed run
-    goes on where it stopped.
+    Keep counters and averages in buffers (of a `Shared` child, for example), so that they are stored and a resumed run
+    continues where it stopped.
 
-    Hyper-parameters are read from ``self.adapter.method`` when they are needed: a training run may fill in
-    the number of steps (`Method.for_steps`) after attaching.
+    Read hyper-parameters from ``self.adapter.method`` when you need them, not before: a training run may fill in the
+    number of steps (`Method.for_steps`) after attaching.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -225,14 +224,14 @@ class Clock(ABC):  # noqa: B024
         _keep(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # a deep copy has steps of its own
+        self.__dict__.update(state)  # a deep copy counts its own steps
         _keep(self)
 
     def before_step(self, optimizer: Optimizer) -> None:  # noqa: B027 - either half may be left out
-        """Gradients are complete; they may be read and changed, and so may the step be refused by raising."""
+        """The gradients are complete: read or change them here, or raise to prevent the step."""
 
     def after_step(self, optimizer: Optimizer) -> None:  # noqa: B027
-        """The parameters have their new values; they may be changed in place, under no_grad."""
+        """The parameters have their new values: change them in place here, under `no_grad`, if need be."""
 
 
 _CLOCKS: weakref.WeakSet[Clock] = weakref.WeakSet()
@@ -241,7 +240,7 @@ _hooks: list[Any] = []
 
 def _keep(clock: Clock) -> None:
     _CLOCKS.add(clock)
-    if not _hooks:  # a process without clocks pays nothing for them
+    if not _hooks:  # registered with the first clock, so that other processes pay nothing
         _hooks.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _tell(optimizer, "before_step")))
         _hooks.append(register_optimizer_step_post_hook(lambda optimizer, *_: _tell(optimizer, "after_step")))
 

@@ -3,8 +3,8 @@
     x ── pre ──▶ layer ──▶ post ──▶ y          the activation view: row-wise, so rows may differ
     (w, b) ────▶ weight ───▶ (w', b')          the weight view: for merging; must agree with the first
 
-Both views are given by the method and held equal by a law. `post` is given the `Site`,
-because some methods (DoRA) read the frozen weight itself.
+The method gives both views, and a law checks that they are equal. `post` gets the `Site` because some methods (DoRA)
+read the frozen weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from inlay.core.model.site import Site
 
 
 class Delta(nn.Module):
-    """One trained piece at one site. Abstract; `__init__` makes storage, `initialise` fills it.
+    """One trained piece at one site. Abstract; `__init__` creates its parameters, `initialise` fills them.
 
     Class variables:
         merges: whether it has a weight view.
@@ -30,47 +30,47 @@ class Delta(nn.Module):
     reads_span: ClassVar[bool] = False
 
     def initialise(self, site: Site) -> None:
-        """Fill the parameters of a fresh delta; not called when stored ones are about to be read in.
+        """Fill the parameters of a new delta; not called when they will be read from a file.
 
         Draws from torch's global generator. May read the base (`site.read_weight()`), never write it.
         """
 
     def pre(self, x: Tensor) -> Tensor:
-        """What enters the layer. ``x``: (..., in)."""
+        """The changed input of the layer. ``x``: (..., in)."""
         return x
 
     def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """What leaves the layer.
+        """The changed output of the layer.
 
         Args:
-            x: what entered it, after `pre`: (..., in), ids (...) for an embedding; at a site that reads other
-                modules (`Site.sources`), what entered those, a tuple.
-            y: what the base computed from it: (..., out), the part only where the site is a part.
+            x: the layer's input, after `pre`: (..., in), or ids (...) for an embedding; at a site that reads other
+                modules (`Site.sources`), the tuple of their inputs.
+            y: what the base computed from it: (..., out), or the part alone where the site is a part of a layer.
             site: for `site.read_weight()`.
         """
         return y
 
     def post_into(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """`post`, where nobody else holds y: a fast path may write it. `post` stays as its oracle."""
+        """`post` for a y that nothing else uses, so that a fast path may overwrite it; tested against `post`."""
         return self.post(x, y, site)
 
     def with_layer(self, x: Tensor, site: Site) -> Tensor | None:
-        """The layer and this delta at once, (..., out), where a fast path computes both; else None.
+        """The layer and this delta in one computation, (..., out), where there is a fast path for it; else None.
 
-        Asked only of a delta alone at a linear layer that runs no code but `torch.nn.Linear`'s.
+        Called only where this delta is the only one at a layer that runs exactly the code of `torch.nn.Linear`.
         """
         return None
 
     @classmethod
     def grouped(cls, deltas: Sequence[Self], site: Site, dtype: torch.dtype) -> Grouped | None:
-        """Deltas of this very class, of several adapters, as one object that computes them all, one a segment.
+        """Stack deltas of exactly this class, from several adapters, into one object that computes all of them.
 
         Args:
-            deltas: one a segment, in evaluation mode; one may stand for several segments.
+            deltas: one for each segment of rows, in evaluation mode; the same one may serve several segments.
             dtype: of the activations.
 
         Returns:
-            None where these cannot be stacked; their rows are then computed one adapter after another.
+            None where they cannot be stacked; the rows are then computed one adapter after another.
         """
         return None
 
@@ -78,7 +78,7 @@ class Delta(nn.Module):
         """The layer's new weight and bias, in canonical layout (`core/model/layer.py`) and the weight's dtype.
 
         Raises:
-            NotImplementedError: no weight has this effect; `merges` is False then.
+            NotImplementedError: no weight has this effect, and `merges` is False.
         """
         raise NotImplementedError(f"{type(self).__name__} has no weight view")
 
@@ -104,14 +104,14 @@ class Grouped:
 
 
 def says_itself(kind: type[Delta], form: str, *of: str) -> bool:
-    """Whether a class has its own `form` of the very methods `of` that it has: no subclass inherits the fast form of
-    what it computes otherwise."""
+    """Whether a class's fast `form` belongs to the methods `of` that it has: a subclass that overrides one of these
+    must not inherit the fast form of its parent's."""
     order = [next(i for i, c in enumerate(kind.__mro__) if name in c.__dict__) for name in (form, *of)]
     return order[0] <= min(order[1:])
 
 
 def groups_itself(kind: type[Delta]) -> bool:
-    """Whether a class says how it is grouped for the very `pre` and `post` that it has."""
+    """Whether a class's `grouped` belongs to the `pre` and `post` that it has."""
     return says_itself(kind, "grouped", "pre", "post")
 
 

@@ -1,8 +1,8 @@
 """What a method is: a frozen dataclass of hyper-parameters that says what to build, never where.
 
-A method file defines one subclass of `DeltaMethod`, `PromptMethod` or `SubsetMethod`, whose pieces keep one of the
-three contracts (`delta.py`, `prompt.py`, `subset.py`). Class variables carry the facts that tables,
-the command line and the training defaults are derived from; the fields are the hyper-parameters.
+A method's file defines one subclass of `DeltaMethod`, `PromptMethod` or `SubsetMethod`, whose pieces fulfil one of the
+three contracts (`delta.py`, `prompt.py`, `subset.py`). Class variables hold the facts from which tables, the command
+line and the training defaults are derived; the fields are the hyper-parameters.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from inlay.core.model.select import Places, select
 from inlay.core.model.site import Site
 from inlay.core.model.view import ModelView
 
-if TYPE_CHECKING:  # an adapter has a method, and a method is told of its adapter: the one pair that knows both ways
+if TYPE_CHECKING:  # an adapter has a method, whose hooks get the adapter: the only two files that import each other
     from inlay.core.contracts.adapter import Adapter, Clock
 
 Batches = Iterable[Mapping[str, Any]]
-"""Keyword arguments for the model's forward, a batch an entry."""
+"""Batches, each the keyword arguments of one call of the model's forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a method likes to be trained when the user does not say.
+    """The training defaults of a method, used where the user says nothing.
 
     Attributes:
         learning_rate: peak rate of AdamW.
@@ -58,7 +58,7 @@ class Method(ABC):
         paper: where it was published.
         family: heading in the methods table.
         recipe: training defaults.
-        default_where: the paper's places, as roles (`core/model/roles.py`), for every architecture.
+        default_where: the places of the paper, as roles (`core/model/roles.py`) that hold for every architecture.
         needs_data: whether `attach` must be given batches to initialise from (`core/measure.py`).
         expected_failures: law name → why the method cannot obey it; an unexpected pass fails.
     """
@@ -77,57 +77,57 @@ class Method(ABC):
 
         Args:
             view: read-only access to the model: sites, attention places, parameters.
-            places: where the user wants it; the paper's places where the user said nothing.
+            places: the user's `where` and `layers`; the method's default applies where they are None.
 
         Raises:
-            SelectionError: the places match nothing, or what the method cannot adapt.
+            SelectionError: the places match nothing, or something the method cannot adapt.
         """
 
     def measure(self, model: nn.Module, places: Places, data: Batches) -> Measured:
-        """Look at data before anything is built; only where `needs_data`."""
+        """Look at the data before anything is built; called only where `needs_data`."""
         return Measured(self)
 
     def foreseen(self, view: ModelView, places: Places) -> Self:
-        """This method as `measure` would leave it, as far as sizes go: what a plan counts before there is data."""
+        """This method with the sizes that `measure` would give it, so that a plan can count without data."""
         return self
 
     def inherit(self, model: nn.Module) -> Measured:
-        """Take over what the method is made of from adapters that `model` has already (AdapterFusion)."""
+        """Take over the adapters this method is made of from those attached to `model` (AdapterFusion)."""
         return Measured(self)
 
     def takes_over(self) -> tuple[str, ...]:
-        """Names of the adapters that `inherit` looks for; `inlay train` is given their folders."""
+        """Names of the adapters that `inherit` looks for; in `inlay train`, their folders."""
         return ()
 
     def taking_over(self, names: Sequence[str]) -> Self:
-        """This method, made of adapters of these names."""
+        """This method, made of the adapters with these names."""
         return self
 
     def clock(self, adapter: Adapter) -> Clock | None:
-        """What happens around the optimizer's steps of this adapter (`core/contracts/adapter.py`), or None."""
+        """What happens around the optimizer's steps for this adapter (`core/contracts/adapter.py`); None is nothing."""
         return None
 
     def rate_of(self, name: str) -> float:
-        """By how much the learning rate of the tensor stored as `name` is multiplied."""
+        """Factor on the learning rate of the tensor stored as `name`."""
         return 1.0
 
     def ready(self, adapter: Adapter) -> bool:
-        """Whether the adapter as it is may be what a run gives; not in the middle of a schedule that shapes it."""
+        """Whether the adapter could be a run's result now; False while a schedule that shapes it is not over."""
         return True
 
     def stored(self, adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
-        """What a file holds of the adapter: a schedule that is over may leave out what only training needed.
+        """The method and tensors to store; what only training needed may be left out once a schedule is over.
 
         The returned method must build exactly the returned tensors.
         """
         return self, adapter.tensors()
 
     def account(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the method has to tell of an adapter, from its tensors: shown by `inlay inspect`."""
+        """Facts about an adapter that can be read off its tensors; `inlay inspect` shows them."""
         return {}
 
     def for_steps(self, total: int) -> Self:
-        """This method in a run of `total` optimizer steps: fills `total_steps` in where it is left open."""
+        """This method for a run of `total` optimizer steps; fills in `total_steps` where it is None."""
         fields = {f.name for f in dataclasses.fields(self)}
         if "total_steps" in fields and getattr(self, "total_steps") is None:  # noqa: B009 - not every method has it
             return dataclasses.replace(self, total_steps=total)  # type: ignore[call-arg]
@@ -136,7 +136,7 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def examples(cls) -> list[Self]:
-        """Small instances that the laws are run with; every branch of the method appears."""
+        """Small instances on which the laws are run; together they take every branch of the method."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML, JSON and file headers: the registry key and every field."""
@@ -154,11 +154,11 @@ class Method(ABC):
 
     @classmethod
     def _of(cls, fields: Mapping[str, Any]) -> Self:
-        """The method with these fields; where the constructor takes other arguments, it says how."""
+        """Make the method from its fields; overridden where the constructor takes other arguments."""
         return cls(**fields)
 
     def require(self, *checks: tuple[bool, str]) -> None:
-        """Raise one `ConfigError` that lists every check that is false."""
+        """Raise one `ConfigError` that lists the message of every check that is false."""
         wrong = [message for holds, message in checks if not holds]
         if wrong:
             raise ConfigError(problems(f"method {self.name!r}", wrong))
@@ -169,9 +169,9 @@ class Measured:
     """What `Method.measure` found out about the data, or `Method.inherit` about attached adapters.
 
     Attributes:
-        method: to be built and stored; sizes that depend on the data are filled in.
+        method: the one to build and store, with the sizes that depend on the data filled in.
         values: piece key (``Site.key``, parameter name) → name in the piece's state → initial value.
-        places: where it goes, where that follows from what was found and not from the user.
+        places: the places, where they follow from what was found and not from the user; else None.
     """
 
     method: Method
@@ -202,16 +202,16 @@ class PromptMethod(Method, ABC):
         """A prompt with uninitialised parameters.
 
         Args:
-            layers: numbers of the layers that take part, or None for the paper's.
+            layers: numbers of the layers that get a prompt; None means those of the paper.
 
         Raises:
-            UnsupportedError: nothing can be put in front of this model's text exactly.
+            UnsupportedError: on this model no prompt can be put in front of the text exactly.
         """
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
         if places.where is not None:
             raise SelectionError(
-                f"method {self.name!r} goes in front of the text, so it takes no `where`; use `layers` to say how deep"
+                f"method {self.name!r} stands in front of the text, so it takes no `where`; `layers` chooses layers"
             )
         return [PromptPiece("prompt", self.build(view, places.layers))]
 
@@ -241,8 +241,8 @@ class SubsetMethod(Method, ABC):
             store = store_of(view.modules[path])
             if store is not None and (parameter == "weight" or not value.is_floating_point()):
                 raise UnsupportedError(
-                    f"method {self.name!r} trains the base's own weights, but {name} is quantised ({store.name}), so "
-                    "no small step of it can be taken. Load the base without quantisation, or choose a method that "
+                    f"method {self.name!r} trains the base's own weights, but {name} is quantised ({store.name}) and "
+                    "cannot be changed in small steps. Load the base without quantisation, or choose a method that "
                     "adds to it (lora)"
                 )
             found.append(SubsetPiece(path, parameter, self.difference(name, value)))
@@ -250,5 +250,5 @@ class SubsetMethod(Method, ABC):
 
 
 def _plain(value: Any) -> Any:
-    """Lists from YAML and JSON become tuples, so that the method stays hashable."""
+    """Turn lists from YAML and JSON into tuples, so that the method stays hashable."""
     return tuple(_plain(v) for v in value) if isinstance(value, list) else value

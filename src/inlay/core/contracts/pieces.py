@@ -15,7 +15,7 @@ from inlay.core.model.site import Site
 
 @dataclass(frozen=True)
 class Branch:
-    """A piece's place in a composition (`core/forward/chain.py`): which branch of which fork, with what weight."""
+    """A piece's place in a composition (`core/forward/chain.py`): the branch of a fork, and its weight."""
 
     fork: str
     number: int
@@ -27,8 +27,8 @@ class DeltaPiece:
     """A delta and its site.
 
     Attributes:
-        label: in front of the key; tells the members of a composition apart.
-        branches: where it stands in a composition, outermost fork first.
+        label: stands in front of the key, to tell the members of a composition apart.
+        branches: its place in a composition, outermost fork first.
     """
 
     site: Site
@@ -61,7 +61,7 @@ class SubsetPiece:
 
     @property
     def name(self) -> str:
-        """Of the parameter, in full."""
+        """The full name of the parameter."""
         return f"{self.path}.{self.parameter}" if self.path else self.parameter
 
     @property

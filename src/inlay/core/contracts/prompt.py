@@ -1,4 +1,4 @@
-"""The second contract: trained positions that no one sees.
+"""The second contract: trained virtual positions, which callers of the model never see.
 
     TokenPrompt      vectors at the input, before the embedded text       (length, hidden)
     KeyValuePrompt   key/value pairs at attention, before the text's own   (key heads, length, head size)
@@ -19,16 +19,16 @@ from inlay.core.model.view import ModelView
 KeyValues = dict[str, tuple[Tensor, ...]]
 """Attention path → keys and values (key heads, length, head size).
 
-Behind them a gate a head, where gated; or, where the text weighs the pairs, w (length, hidden) and b (length):
-for a token with h entering the attention module, pair j is multiplied by σ(w_j · h + b_j), keys and values alike.
+Where `gated`, a third tensor holds one gate for each head. Where `weighed`, w (length, hidden) and b (length) follow:
+for a token with input h to the attention module, key and value of pair j are multiplied by σ(w_j · h + b_j).
 """
 
 
 class TokenPrompt(nn.Module, ABC):
     """Virtual tokens in front of the text. Abstract.
 
-    On a decoder they are run through the model once a call and served as key/value pairs, which is exact
-    because no later token can change them; on an encoder they take part in the sequence.
+    In a decoder they are run through the model once a call and then used as key/value pairs, which is exact
+    because no later token can change them; in an encoder they are part of the sequence.
     """
 
     length: int
@@ -38,17 +38,17 @@ class TokenPrompt(nn.Module, ABC):
         """The virtual tokens' input embeddings, (length, hidden)."""
 
     def initialise(self, view: ModelView) -> None:
-        """Fill the parameters of a fresh prompt; not called when stored ones are about to be read in."""
+        """Fill the parameters of a new prompt; not called when they will be read from a file."""
 
 
 class KeyValuePrompt(nn.Module, ABC):
     """Key/value pairs in front of the text's own at some attention modules. Abstract.
 
     Class variables:
-        gated: the pairs have a softmax of their own, whose output is added times a gate; the text's attention
-            and its positions stay as they are (LLaMA-Adapter). Otherwise they share the text's softmax, and
-            its positions move on by `length`.
-        weighed: each token of the text weighs the pairs that it sees (UniPELT).
+        gated: the pairs have a softmax of their own, whose output is multiplied by a gate and added; the text's
+            attention and positions stay as they are (LLaMA-Adapter). Otherwise the pairs share the text's softmax,
+            and its positions shift by `length`.
+        weighed: each token of the text decides how much each pair counts for it (UniPELT).
     """
 
     gated: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class KeyValuePrompt(nn.Module, ABC):
 
     @abstractmethod
     def keys_values(self) -> KeyValues:
-        """The pairs of each attention module, as `KeyValues` says; of every module with the same number of tensors."""
+        """The pairs for each attention module, as `KeyValues` describes, with as many tensors for every module."""
 
     def initialise(self, view: ModelView) -> None:
-        """As `TokenPrompt.initialise`."""
+        """See `TokenPrompt.initialise`."""

@@ -24,9 +24,9 @@ class Shared(nn.Module):
         self.key = key
 
     def initialise(self, view: ModelView) -> None:
-        """Fill fresh parameters and buffers, before any piece is initialised; called once."""
+        """Fill new parameters and buffers; called once, before any piece is initialised."""
 
 
 def shared_in(module: nn.Module) -> dict[str, Shared]:
-    """Name within `module` → each shared child below it, once."""
+    """Name within `module` → shared child, each child once."""
     return {name: child for name, child in module.named_modules() if isinstance(child, Shared)}

@@ -1,7 +1,7 @@
 """Values that differ from site to site: ``{"layers.3.self_attn.q_proj": 16, "down_proj": 4}``.
 
-A key is the end of a site's key. The longest that fits wins, so one entry for all `q_proj` and another for one
-of them can stand beside each other.
+A pattern's key fits every site whose key ends with it. The longest one that fits decides, so an entry for all `q_proj`
+and another for one of them can be given at once.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def value_at(key: str, pattern: Pattern[Number], default: Number) -> Number:
 
 
 def pinned(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
-    """The shortest pattern with these very values at these sites, some of whose keys may be the ends of others'."""
+    """The shortest pattern that gives exactly these values at these sites, even if one key ends with another."""
     different = {key for key, value in values.items() if value != default}
     ends = tuple(f".{key}" for key in different)
     return {key: value for key, value in values.items() if key in different or key.endswith(ends)}
 
 
 def unused(pattern: Pattern[Number], keys: Iterable[str]) -> list[str]:
-    """The pattern's keys that fit no site: each is an error of whoever wrote it."""
+    """The pattern's keys that fit no site, which are mistakes."""
     there = list(keys)
     return [end for end, _ in pattern if not any(k == end or k.endswith("." + end) for k in there)]

@@ -2,9 +2,9 @@
 
     θ' = θ + d        d starts at zero, so the base's own values are never written
 
-A difference changes the layer for every row, so a batch that mixes it with other adapters is refused.
-Training d instead of θ keeps the base bit-identical, makes switching exact and free, and stores only
-what was learnt; a sparse method (FISH mask, LT-SFT) keeps d at its chosen entries alone.
+A difference changes the layer for every row, so a batch that mixes it with other adapters is refused. Training d
+instead of θ keeps the base bit-identical, makes switching exact and free, and stores only what was learnt; a sparse
+method (FISH mask, LT-SFT) stores d at its chosen entries only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Difference(nn.Module, ABC):
 
     @abstractmethod
     def apply_to(self, value: Tensor) -> Tensor:
-        """The parameter that the model computes with, of `value`'s shape and dtype."""
+        """The parameter that the model computes with: `value` plus the difference, in its shape and dtype."""
 
 
 class DenseDifference(Difference):
-    """A difference at every entry."""
+    """A difference at every entry of the parameter."""
 
     def __init__(self, like: Tensor) -> None:
         super().__init__()
@@ -37,11 +37,11 @@ class DenseDifference(Difference):
 
 
 class SummedDifference(Difference):
-    """Several differences to one parameter, each with its weight; they are stored where their pieces are."""
+    """A weighted sum of several differences to one parameter; each is stored with its own piece."""
 
     def __init__(self, parts: Sequence[tuple[float, Difference]]) -> None:
         super().__init__()
-        self.parts = tuple(parts)  # a tuple: the modules belong to their pieces
+        self.parts = tuple(parts)  # a tuple, not a ModuleList: the modules belong to their pieces
 
     def apply_to(self, value: Tensor) -> Tensor:
         wide = value.to(torch.promote_types(value.dtype, torch.float32))

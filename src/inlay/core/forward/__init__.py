@@ -1,1 +1,1 @@
-"""Which rows of a forward go through what: the route, the hosts that ask it, and what stands around a module."""
+"""Which rows of a forward go through which adapter: routes, hosts, and the wrappers around a module's forward."""

@@ -1,4 +1,4 @@
-"""What one forward of the model needs to know beside its inputs."""
+"""What one forward of the model carries along besides its inputs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from inlay.core.forward.stacks import Stacks
 
 @dataclass(frozen=True)
 class Call:
-    """The route of a forward, and the prompts of the adapters on it, computed once.
+    """The route of a forward, and the prompts of its adapters, computed once.
 
     Attributes:
         prefixes: adapter → attention path → (keys, values) in front of the text there.
         gated: adapter → attention path → (keys, values, gates) beside the text there.
-        shifts: adapter → number of positions by which its text moves on in a decoder.
-        sequences: adapter → virtual tokens (length, hidden) that take part in an encoder's sequence.
-        prefilled: the adapters whose prefix is text that was run through the model, so that a sliding
+        shifts: adapter → number of positions by which its text shifts in a decoder.
+        sequences: adapter → virtual tokens (length, hidden) that are part of an encoder's sequence.
+        prefilled: the adapters whose prefix comes from tokens that were run through the model, so that a sliding
             window applies to it.
-        rows, tokens: of the batch, once the model is called.
-        padding: for each row, the masked tokens in front of its text, where the caller gave no positions.
-        order: of an encoder's sequence, (rows, block + tokens), where it is not the block and then the text.
-        prompt: tokens that generation started from, while it is under way.
-        span: first token of each row's prompt in this forward, and the one behind its last, (rows, 2); only
-            where some delta reads it.
-        stacks: what mixed rows are computed with at once, where no gradients flow.
-        capture: where attention modules leave their own keys and values while a prompt is prefilled.
+        rows, tokens: sizes of the batch; known once the model is called.
+        padding: for each row, the number of masked tokens in front of its text, if the caller gave no positions.
+        order: order of an encoder's sequence, (rows, block + tokens); None if the block stands before the text.
+        prompt: number of tokens that generation started from, while it is under way.
+        span: first token of each row's prompt in this forward, and the one after its last, (rows, 2); only if some
+            delta reads it.
+        stacks: the stacked adapters with which mixed rows are computed at once, where no gradients flow.
+        capture: where attention modules put their own keys and values while a prompt is prefilled.
     """
 
     route: Route
@@ -53,12 +53,12 @@ class Call:
         return max([0, *(s.shape[0] for s in self.sequences.values())])
 
     def tensors(self, below: str) -> list[Tensor]:
-        """The prompts' tensors used at attention modules below a path, in a fixed order."""
+        """The prompts' tensors for the attention modules below a path, in a fixed order."""
         owners = (self.prefixes, self.gated)
         return [t for o in owners for kv in o.values() for p, held in kv.items() if is_below(p, below) for t in held]
 
     def with_tensors(self, below: str, tensors: list[Tensor]) -> Call:
-        """This call with the tensors that `tensors(below)` lists replaced."""
+        """A copy of this call with the tensors that `tensors(below)` lists replaced."""
         given = iter(tensors)
 
         def replaced(owner: dict[str, KeyValues]) -> dict[str, KeyValues]:

@@ -1,11 +1,11 @@
-"""Several deltas of one adapter at one module: one around the other, or beside one another.
+"""Several deltas of one adapter at one module: one around the other, or in parallel.
 
-    chain   each delta wraps the layer that the former ones made of the base's; so the last one's `pre` comes first
-    fork    branches that all start from the same layer; what each adds to it is weighted and summed
+    chain   each delta wraps the layer as the deltas before it left it, so the last one's `pre` runs first
+    fork    branches that all start from the same layer; what each adds is weighted and summed
 
-Both views follow: L ← wrap(L) in activations is W ← weight(W) in weights, and the sum of a fork's differences
-is the same sum in both. Only where a branch changes what enters the layer, another must not read what leaves it
-(`check_fork`), because then the sum of the inputs would be seen by a branch that stands beside it.
+The two views agree: L ← wrap(L) in activations is W ← weight(W) in weights, and the differences of a fork add up the
+same way in both. There is one exception: if one branch changes the layer's input, no other branch may read its output
+(`check_fork`), because it would see the effect of the changed input.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Fork:
 
 
 def arranged(pieces: Sequence[DeltaPiece], depth: int = 0) -> Chain:
-    """The chain that an adapter's pieces at one module form, from the branches that they name."""
+    """The chain of an adapter's pieces at one module, built from the branches that they name."""
     chain: list[Placed | Fork] = []
     for fork, group in groupby(pieces, lambda p: p.branches[depth].fork if len(p.branches) > depth else None):
         members = list(group)
@@ -50,7 +50,7 @@ def arranged(pieces: Sequence[DeltaPiece], depth: int = 0) -> Chain:
         branches = []
         for branch, inside in groupby(members, lambda p: p.branches[depth]):
             branches.append((branch.weight, arranged(list(inside), depth + 1)))
-        if len(branches) == 1 and branches[0][0] == 1:  # nothing stands beside it
+        if len(branches) == 1 and branches[0][0] == 1:  # there is no other branch
             chain += branches[0][1]
         else:
             chain.append(Fork(tuple(branches)))
@@ -73,7 +73,7 @@ def changes_input(chain: Chain) -> bool:
 
 
 def enter(chain: Chain, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """What enters the module, and what enters each node of the chain on the way there."""
+    """The module's changed input, and the input of each node of the chain on the way there."""
     seen: list[Tensor] = []
     for node in reversed(chain):
         if isinstance(node, Fork):
@@ -88,7 +88,7 @@ def enter(chain: Chain, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def with_layer(chain: Chain, x: Tensor) -> Tensor | None:
-    """What leaves a plain linear layer for what enters it, where the chain is one delta that computes both at once."""
+    """The output of a plain linear layer and the chain in one computation, if the chain is one delta that can do so."""
     if len(chain) != 1 or isinstance(chain[0], Fork):
         return None
     site, delta = chain[0]
@@ -106,12 +106,12 @@ def _computes_layer(kind: Any) -> bool:
 def leave(
     chain: Chain, seen: Sequence[Tensor], captured: Mapping[str, Tensor], y: Tensor, *, owned: bool = False
 ) -> Tensor:
-    """What leaves the module.
+    """The module's changed output.
 
     Args:
-        seen: from `enter`.
-        captured: what entered the modules that feed this one, by path, for the sites that read that.
-        owned: whether nobody else holds y, so that it may be written.
+        seen: the inputs that `enter` returned.
+        captured: path → input of the modules that feed this one, for the sites that read them.
+        owned: whether nothing else uses y, so that it may be overwritten.
     """
     for node, x in zip(chain, seen, strict=True):
         before = y
@@ -148,10 +148,10 @@ def weights(chain: Chain, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, 
 
 
 def check_fork(path: str, chain: Chain) -> None:
-    """Raise where branches beside one another would not compute what their weights say.
+    """Raise if parallel branches would compute something other than their weights.
 
     Raises:
-        UnsupportedError: one branch changes what enters the module and another what leaves it.
+        UnsupportedError: one branch changes the module's input and another its output.
     """
     for node in chain:
         if not isinstance(node, Fork):
@@ -165,8 +165,8 @@ def check_fork(path: str, chain: Chain) -> None:
         if entering and (leaving or not linear):
             names = ", ".join(dict.fromkeys(type(d).__name__ for d in (*entering, *leaving)))
             raise UnsupportedError(
-                f"{path}: {names} cannot stand beside one another, because one changes what enters the layer and its "
-                "neighbour would see that; let them act one after another with Stack, or give them different places"
+                f"{path}: {names} cannot be combined in parallel, because one changes the layer's input and the other "
+                "would see the change; put one after the other with Stack, or give them different places"
             )
 
 
@@ -184,7 +184,7 @@ def _summed(bias: Tensor | None, made: Sequence[tuple[float, Tensor | None]]) ->
 
 
 def _weight_of(site: Site, delta: Delta, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A delta's weight view, on its part of a fused layer where the site is one."""
+    """A delta's weight view, applied to its part of the layer if the site is a part of a fused layer."""
     if site.part is None:
         return delta.weight(weight, bias)
     part_bias = None if bias is None else site.part.take(bias, 0)

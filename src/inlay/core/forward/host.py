@@ -27,7 +27,7 @@ from inlay.core.model.layer import shape_of
 
 Forward = Callable[..., Any]
 LINEAR = nn.Linear.forward
-PASSING = ("captured", "entered", "originals")  # of a forward that is under way
+PASSING = ("captured", "entered", "originals")  # attributes that only hold something while a forward runs
 
 
 class Storage(nn.ModuleDict):
@@ -36,7 +36,7 @@ class Storage(nn.ModuleDict):
     inlay_storage = True
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
-        """Under any name: torch refuses those of a module's own methods (``half``, ``train``)."""
+        """Allow any name: torch refuses those of a module's own methods (``half``, ``train``)."""
         self._modules[key] = module
 
 
@@ -44,20 +44,20 @@ class Host:
     """What adapters do at one module.
 
     Attributes:
-        deltas: adapter → its deltas here, and how they act on one another.
-        differences: adapter → parameter name → what is added to it.
-        copies: adapter → parameter name → the adapter's own values.
+        deltas: adapter → the chain of its deltas here.
+        differences: adapter → parameter name → the difference that is added to it.
+        copies: adapter → parameter name → the adapter's own copy.
         feeds: hosts whose deltas read this module's input as their ``x``.
-        captured: thread → path of a module that feeds this one → what entered it.
-        entered: thread → what entered this attention module, while prompts are weighed by it.
+        captured: thread → path of a module that feeds this one → its input.
+        entered: thread → input of this attention module, while it decides how much each prompt pair counts.
         features: what the module's subclass does (`core/class_exchange.py`).
-        wrappers: what of it stands around the forward, by name, innermost first (`core/forward/wrappers.py`).
-        original_forward: the forward that the instance had of its own.
-        originals: threads in which that runs.
+        wrappers: the wrappers around the forward with their names, innermost first (`core/forward/wrappers.py`).
+        original_forward: the forward that was set on the instance before it became a host, if any.
+        originals: threads in which that forward is running.
         encoder: whether the module's positions are those of an encoder's sequence.
-        by_row: whether what enters is a batch of rows: not so for experts and tables of relative positions.
-        pooled: whether a matrix that enters may hold one vector a row.
-        owns: whether what leaves the module is new: a layer's is, a dropout's in evaluation is not.
+        by_row: whether the module's input is a batch of rows; it is not for experts and relative position tables.
+        pooled: whether a two-dimensional input may hold one vector a row.
+        owns: whether the module's output is a new tensor: a layer's is, that of a dropout in evaluation is not.
     """
 
     def __init__(self, roster: Roster, path: str, module: nn.Module) -> None:
@@ -95,7 +95,7 @@ class Host:
         return frozenset(set().union(*names)) if names else frozenset()
 
     def parameter(self, name: str) -> Tensor | None:
-        """What the module sees as its parameter `name`: the base's, or the active adapter's."""
+        """The parameter `name` that the module computes with: the base's, or the active adapter's."""
         value = self.module._parameters[name]
         route = self.roster.current()
         adapter = route.names[0] if route.single else None
@@ -116,7 +116,7 @@ class Host:
             self.roster.check_merged(route)
             return forward(*args, **kwargs)
         for host in self.feeds:
-            if any(name in host.deltas for name in route.used):  # or no one would take it out again
+            if any(name in host.deltas for name in route.used):  # otherwise nobody would remove it again
                 host.captured.setdefault(thread(), {})[self.path] = _first(args, kwargs)
         if not route.single:
             return self._mixed(route, forward, args, kwargs)
@@ -135,7 +135,7 @@ class Host:
         return _on_tensor(y, lambda t: leave(deltas, seen, captured, t, owned=self.owns))
 
     def call_original(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward that the instance had of its own, which may call the module's again."""
+        """The forward that was set on the instance before; it may call the module's own in turn."""
         assert self.original_forward is not None
         self.originals.add(thread())
         try:
@@ -144,15 +144,15 @@ class Host:
             self.originals.discard(thread())
 
     def inside(self) -> bool:
-        """Whether that forward is under way."""
+        """Whether `call_original` is running in this thread."""
         return bool(self.originals) and thread() in self.originals
 
     def _runs_linear(self) -> bool:
-        """Whether the module's forward is a linear layer's own and nothing more."""
+        """Whether the module's forward runs exactly the code of a linear layer."""
         return self.original_class.forward is LINEAR and self.original_forward is None and self.features == {"forward"}
 
     def _mixed(self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One base call; before and after it, each adapter's rows on their own."""
+        """A mixed batch: one call of the base; before and after it, each adapter's rows separately."""
         names = [n for n in route.used if n in self.deltas]
         copied = any(n in self.copies for n in route.used)
         if not names and not copied:
@@ -198,7 +198,7 @@ class Host:
         return _on_tensor(y, post)
 
     def _groups(self, route: Route, x: Any, copied: bool) -> tuple[tuple[Group, ...], frozenset[str]]:
-        """The adapters here whose rows are computed at once, and their names."""
+        """The groups of adapters here that are computed at once, and the names of these adapters."""
         call = self.roster.call.get()
         if call is None or call.stacks is None or copied or torch.is_autocast_enabled(x.device.type):
             return (), frozenset()
@@ -208,29 +208,29 @@ class Host:
         return call.stacks.groups(self.path, self.module, self.deltas, x.dtype, x.device)
 
     def _alone(self, name: str, rows: Tensor) -> AbstractContextManager[object]:
-        """While an adapter's rows are at work by themselves, the call knows the spans of those only."""
+        """While one adapter's rows are computed separately, let the call give the spans of these rows only."""
         call = self.roster.call.get()
         if call is None or call.span is None or not any(d.reads_span for _, d in leaves(self.deltas[name])):
             return nullcontext()
         return self.roster.bind(call.route, replace(call, span=call.span[rows]))
 
     def _rows(self, route: Route, name: str | None, like: Tensor) -> Tensor:
-        """The indices of an adapter's rows in a tensor that enters or leaves this module."""
+        """The indices of an adapter's rows in an input or output of this module."""
         return route.index(name, like, tokens=self._tokens(), pooled=self.pooled)
 
     def _repeats(self, route: Route, like: Tensor) -> int:
-        """How many leading entries of a tensor that enters or leaves this module belong to each row."""
+        """How many leading entries of an input or output of this module belong to each row."""
         return route.repeats(like, tokens=self._tokens(), pooled=self.pooled)
 
     def _tokens(self) -> int | None:
-        """Tokens a row of this call.
+        """Tokens per row in this call.
 
         Raises:
-            RouteError: what enters this module is no batch of rows.
+            RouteError: the input of this module is not a batch of rows.
         """
         if not self.by_row:
             raise RouteError(
-                f"{self.path} does not see the batch row by row, so it cannot serve several adapters in one batch; "
+                f"the input of {self.path} is not a batch of rows, so it cannot serve several adapters in one batch; "
                 "run them one after another, or choose other places"
             )
         call = self.roster.call.get()
@@ -240,7 +240,7 @@ class Host:
         self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor,
         rows: dict[str | None, Tensor],
     ) -> Tensor:  # fmt: skip
-        """A layer that an adapter owns a copy of: each adapter's rows through its own values."""
+        """A layer of which adapters own copies: each adapter's rows go through its own copy."""
         parts = []
         for name, index in rows.items():
             new_args, new_kwargs = _with_first(args, kwargs, x[index])
@@ -248,13 +248,14 @@ class Host:
                 y = forward(*new_args, **new_kwargs)
             if not isinstance(y, Tensor):
                 raise UnsupportedError(
-                    f"{self.path} returns a {type(y).__name__}, so its saved copies cannot share a batch"
+                    f"{self.path} returns a {type(y).__name__}, so copies of it cannot share a batch; run the "
+                    "adapters one after another"
                 )
             parts.append(y)
         shapes = {tuple(p.shape[1:]) for p in parts}
         if len(shapes) > 1:
             raise UnsupportedError(
-                f"the adapters' copies of {self.path} give outputs of different shapes {sorted(shapes)}; "
+                f"the adapters' copies of {self.path} return outputs of different shapes {sorted(shapes)}; "
                 "run them one after another"
             )
         order = torch.argsort(torch.cat(list(rows.values())))
@@ -262,12 +263,12 @@ class Host:
 
 
 def thread() -> int:
-    """Under which key this thread's captured inputs are kept."""
+    """The key under which this thread's captured inputs are kept."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A module's input: its first argument, by place or by name."""
+    """A module's input: its first argument, positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
@@ -284,7 +285,7 @@ def _put_rows(into: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 
 
 def _on_tensor(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change a module's output; of a tuple, its first entry."""
+    """Change a module's output, or the first entry if it is a tuple."""
     if isinstance(y, tuple):
         return (change(y[0]), *y[1:])
     return change(y)

@@ -1,4 +1,4 @@
-"""What forwards without gradients leave for the next ones, as long as nothing that went into it has changed."""
+"""The cache of forwards without gradients: valid as long as nothing it was computed from has changed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from inlay.core.forward.stacks import Stacks
 from inlay.core.model.watch import Watch, watchable
 
 KEPT_PROMPTS = 128
-KEPT_ROUTES = 4  # a server alternates between few: the batch it decodes, the ones it prefills
+KEPT_ROUTES = 4  # a server alternates between a few: the batch it decodes, those it prefills
 
 
 class Kept:
-    """What forwards without gradients leave for the next ones: the last few routes' stacks, computed prompts."""
+    """The cache of forwards without gradients: the stacks of the last few routes, and computed prompts."""
 
     def __init__(self) -> None:
         self.routes: dict[tuple[str | None, ...], Stacks] = {}
@@ -25,11 +25,11 @@ class Kept:
         self.base = Watch()
 
     def of(self, route: Route) -> Stacks:
-        """The stacks of a route, as they are or, where some parameter has changed, empty."""
+        """The stacks of a route; empty if they are new or some parameter has changed."""
         found = self.routes.pop(route.names, None)
         if found is None or not found.watch.unchanged():
             found = Stacks(route.names)
-        self.routes[route.names] = found  # the last used one last
+        self.routes[route.names] = found  # the most recently used one stands last
         for old in list(self.routes)[:-KEPT_ROUTES]:
             self.routes.pop(old, None)
         return found
@@ -46,7 +46,7 @@ class Kept:
         return held[1]
 
     def keep(self, name: str, prompts: Call, modules: Iterable[nn.Module], base: Iterable[nn.Module]) -> None:
-        """Keep prompts that were computed from these modules, where it can be told whether they change."""
+        """Keep prompts that were computed from these modules, if changes to the modules can be noticed."""
         own, below = [m for module in modules for m in module.modules()], list(base)
         if not all(map(watchable, (*own, *below))):
             return
@@ -59,7 +59,7 @@ class Kept:
             self.prompted.pop(old, None)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         self.routes, self.prompted, self.base = {}, {}, Watch()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:

@@ -1,4 +1,4 @@
-"""The adapters of one model, and which of them act in this context."""
+"""The registry of one model's adapters, and which of them is active in this context."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from inlay.core.forward.scope import Scoped
 
 @dataclass
 class Merged:
-    """A merge that is in effect: whose, and how to take it back."""
+    """A merge in effect: the adapter's name, and how to undo it."""
 
     name: str
-    undo: list[Callable[[], None]]  # partial calls: a copied model takes back its own merge
+    undo: list[Callable[[], None]]  # partial calls, so that a copied model undoes its own merge
 
 
 @dataclass(eq=False)
 class Roster:
-    """State that every forward of one model reads; kept on the model's root.
+    """The state that every forward of one model reads; kept on the model's root.
 
     Attributes:
         adapters: by name, in the order of attaching.
-        active: the adapter used where no `use` block says otherwise; None is the base.
+        active: the adapter used outside of `use` blocks; None is the base.
         merged: the merge in effect, if any.
         selected: the route of the innermost `use` block in this context.
-        call: the forward that is under way in this context.
-        kept: what forwards without gradients leave for the next: prompts, and what mixed batches are computed with.
+        call: the forward that is running in this context.
+        kept: cache of forwards without gradients: prompts, and the stacks of mixed batches.
         encoder: whether virtual tokens join an encoder's sequence instead of a decoder's cache.
     """
 
@@ -60,7 +60,7 @@ class Roster:
         return Route((self.active,))
 
     def bind(self, route: Route, call: Call | None) -> AbstractContextManager[object]:
-        """Put a route and a call in force, as they were when a checkpointed layer first ran."""
+        """Put a route and a call in force, for example those under which a checkpointed layer first ran."""
         stack = ExitStack()
         stack.enter_context(self.selected.bind(route))
         stack.enter_context(self.call.bind(call))
@@ -76,7 +76,7 @@ class Roster:
         """The adapter of that name.
 
         Raises:
-            AdapterNameError: there is none; the base is never used in its place.
+            AdapterNameError: there is none. The base is never used instead.
         """
         if name not in self.adapters:
             there = ", ".join(sorted(self.adapters)) or "none"
@@ -84,7 +84,7 @@ class Roster:
         return self.adapters[name]
 
     def check(self, choice: str | None | Sequence[str | None]) -> Route:
-        """Resolve the argument of `use`, or say everything that is wrong with it."""
+        """Resolve the argument of `use`, or raise one error with everything that is wrong with it."""
         route = Route.of(choice)
         for name in route.used:
             self.require(name)
@@ -95,15 +95,15 @@ class Roster:
                 raise RouteError(
                     f"{', '.join(map(repr, whole))} changes the base's own weights ("
                     f"{', '.join(sorted({self.adapters[n].method.name for n in whole}))}), which all rows share, "
-                    "so it cannot be mixed with other adapters in one batch; run its rows on their own"
+                    "so it cannot be mixed with other adapters in one batch; run its rows in a batch of their own"
                 )
         return route
 
     def check_merged(self, route: Route) -> None:
-        """While a merge is in effect, only its adapter can answer."""
+        """Raise if another adapter is asked for while one is merged."""
         if self.merged is not None and set(route.names) != {self.merged.name}:
             raise RouteError(
-                f"adapter {self.merged.name!r} is merged into the base, so nothing else can be used; unmerge() first"
+                f"adapter {self.merged.name!r} is merged into the base, so no other can be used; call unmerge() first"
             )
 
     def has_prompt(self, name: str | None) -> bool:
@@ -115,9 +115,9 @@ class Roster:
 
 
 def held_by_others(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
-    """The parameters of an adapter that attached ones hold already: tasks may share a part by identity."""
+    """Parameters of an adapter that attached adapters hold already: tasks may share the same object."""
     if not any(True for module in adapter.modules() for _ in shared_in(module)):
-        return []  # and the cost of attaching does not grow with the number of adapters
+        return []  # so the cost of attaching does not grow with the number of adapters
     roster = find_roster(model)
     others = () if roster is None else (a for a in roster.adapters.values() if a is not adapter)
     held = {id(p) for other in others for p in other.parameters()}
@@ -125,7 +125,7 @@ def held_by_others(model: nn.Module, adapter: Adapter) -> list[nn.Parameter]:
 
 
 def roster_of(model: nn.Module) -> Roster:
-    """The roster of an attached model, also when it is compiled or wrapped for data parallelism.
+    """The roster of an attached model, even if it is compiled or wrapped for data parallelism.
 
     Raises:
         UnsupportedError: nothing is attached.
@@ -151,7 +151,7 @@ def find_roster(model: nn.Module) -> Roster | None:
 
 @contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
-    """The base alone, in eval mode, whatever is attached and active; modes are put back."""
+    """Within the block, the base alone in eval mode, whatever is attached; afterwards the modes are restored."""
     modes = [(m, m.training) for m in model.modules()]
     roster = find_roster(model)
     model.eval()

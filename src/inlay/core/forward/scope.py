@@ -1,9 +1,9 @@
 """Values that belong to the calling context: a thread, an asyncio task, a `with` block.
 
-Which adapter is active must not leak from one request to another, so it lives in a `ContextVar`.
-Dynamo cannot trace `ContextVar.get`, and it does not guard thread-locals; a compiled graph therefore
-reads a plain mirror of the value, which it guards, so that a change retraces instead of serving the old
-route. The mirror is one per model: a compiled model runs one route at a time in the whole process.
+Which adapter is active must not leak from one request to another, so it lives in a `ContextVar`. Dynamo cannot trace
+`ContextVar.get` and does not guard thread-locals. A compiled graph therefore reads a plain copy of the value, which it
+guards, so that a change of route causes a retrace and the old route is not used. There is one such copy per model: a
+compiled model runs one route at a time in the whole process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BOUND: ContextVar[Mapping[int, Any]] = ContextVar("inlay_bound")
 
 
 class Scoped(Generic[T]):
-    """A value bound for the length of a `with` block, None outside of every block."""
+    """A value that is bound within a `with` block and None outside of all blocks."""
 
     def __init__(self) -> None:
         self.mirror: T | None = None
@@ -31,16 +31,16 @@ class Scoped(Generic[T]):
         return _BOUND.get({}).get(id(self))
 
     def bind(self, value: T | None) -> Binding[T]:
-        """Bind `value` until the `with` block is left, however it is left."""
+        """Bind `value` for a `with` block, however the block is left."""
         return Binding(self, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scoped[T]:
-        """A copied model starts unbound: the blocks that are open belong to the original."""
+        """A copied model starts unbound: open blocks belong to the original."""
         return Scoped()
 
 
 class Binding(Generic[T]):
-    """The block of `Scoped.bind`; a class, because Dynamo traces those."""
+    """The context manager of `Scoped.bind`; a class, because Dynamo can trace classes."""
 
     def __init__(self, scoped: Scoped[T], value: T | None) -> None:
         self.scoped, self.value = scoped, value

@@ -1,6 +1,6 @@
-"""Which rows of a mixed batch go where, so that many adapters are computed as one.
+"""The rows of a mixed batch sorted into segments, one an adapter, so that many adapters are computed at once.
 
-rows       a b a c b a  ──▶  segments  (a a a)(b b ·)(c · ·)      · is a slot that nobody reads
+rows       a b a c b a  ──▶  segments  (a a a)(b b ·)(c · ·)      · is an unused slot
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Which rows of a batch go where.
+    """Which row of a batch stands in which slot.
 
     Attributes:
         owners: the adapter of each segment.
-        width: slots a segment.
-        slots: the row of each slot, or None where these are the batch's rows in order.
-        rows: the rows that are covered, and (`back`) the slot of each; None where every slot is one's.
+        width: slots per segment.
+        slots: the row in each slot; None if they are the batch's rows in order.
+        rows: the rows in some slot, and (`back`) the slot of each; None if every slot holds a row of its own.
     """
 
     owners: tuple[str, ...]
@@ -32,7 +32,7 @@ class Segments:
 
     @staticmethod
     def of(names: Sequence[str | None], among: Iterable[str], device: torch.device) -> Segments:
-        """The rows of the adapters in `among`."""
+        """Segments for the rows of the adapters in `among`."""
         rows = {name: [r for r, n in enumerate(names) if n == name] for name in among}
         width = _width([len(r) for r in rows.values()])
         owners: list[str] = []
@@ -53,13 +53,13 @@ class Segments:
         )
 
     def take(self, values: Tensor) -> Tensor:
-        """A batch's rows as (segments, tokens, features)."""
+        """The batch's rows, sorted into (segments, tokens, features)."""
         byrow = values.reshape(self.batch, -1, values.shape[-1])
         picked = byrow if self.slots is None else byrow.index_select(0, self.slots)
         return picked.reshape(len(self.owners), -1, values.shape[-1])
 
     def put(self, into: Tensor, values: Tensor) -> Tensor:
-        """`into`, which is written, with the covered rows replaced."""
+        """Write the rows in `values` back to their places in `into`, and return it."""
         if self.slots is None:
             return values.view(into.shape)
         byrow = values.reshape(len(self.owners) * self.width, -1, values.shape[-1])
@@ -69,5 +69,5 @@ class Segments:
 
 
 def _width(counts: Sequence[int]) -> int:
-    """Slots a segment: a trade of slots that are computed for nothing against parameters that are read twice."""
+    """Slots per segment: fewer waste less work on unused slots, more read fewer parameters twice."""
     return min(sorted(set(counts)) or [1], key=lambda w: sum(-(-c // w) for c in counts) * (w + 1))

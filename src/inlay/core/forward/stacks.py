@@ -1,14 +1,14 @@
-"""Many adapters of one class at one place, computed as one: the batch in segments, parameters stacked.
+"""Many adapters of one class at one place, computed at once: rows sorted into segments, parameters stacked.
 
-    rows       a b a c b a  ──▶  segments  (a a a)(b b ·)(c · ·)      · is a slot that nobody reads
+    rows       a b a c b a  ──▶  segments  (a a a)(b b ·)(c · ·)      · is an unused slot
     stacked    A_a, A_b, A_c  as one tensor (segments, rank, in), in the dtype of the activations
 
-A site then costs a handful of products whatever the number of adapters, without a loop over them. What a class
-can do so it says itself (`Delta.grouped`); the loop of `core/forward/host.py` stays as the oracle, for what cannot be
-stacked, and wherever gradients flow.
+A site then costs a handful of matrix products, however many adapters there are, without a loop over them. A class that
+can be stacked says how in `Delta.grouped`. The loop in `core/forward/host.py` remains: it is the oracle, and it
+computes what cannot be stacked and everything through which gradients flow.
 
-Stacks belong to a route and are kept for the next forward with the same one, as long as everything that went into
-them is unchanged (`core/model/watch.py`).
+Stacks belong to a route. They are cached for the next forward with the same route, as long as nothing that went into
+them has changed (`core/model/watch.py`).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from inlay.core.model.watch import Watch, versioned, watchable
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Adapters of one make at one host."""
+    """Adapters that can be stacked, at one host."""
 
     segments: Segments
     chain: Chain
     changes_input: bool
 
     def enter(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What enters the module for these rows, in segments, and what each node of the chain saw."""
+        """The module's changed input for these rows, in segments, and the input of each node of the chain."""
         return enter(self.chain, self.segments.take(x))
 
     def leave(self, seen: list[Tensor], captured: Mapping[str, Tensor], y: Tensor) -> Tensor:
-        """`y`, which is written, with these rows as they leave the module."""
+        """Write the changed output of these rows into `y`, and return it."""
         fed = {path: self.segments.take(t) for path, t in captured.items()}
         return self.segments.put(y, leave(self.chain, seen, fed, self.segments.take(y), owned=True))
 
@@ -61,10 +61,10 @@ class Stacks:
     def groups(
         self, path: str, module: nn.Module, chains: Mapping[str, Chain], dtype: torch.dtype, device: torch.device
     ) -> Groups:
-        """The groups at a host, and the adapters that are in one.
+        """The groups at a host, and the names of the adapters in them.
 
         Args:
-            path, module: of the host.
+            path, module: those of the host.
             chains: adapter → its deltas there.
         """
         key = (path, dtype)
@@ -100,7 +100,7 @@ class Stacks:
 
 
 def _make(chain: Chain) -> Any:
-    """What two adapters' chains must have in common to be stacked, or None where this one cannot be."""
+    """The key that two adapters' chains must share to be stacked; None if this chain cannot be stacked."""
     found = []
     for node in chain:
         if isinstance(node, Fork):

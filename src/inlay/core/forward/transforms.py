@@ -1,4 +1,4 @@
-"""Whether operations run as they stand: fast paths leave what torch rewrites, or hooks watch, to their naive twins."""
+"""Whether torch runs operations as written: fast paths leave what it rewrites, or hooks watch, to the plain code."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 def transformed() -> bool:
-    """Whether a compiler traces, or what runs is under `torch.func` or forward differentiation, which our autograd
-    functions have no rules for; what is computed there is not kept, either."""
+    """Whether a compiler traces, or the code runs under `torch.func` or forward differentiation, for which our autograd
+    functions have no rules. What is computed there must not be cached either."""
     return (
-        torch.compiler.is_compiling()  # first, so that a compiler asks no further
+        torch.compiler.is_compiling()  # first, so that a compiler does not trace the rest
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether a module has hooks, which must see its call once and with its graph."""
+    """Whether a module has hooks, which must see it called exactly once, with its graph."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

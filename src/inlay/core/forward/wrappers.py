@@ -1,11 +1,10 @@
-"""What may stand around a module's forward: one ordered list, and the one switch of the fast paths.
+"""The wrappers that may stand around a module's forward, in one ordered list, and the switch of the fast paths.
 
     caller ─▶ norm ─▶ … ─▶ root ─▶ … ─▶ rotary ─▶ the module's own forward        `ORDER` from right to left
 
-Who computes a wrapper registers it under a name of `ORDER` (`core/prompts/prompting.py`, `inlay.kernels`); where it
-stands is said here and nowhere else. A wrapper that only saves time or memory is a *fast path*: its name is in
-`FAST_PATHS`, beside those that are no wrappers, and while a name is switched off the code is in force that the fast
-path stands for.
+The file that implements a wrapper registers it under a name of `ORDER` (`core/prompts/prompting.py`, `inlay.kernels`);
+the order is decided here and nowhere else. A wrapper that only saves time or memory is a *fast path*. Its name is in
+`FAST_PATHS`, together with the fast paths that are no wrappers; while it is switched off, the plain code runs.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from inlay.core.errors import ConfigError, nearest, problems
 from inlay.core.model.view import ModelView
 
 Wrapper = Callable[..., Any]
-"""``wrap(host, inner, *args, **kwargs)``; `inner` is what it stands around."""
+"""``wrap(host, inner, *args, **kwargs)``; `inner` is the forward that it wraps."""
 
 # Innermost first: a module may be root and stack at once.
 ORDER = (
@@ -32,16 +31,16 @@ AROUND_ROOT = ("packing", "loss-at-labels")
 
 FAST_PATHS = {
     "fused-update": "a linear layer and its low-rank update in one pass, forward and backward",
-    "grouped-rows": "the adapters of a mixed batch as one stacked product a layer",
-    "prefix-attention": "prefixes as a second attention, merged by log-sum-exp",
-    "kept-prompts": "prompts computed once and kept while nothing changes",
-    "loss-at-labels": "scores over the vocabulary at labelled positions only",
-    "attention-backward": "a faster backward pass for attention in half precision on the CPU, and its dropout",
-    "dropout": "masks of dropout drawn by a seed instead of kept",
-    "gated-mlp": "gated feed-forwards that keep less for the backward pass",
-    "norm": "root-mean-square norms that keep less for the backward pass",
-    "packing": "texts behind one another in place of padding, in training runs",
-    "trunk-cache": "states below the lowest trained layer computed once, in training runs",
+    "grouped-rows": "the adapters of a mixed batch as one stacked product per layer",
+    "prefix-attention": "prefixes as a second attention, combined by log-sum-exp",
+    "kept-prompts": "prompts computed once and cached while nothing changes",
+    "loss-at-labels": "logits and loss at labelled positions only",
+    "attention-backward": "a faster backward pass of half-precision attention on the CPU, and its dropout",
+    "dropout": "dropout masks drawn again from a seed instead of stored",
+    "gated-mlp": "gated feed-forwards that store less for the backward pass",
+    "norm": "RMS norms that store less for the backward pass",
+    "packing": "several texts in one row instead of padding, in training runs",
+    "trunk-cache": "hidden states below the lowest trained layer computed once, in training runs",
 }
 
 VARIABLE = "INLAY_FAST_PATHS"
@@ -51,10 +50,10 @@ _RECOGNISES: dict[str, Callable[[nn.Module, ModelView], bool]] = {}
 
 
 def register(name: str, wrap: Wrapper, recognises: Callable[[nn.Module, ModelView], bool] | None = None) -> None:
-    """Say what stands around a module that has the feature `name`.
+    """Register the wrapper around modules that have the feature `name`.
 
     Args:
-        recognises: which modules of an attached model get the feature by themselves.
+        recognises: tells which modules of an attached model get the feature automatically.
     """
     _check(name, ORDER)
     _WRAPPERS[name] = wrap
@@ -63,7 +62,7 @@ def register(name: str, wrap: Wrapper, recognises: Callable[[nn.Module, ModelVie
 
 
 def register_around_root(name: str, wrap: Wrapper) -> None:
-    """Say what stands around the model's own forward, behind prompts and routing."""
+    """Register a wrapper around the model's own forward, inside of prompts and routing."""
     _check(name, AROUND_ROOT)
     _AROUND_ROOT[name] = wrap
 
@@ -74,12 +73,12 @@ def among(features: Iterable[str]) -> tuple[tuple[str, Wrapper], ...]:
 
 
 def around_root() -> list[Wrapper]:
-    """What stands around the model's own forward now, innermost first."""
+    """The wrappers around the model's own forward that are on, innermost first."""
     return [_AROUND_ROOT[name] for name in AROUND_ROOT if name in _AROUND_ROOT and name not in OFF]
 
 
 def recognised(module: nn.Module, view: ModelView) -> list[str]:
-    """The features that a module of an attached model gets by itself."""
+    """The features that a module of an attached model gets automatically."""
     return [name for name in ORDER if name in _RECOGNISES and _RECOGNISES[name](module, view)]
 
 
@@ -89,7 +88,7 @@ def enabled(name: str) -> bool:
 
 
 def switched(on: bool, names: Iterable[str] = ()) -> frozenset[str]:
-    """The names that are off once these (all, where none is given) are switched on or off.
+    """The names that are off after switching these (all if none is given) on or off.
 
     Raises:
         ConfigError: a name is unknown.
@@ -99,10 +98,10 @@ def switched(on: bool, names: Iterable[str] = ()) -> frozenset[str]:
 
 
 def checked(names: Iterable[str]) -> set[str]:
-    """These names, once all are known to be fast paths'.
+    """These names as a set.
 
     Raises:
-        ConfigError: some are not.
+        ConfigError: some are not names of fast paths.
     """
     wanted = set(names)
     wrong = [f"unknown fast path {name!r}{nearest(name, FAST_PATHS)}" for name in sorted(wanted - FAST_PATHS.keys())]
@@ -112,7 +111,7 @@ def checked(names: Iterable[str]) -> set[str]:
 
 
 def _from_environment(value: str) -> set[str]:
-    """Which are off: ``0`` all, ``1`` or nothing none, ``-norm,-dropout`` these, ``norm,dropout`` all but these."""
+    """The names that are off: ``0`` all, ``1`` or empty none, ``-norm,-dropout`` these, ``norm,dropout`` all others."""
     words = [word.strip() for word in value.split(",") if word.strip()]
     if words in ([], ["1"]):
         return set()
@@ -122,16 +121,16 @@ def _from_environment(value: str) -> set[str]:
     unknown = sorted({word.removeprefix("-") for word in words} - FAST_PATHS.keys())
     if unknown or (left_out and len(left_out) < len(words)):
         raise ConfigError(
-            f"{VARIABLE} is {value!r}, expected 0, 1, names to leave on (norm,dropout), or names to leave out, each "
-            f"with a minus (-norm,-dropout); there are {', '.join(FAST_PATHS)}"
+            f"{VARIABLE} is {value!r}, expected 0, 1, names to leave on (norm,dropout), or names to switch off, "
+            f"each with a minus (-norm,-dropout); known: {', '.join(FAST_PATHS)}"
         )
     return set(left_out) if left_out else set(FAST_PATHS) - set(words)
 
 
 def _check(name: str, order: tuple[str, ...]) -> None:
     if name not in order:
-        raise ValueError(f"{name!r} has no place yet: name it in core/forward/wrappers.py, in {order}")
+        raise ValueError(f"{name!r} has no place yet: add it to {order} in core/forward/wrappers.py")
 
 
-# Which fast paths are off, in the whole process. Read at every call, so a change counts for models attached before.
+# The fast paths that are off, in the whole process. Read at every call, so that a change affects attached models too.
 OFF: set[str] = _from_environment(os.environ.get(VARIABLE, ""))

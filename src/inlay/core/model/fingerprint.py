@@ -1,10 +1,10 @@
 """Which base an adapter belongs to: a digest that survives a change of precision, not of weights.
 
-Names and shapes of the base's parameters are hashed whole. Values are sampled (at most 64 a parameter, evenly
-spread) and rounded to bfloat16, so the same checkpoint loaded in another precision is the same base. Weights that
-are quantised count with the shape of the weight they stand for, and their values are hashed apart, as they are
-stored: they are compared only between bases of the same quantisation. So an adapter trained on a 4-bit base can be
-loaded on the base it was made from, and the other way; its embeddings, norms and biases tell others from it.
+All names and shapes of the base's parameters are hashed. Values are sampled (at most 64 of a parameter, evenly spread)
+and rounded to bfloat16, so that the same checkpoint loaded in another precision is the same base. A quantised weight is
+hashed with the shape of the weight it stands for; its stored values go into a hash of their own, which is compared only
+between bases of the same quantisation. So an adapter trained on a 4-bit base can be loaded on the dense base it was
+made from, and the other way round; embeddings, norms and biases tell it from other bases.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Fingerprint:
     """Digests of a base.
 
     Attributes:
-        structure: of names and shapes.
-        vectors: of the values of embeddings, norms and biases.
-        matrices: of the values of the other weights, or None where some are not dense.
-        quantised: the formats of those, and a digest of what they store; None where there are none.
+        structure: digest of names and shapes.
+        vectors: digest of the values of embeddings, norms and biases.
+        matrices: digest of the values of the other weights; None if some are quantised.
+        quantised: the formats of the quantised weights and a digest of what they store; None if there are none.
     """
 
     structure: str
@@ -48,7 +48,7 @@ class Fingerprint:
         return Fingerprint(str(values["structure"]), str(values["vectors"]), *stored)
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """What tells the two bases apart; empty where they are the same."""
+        """In what the two bases differ; empty if they are the same."""
         found = []
         if self.structure != other.structure:
             return ["its layers have other names or shapes"]
@@ -66,8 +66,8 @@ def fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> Fingerpri
     """The fingerprint of a base, adapters left out.
 
     Args:
-        without: full names of parameters that adapters own copies of: a head that is made afresh each time
-            the base is loaded says nothing about the base.
+        without: full names of parameters of which adapters own copies. A head that is drawn anew each time the
+            base is loaded does not identify the base.
     """
     structure, vectors, matrices, packed = (hashlib.sha256() for _ in range(4))
     formats: set[str] = set()

@@ -4,7 +4,7 @@ GPT-2 computes query, key and value with one matrix. A paper that adapts "the va
 third of its outputs, so a site may be a part of a layer: what a delta sees and changes is only that part.
 
     contiguous   (q | k | v)                      GPT-2, Phi-3, Falcon's new decoder
-    interleaved  (q₁ k₁ v₁ | q₂ k₂ v₂ | …)        GPT-NeoX, BLOOM: a head after another
+    interleaved  (q₁ k₁ v₁ | q₂ k₂ v₂ | …)        GPT-NeoX, BLOOM: one head after another
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Part:
         return self.groups * (self.stop - self.start)
 
     def take(self, y: Tensor, dim: int = -1) -> Tensor:
-        """The part of `y` along `dim`, contiguous in its own order, size `features`."""
+        """The part's entries of `y` along `dim`, as one contiguous stretch of size `features`."""
         if self.groups == 1:
             return y.narrow(dim, self.start, self.stop - self.start)
         blocks: Tensor = y.unflatten(dim, (self.groups, -1))

@@ -1,8 +1,8 @@
 """How the core reads a layer, whatever stores its weight: functions dispatched on the layer's type.
 
-The rooms under `bases/` register an implementation for each type they know; nothing else in the project
-asks what a layer is made of, so a method that works on a dense base works on every base that can be read.
-A room whose library is imported later than inlay registers when a model is looked at (`LATE`).
+The files in `bases/` register an implementation for each layer type they know. Nothing else in the project asks how a
+layer stores its weight, so a method that works on a dense base works on every base that can be read. A file whose
+library may be imported later than inlay registers when a model is inspected (`LATE`).
 
 Canonical layouts:
 
@@ -26,13 +26,13 @@ from inlay.core.errors import UnsupportedError
 
 Kind = Literal["linear", "embedding", "conv", "norm", "output"]
 Undo = Callable[[], None]
-# Called before a model is looked at, so that rooms can register types of libraries that have come since.
+# Called before a model is inspected, to register the types of libraries imported since.
 LATE: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a method may know of a layer before it builds anything.
+    """What a method may know about a layer before it builds anything.
 
     Attributes:
         kind: which canonical layout the weight has; ``output`` is any other module.
@@ -51,11 +51,11 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Store:
-    """How a quantised layer keeps its weight.
+    """How a quantised layer stores its weight.
 
     Attributes:
-        name: of the format, as `inlay train --quantize` calls it.
-        tensors: everything it keeps.
+        name: the format, as `inlay train --quantize` calls it.
+        tensors: everything the layer stores.
     """
 
     name: str
@@ -68,55 +68,56 @@ class Store:
 
 @singledispatch
 def shape_of(layer: nn.Module) -> LayerShape | None:
-    """The layer's shape, or None for a type that no room under `bases/` knows."""
+    """The layer's shape, or None for a type that no file in `bases/` knows."""
     return None
 
 
 @singledispatch
 def read_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The base's weight and bias in canonical layout and computation dtype, detached from nothing.
+    """The base's weight and bias in canonical layout and computation dtype.
 
-    A dense layer's own storage is returned (as a view), so gradients of the base are never recorded:
-    the core freezes it. A quantised layer's weight is dequantised.
+    For a dense layer this is a view of its own storage, not detached; the core has frozen it, so no gradients of the
+    base are recorded. A quantised layer's weight is dequantised.
     """
     raise UnsupportedError(
-        f"the weight of a {type(layer).__name__} cannot be read; see docs/methods.md for known bases"
+        f"the weight of a {type(layer).__name__} cannot be read: inlay knows dense layers and those of bitsandbytes "
+        "and torchao. Choose other layers with `where`, or load the base in one of these formats"
     )
 
 
 @singledispatch
 def write_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Undo:
-    """Put new values in, canonical layout; the returned function puts the very same old objects back."""
+    """Replace the weight and bias (canonical layout); the returned function puts the same old objects back."""
     raise UnsupportedError(f"a {type(layer).__name__} cannot be written, so nothing can be merged into it")
 
 
 @singledispatch
 def store_of(layer: nn.Module) -> Store | None:
-    """How the layer keeps its weight, or None where it keeps the weight itself."""
+    """How the layer stores its weight if it is quantised, or None for a dense layer."""
     return None
 
 
 @singledispatch
 def requantise_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Undo:
-    """`write_weight` that leaves a quantised layer quantised, in its own format; a dense one is simply written."""
+    """`write_weight` that keeps a quantised layer quantised, in its own format; a dense one is simply written."""
     return write_weight(layer, weight, bias)
 
 
 @singledispatch
 def settle(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Keep a layer from changing its own values while adapters are on its model; what that takes stays on the layer.
+    """Keep a layer from changing its own stored values while its model has adapters.
 
     Args:
         dtype: of the model's computation.
 
     Raises:
-        UnsupportedError: it has changed them already in a way that cannot be trained through.
+        UnsupportedError: it has changed them already, in a way through which gradients cannot flow.
     """
 
 
 @singledispatch
 def unsettle(layer: nn.Module) -> None:
-    """The inverse of `settle`; nothing where the layer was not settled."""
+    """The inverse of `settle`; does nothing if the layer was not settled."""
 
 
 def settle_all(model: nn.Module) -> None:

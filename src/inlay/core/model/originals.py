@@ -1,8 +1,8 @@
 """The weights that a quantised base was made from, read again from its folder, one at a time.
 
-Quantising forgets what LoftQ needs: the rest that the codes leave out. The base's files still have it. A tensor
-is found by the layer's path (a file may leave out or add the model's outer prefix) and believed only where it is
-what the codes stand for, within what quantising may change.
+LoftQ needs the part of a weight that quantisation loses; the base's files still have it. A tensor is found by the
+layer's path (a file may leave out or add the model's outer prefix) and accepted only if it differs from the dequantised
+weight by no more than quantisation explains.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from inlay.core.errors import ConfigError, UnsupportedError
 from inlay.core.model.site import Site
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FURTHEST = 0.9  # of the weight's length; two bits change it by about 0.55, another layer's weight by more than 1
+FURTHEST = 0.9  # of the weight's norm; two bits change it by about 0.55, another layer's weight by more than 1
 
 
 def stored_whole(layer: nn.Module) -> bool:
-    """Whether the layer's weight is there as numbers of its own, not as codes of fewer bits."""
+    """Whether the layer stores its weight as such, not as codes of fewer bits."""
     weight = layer._parameters.get("weight")
     if weight is None or not weight.is_floating_point():
         return False
@@ -34,7 +34,7 @@ class Originals:
     """The safetensors files of a base.
 
     Args:
-        source: folder or hub id, as the base's configuration states it.
+        source: folder or hub id, as in the base's configuration.
     """
 
     def __init__(self, source: str) -> None:
@@ -44,7 +44,7 @@ class Originals:
         """The site's weight before quantising, canonical layout, float32, on the layer's device.
 
         Raises:
-            UnsupportedError: the base's files are not there, lack it, or hold another one.
+            UnsupportedError: the base's files are gone, do not have it, or have another weight there.
         """
         now = site.read_weight()[0].float()
         if stored_whole(site.module):
@@ -54,7 +54,7 @@ class Originals:
         if not keys:
             raise UnsupportedError(
                 f"{site.path} is quantised, and {self.source or 'the base'} has no safetensors file with the weight "
-                "it was made from; attach before quantising, or keep the base's folder in place"
+                "it was quantised from; attach before quantising, or keep the base's folder in place"
             )
         found = self._read(max(keys, key=len)).to(now.device).float()
         for candidate in (found, found.t() if found.ndim == 2 else found):
@@ -68,7 +68,7 @@ class Originals:
 
     @cached_property
     def _files(self) -> Mapping[str, Path]:
-        """Tensor name → the file that holds it; empty where there is none."""
+        """Tensor name → the file that holds it; empty if there are no files."""
         from safetensors import safe_open
 
         index, single = self._path(INDEX), self._path(SINGLE)
@@ -101,7 +101,7 @@ class Originals:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name → the file that holds it, by a checkpoint's index.
+    """Tensor name → the file that holds it, read from a checkpoint's index.
 
     Raises:
         ConfigError: the index is damaged.

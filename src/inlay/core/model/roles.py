@@ -1,4 +1,4 @@
-"""What a layer is for, read from its path: the only table of model facts in the core.
+"""What a layer is for, read from its path: the core's only table of facts about models.
 
 Papers say "the value projections" or "after the feed-forward"; models call these `v_proj`, `value`, `v_lin`.
 A role is found by the end of a module's path, never by the model's type, so a new architecture that keeps
@@ -28,7 +28,7 @@ _COMPILED = tuple((role, re.compile(rf"(?:^|.*\.){pattern}")) for role, pattern 
 ATTENTION = ("query", "key", "value", "qkv", "attention_output")
 MLP = ("gate", "up", "down")
 
-# The module whose output is the sublayer's, where it is not the projection itself: a dropout behind it.
+# The module whose output is the sublayer's, if it is not the projection itself but a dropout behind it.
 SUBLAYER_DROPOUT = re.compile(
     r".*\.(attention\.output\.dropout|\d+\.output\.dropout|attn\.resid_dropout|mlp\.dropout|ffn\.dropout)"
 )

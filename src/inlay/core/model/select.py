@@ -1,11 +1,11 @@
-"""Where a method goes: the user's words resolved to sites, or one error that lists every miss.
+"""Where a method goes: resolves the user's words to sites, or raises one error that lists every word that failed.
 
 "all-linear"            every linear layer of the numbered blocks (never the output head)
 "attention", "mlp"      the linear layers of these sublayers
 "norms", "biases"       every norm; every layer that has a bias
 "query", "down", …      a role (`core/model/roles.py`); query, key and value also inside a fused matrix
 ["q_proj", "mlp.fc1"]   ends of module names; each must match
-re.compile(...)         a pattern for the whole module name
+re.compile(...)         a pattern that the whole module name must match
 lambda name, module: …  a predicate
 """
 
@@ -39,8 +39,8 @@ class Places:
     """The user's `where` and `layers`, as given.
 
     Attributes:
-        where: None for the method's own default.
-        layers: numbers of the layers to stay within, or None for all.
+        where: None means the method's own default.
+        layers: numbers of the layers to adapt; None means all.
     """
 
     where: Where | None = None
@@ -52,7 +52,7 @@ class Places:
         return Places(frozen, None if layers is None else tuple(layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data. A predicate cannot be stored; the caller replaces it by the sites it chose."""
+        """Plain data. A predicate cannot be stored; the caller replaces it with the sites it chose."""
         where: Any = self.where
         if isinstance(where, re.Pattern):
             where = {"regex": where.pattern}
@@ -72,7 +72,7 @@ def select(view: ModelView, places: Places, default: Where, kinds: tuple[Kind, .
     """The sites that `places` names, in the order of the model, each once.
 
     Args:
-        default: the method's own places, where the user gives none.
+        default: the method's own places, for when the user gives none.
         kinds: the kinds of layer the method can adapt.
 
     Raises:
@@ -84,7 +84,7 @@ def select(view: ModelView, places: Places, default: Where, kinds: tuple[Kind, .
     wrong = []
     for entry in entries:
         sites, miss = _resolve(view, entry, kinds)
-        # A default names every place some architecture has; a user's list means each of its words.
+        # A default lists the places of all architectures; in a user's list each word must match.
         if miss and places.where is not None:
             wrong.append(miss)
         found.update((s.key, s) for s in sites)
@@ -100,7 +100,7 @@ def select(view: ModelView, places: Places, default: Where, kinds: tuple[Kind, .
 
 
 def _resolve(view: ModelView, entry: Any, kinds: tuple[Kind, ...]) -> tuple[list[Site], str | None]:
-    """The sites of one entry, and what is wrong when there are none."""
+    """The sites of one entry; if there are none, what is wrong."""
     if isinstance(entry, re.Pattern):
         return _filtered(view, lambda path, _: entry.fullmatch(path) is not None, kinds, _text(entry))
     if callable(entry):
@@ -159,7 +159,7 @@ def _missing_layers(sites: list[Site], layers: Sequence[int]) -> list[str]:
     if not absent:
         return []
     span = f"{min(there)} to {max(there)}" if there else "none"
-    return [f"layers {', '.join(map(str, absent))} hold no matching site (layers with one: {span})"]
+    return [f"layers {', '.join(map(str, absent))} have no matching site (layers that have one: {span})"]
 
 
 def _text(where: Any) -> str:

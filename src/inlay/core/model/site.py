@@ -21,15 +21,15 @@ class Site:
 
     Attributes:
         path: of the module whose call is adapted.
-        kind: the layer's kind; ``output`` for a module that is only seen through its input and output.
+        kind: the layer's kind; ``output`` for a module of which only input and output are known.
         in_features, out_features: of the canonical weight, or of the part.
         bias: whether the layer has one.
         role: what the layer is for (`core/model/roles.py`), or None.
         part: the part of a fused layer's outputs, or None for the whole.
-        source: path of the module whose *input* is this site's ``x``, where that is another one: a delta
-            beside a feed-forward reads what enters its first matrix and adds to what leaves its last.
+        source: path of another module whose *input* is this site's ``x``: a delta beside a feed-forward reads the
+            input of its first matrix and adds to the output of its last. None: the layer's own input.
         sources: paths of several modules whose inputs, as a tuple, are this site's ``x``: a side network reads
-            what enters every block.
+            the input of every block.
     """
 
     path: str
@@ -52,12 +52,12 @@ class Site:
 
     @property
     def original_class(self) -> type[nn.Module]:
-        """The layer's own class, also where another adapter has exchanged it."""
+        """The layer's own class, even if an adapter has exchanged it."""
         return next(c for c in type(self.module).__mro__ if not getattr(c, "inlay_adapted", False))
 
     @property
     def fed_by(self) -> tuple[str, ...]:
-        """Paths of the modules whose inputs a delta here reads in place of its own layer's."""
+        """Paths of the modules whose inputs a delta here reads instead of its own layer's."""
         return self.sources if self.source is None else (self.source,)
 
     def entering(self, x: Tensor, captured: Mapping[str, Tensor]) -> Any:
@@ -70,7 +70,7 @@ class Site:
         missing = [path for path in self.fed_by if path not in captured]
         if missing:
             raise UnsupportedError(
-                f"an adapter at {self.path} reads what enters {missing[0]}, which has not run yet in this model; "
+                f"an adapter at {self.path} reads the input of {missing[0]}, which this model runs later or never; "
                 "choose another method for this model"
             )
         if self.source is not None:
@@ -78,7 +78,7 @@ class Site:
         return tuple(captured[path] for path in self.sources) if self.sources else x
 
     def read_weight(self) -> tuple[Tensor, Tensor | None]:
-        """The base's weight and bias in canonical layout; of the part, where the site is one."""
+        """The base's weight and bias in canonical layout; the part's rows alone if the site is a part."""
         weight, bias = read_weight(self.module)
         weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
         if self.part is None:
@@ -86,7 +86,7 @@ class Site:
         return self.part.take(weight, 0), None if bias is None else self.part.take(bias, 0)
 
     def compute(self, x: Tensor) -> Tensor:
-        """What the layer's own forward makes of `x`, deltas aside, also outside the model's forward."""
+        """The output of the layer's own forward for `x`, without deltas; works outside the model's forward too."""
         layer, held = self.module, self.module._parameters
         if any(hasattr(p, "full_tensor") for p in held.values()):
             layer = copy.copy(self.module)
@@ -96,14 +96,14 @@ class Site:
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised storage for an adapter's parameter: on the layer's device, in full precision.
 
-        Adapters are kept in float32 beside a half-precision base, because an update of 1e-4 of a weight's
-        size is lost in bfloat16; they are cast where they are used.
+        Adapters are kept in float32 even if the base is in half precision, because bfloat16 loses an update of 1e-4 of
+        a weight's size; they are cast where they are used.
         """
         dtype = self.dtype if self.dtype == torch.float64 else torch.float32
         return torch.empty(*shape, device=self.device, dtype=dtype)
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP has sharded, where it is read outside its module's forward."""
+    """The whole tensor, gathered if FSDP has sharded it, for reading outside its module's forward."""
     full = getattr(tensor, "full_tensor", None)
     return tensor if full is None else full()

@@ -1,4 +1,4 @@
-"""What a method may look at before anything is changed: a read-only account of a model's places."""
+"""A read-only view of a model's places, for a method to look at before anything is changed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Stack:
 
     Attributes:
         blocks: their paths, in order.
-        end: the norm behind the last one, or the last one's output where there is none.
+        end: the norm behind the last block; the last block's output if there is no norm.
     """
 
     blocks: tuple[str, ...]
@@ -57,8 +57,8 @@ class Stack:
 class ModelView:
     """Sites, attention places and parameters of a model, found by structure.
 
-    Modules that an adapter added are not seen, whatever their names: they are recognised by their place
-    in the tree (below a host's `inlay` child), so attaching a second adapter sees the bare base.
+    Modules that an adapter added are left out, whatever their names: they are recognised by their place in the tree
+    (below a host's `inlay` child), so a second adapter sees the bare base.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,12 +69,12 @@ class ModelView:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """Every module of the base by path, the root under the empty path; one at several places by the first."""
+        """Every module of the base by path, the root under the empty path; a shared one under its first path."""
         return {path: module for path, module in self._reached if self.names[path] == path}
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Every path that leads to a module → the one that it has in `modules`."""
+        """Every path of a module → its path in `modules`."""
         first: dict[int, str] = {}
         return {path: first.setdefault(id(module), path) for path, module in self._reached}
 
@@ -93,13 +93,13 @@ class ModelView:
 
     @cached_property
     def layers(self) -> dict[str, Site]:
-        """Whole layers that some delta could sit on, by path, in the order of the model."""
+        """Whole layers that a delta could adapt, by path, in the order of the model."""
         shapes = ((path, module, shape_of(module)) for path, module in self.modules.items())
         return {path: _site(path, module, shape) for path, module, shape in shapes if shape is not None}
 
     @cached_property
     def output_head(self) -> nn.Module | None:
-        """The layer that turns hidden states into scores over the vocabulary, if the model says so."""
+        """The layer that turns hidden states into logits over the vocabulary, if the model names one."""
         get = getattr(self.model, "get_output_embeddings", None)
         return get() if get is not None else None
 
@@ -133,7 +133,7 @@ class ModelView:
         return found
 
     def stack(self) -> Stack:
-        """The layers between the input and the output head; an encoder-decoder's are its decoder's.
+        """The layers between input and output head; in an encoder–decoder, those of the decoder.
 
         Raises:
             UnsupportedError: the model has no numbered layers, several stacks of them, or uses one several times.
@@ -165,7 +165,7 @@ class ModelView:
         return Stack(blocks, norms[0] if len(norms) == 1 else self._output(blocks[-1]))
 
     def _output(self, path: str) -> Site:
-        """A site at what leaves a module of hidden states."""
+        """A site at the output of a module that returns hidden states."""
         held = next(self.modules[path].parameters())
         return _site(
             path,
@@ -210,7 +210,7 @@ class ModelView:
         )
 
     def _blocks(self) -> list[Site]:
-        """Each feed-forward from what enters its first matrix to what leaves its last."""
+        """Each feed-forward, from the input of its first matrix to the output of its last."""
         entries: dict[tuple[str, int] | None, Site] = {}
         for site in self.layers.values():
             if site.role in ("up", "gate") and site.kind == "linear":
@@ -279,7 +279,7 @@ class ModelView:
         """Every attention module, in the order of the model.
 
         Raises:
-            UnsupportedError: the model computes attention in its own code, where nothing can enter.
+            UnsupportedError: the model computes attention in code of its own, which key/value pairs cannot enter.
         """
         places = []
         for site in self.layers.values():
@@ -308,8 +308,8 @@ class ModelView:
         if closed or not places:
             what = ", ".join(closed) or type(self.model).__name__
             raise UnsupportedError(
-                f"{what} computes attention in its own code instead of transformers' attention interface, so key/value "
-                "pairs cannot enter it exactly; use a method that adapts layers (lora, ia3, houlsby, …) on this model"
+                f"{what} computes attention in its own code, not through transformers' attention interface, so "
+                "key/value pairs cannot enter it exactly; on this model use a method that adapts layers (lora, ia3, …)"
             )
         return places
 

@@ -1,9 +1,9 @@
-"""Whether modules are as they were: what was computed from them may be used again only then.
+"""Whether modules have changed, and with them whatever was computed from them and cached.
 
-Every tensor is compared with what it was: the same object, storage and version (`Tensor._version`, by which
-autograd notices as well that something it saved has been written). PyTorch's fused optimizers write without counting
-versions, so every step of every optimizer makes whatever was kept old; tensors made in inference mode have none at
-all, so nothing is kept of them.
+Every tensor is compared with what it was: the same object, storage and version (`Tensor._version`, by which autograd
+too notices that a saved tensor was overwritten). PyTorch's fused optimizers write without counting versions, so every
+step of every optimizer invalidates all that was cached. Tensors made in inference mode have no version, so nothing
+computed from them is cached.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _looks = count()
 
 
 def stamp(tensor: Tensor) -> tuple[int, int, int]:
-    """Changes whenever the tensor's values may have."""
+    """A value that differs whenever the tensor's values may have changed."""
     if tensor.is_inference():
         return tensor.data_ptr(), -1, next(_looks)
     return tensor.data_ptr(), tensor._version, _steps.made
@@ -56,7 +56,7 @@ class Watch:
         self.steps = _steps.made
 
     def add(self, modules: Iterable[nn.Module]) -> None:
-        """Watch these very modules, without what is below them."""
+        """Watch these modules themselves, without their children."""
         fresh = list(modules)
         owners = [o for m in fresh for o in (m._parameters, m._buffers) if o]
         held = _held(owners)
@@ -67,7 +67,7 @@ class Watch:
         self.pointers += map(POINTER, held)  # `p.data = other` changes the storage only
 
     def unchanged(self) -> bool:
-        """Whether everything is as it was, and in evaluation mode."""
+        """Whether nothing has changed and all modules are in evaluation mode."""
         held = _held(self.owners)
         return (
             self.steps == _steps.made
@@ -80,13 +80,13 @@ class Watch:
 
 
 def watchable(module: nn.Module) -> bool:
-    """Whether a module's own tensors are plain ones, in evaluation mode: a shard or a stand-in tells nothing."""
+    """Whether a module is in evaluation mode and its own tensors are plain: no shards, no traced stand-ins."""
     tensors = _held([module._parameters, module._buffers])
     return not module.training and all(type(t) in (Tensor, nn.Parameter) for t in tensors) and versioned(module)
 
 
 def versioned(module: nn.Module) -> bool:
-    """Whether changes to a module's own tensors are counted: not to those made in inference mode."""
+    """Whether the module's own tensors count their versions; those made in inference mode do not."""
     return not any(t.is_inference() for t in _held([module._parameters, module._buffers]))
 
 

@@ -1,7 +1,7 @@
-"""The attention function of an attached model: the text's own attention, and what prompts add to it.
+"""The attention function of a model with prompts: the text's own attention, and what prompts add to it.
 
 key/value prompts   stand in front of the text's own pairs, under one softmax (`core/prompts/prefix_attention.py`)
-gated prompts       have a softmax of their own, which is added times a gate for each head
+gated prompts       have a softmax of their own, whose output is multiplied by a gate per head and added
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from inlay.core.prompts.prefix_attention import Attended, Prefix
 
 
 def implementation(original: str) -> str:
-    """The registered name that stands before `original` (``sdpa``, ``eager``, …)."""
+    """The registered name of our function in front of `original` (``sdpa``, ``eager``, …)."""
     if NAMESPACE in original:
         return original
     if original.removeprefix("packed_") not in ("sdpa", "eager"):
@@ -34,13 +34,13 @@ def implementation(original: str) -> str:
 def attend(
     original: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> Attended:
-    """One attention module's work: the base's own where no row has a prefix here.
+    """Compute one attention module; by the base's own function if no row has a prompt here.
 
     Args:
         query: (rows, heads, tokens, head size); key, value: (rows, key heads, keys, head size).
 
     Returns:
-        (rows, tokens, heads, head size), and the attention weights over the text where the base gives them.
+        (rows, tokens, heads, head size), and the attention weights over the text if the base returns them.
     """
     host: Host | None = module.__dict__.get("_inlay_host")
     call = host.roster.call.get() if host is not None else None
@@ -68,7 +68,7 @@ def _with_gated(
     host: Host, call: Call, module: nn.Module, query: Tensor, out: Tensor,
     *, scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
-    """The text's attention plus each gated prompt's own, times its gate a head: (rows, tokens, heads, size)."""
+    """The text's attention plus that of each gated prompt times its gates: (rows, tokens, heads, size)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     stack = None if dropout and module.training else stacked_prefixes.stacked(host, call, query, call.gated, 3)
     if stack is not None:
@@ -101,7 +101,7 @@ def _prefixes(host: Host, call: Call, query: Tensor) -> list[Prefix]:
 
 
 def _weights(host: Host, rows: Tensor | None, held: tuple[Tensor, ...]) -> Tensor | None:
-    """How much of each pair every token sees, (rows, tokens, length), where the prompt is weighed."""
+    """How much each pair counts for every token, (rows, tokens, length); None if the prompt is not weighed."""
     if not held:
         return None
     entered = host.entered[thread()]
@@ -114,8 +114,8 @@ def _refuse(host: Host, call: Call, key: Tensor, kwargs: dict[str, Any]) -> None
     longest = max([0, *(call.shifts[n] for n in call.route.used if n in call.prefilled)])
     if window is not None and longest and key.shape[2] + longest > window:
         raise UnsupportedError(
-            f"{host.path}: {key.shape[2]} tokens behind {longest} virtual ones exceed the sliding window of {window}, "
-            "so a prompt that is prefilled once would be seen where the model could not see it; shorten the input"
+            f"{host.path}: {key.shape[2]} tokens and {longest} virtual ones in front of them exceed the sliding window "
+            f"of {window}, so some tokens would see a prompt outside of their window; shorten the input"
         )
     if kwargs.get("s_aux") is not None:
         raise UnsupportedError(f"{host.path} has attention sinks, which prompts do not support")

@@ -1,10 +1,10 @@
-"""An encoder's sequence that virtual tokens have joined: how it is put together, and the text's part of it.
+"""An encoder's sequence with virtual tokens: how it is put together, and how the text is taken out of it again.
 
     order is None      block | text                        the block is as long as the batch's longest prompt
-    order              padding | block | text              where some row's text begins behind padding
+    order              padding | block | text              if some row's text begins behind padding
 
-A row's own prompt is at the right end of the block, next to its text; the slots in front of a shorter one are
-masked. `order` holds, for each place of the sequence, where it is in (block, text): (rows, block + tokens).
+A row's own prompt stands at the right end of the block, next to its text; the slots in front of a shorter one are
+masked. `order` gives, for each place of the sequence, its index in (block, text): (rows, block + tokens).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from inlay.core.forward.call import Call
 
 
 def enter(call: Call, given: dict[str, Any], embeds: Tensor) -> tuple[Call, dict[str, Any]]:
-    """The inputs of an encoder with the virtual block in front of the text, and the call that knows their order.
+    """The inputs of an encoder with the virtual block in front of the text, and a call that knows their order.
 
     Args:
-        given: the encoder's keyword arguments. A mask that is longer than the text covers the block already.
+        given: the encoder's keyword arguments. A mask longer than the text already covers the block.
         embeds: the text's embeddings (rows, tokens, hidden).
 
     Raises:
-        UnsupportedError: the mask says who sees whom, and not which tokens are there.
+        UnsupportedError: the mask is not two-dimensional: it says who sees whom, not which tokens are padding.
     """
     rows, length = embeds.shape[:2]
     mask = given.get("attention_mask")
@@ -48,7 +48,7 @@ def enter(call: Call, given: dict[str, Any], embeds: Tensor) -> tuple[Call, dict
 
 
 def valid(call: Call, mask: Tensor) -> Tensor:
-    """The mask of the virtual block, (rows, block): a row's own prompt at its right end."""
+    """The mask of the virtual block, (rows, block): ones for a row's own prompt, at the right end."""
     block = call.block
     lengths = [call.sequences[n].shape[0] if n in call.sequences else 0 for n in call.route.names_for(mask.shape[0])]
     slots = torch.arange(block, device=mask.device)[None, :]
@@ -67,14 +67,14 @@ def block_of(call: Call, embeds: Tensor) -> Tensor:
 
 
 def padding_ahead(mask: Tensor) -> Tensor:
-    """How many masked tokens each row begins with, (rows)."""
+    """The number of masked tokens at the start of each row, (rows)."""
     return (mask.cumsum(1) == 0).sum(1)
 
 
 def arranged(call: Call, mask: Tensor) -> Call:
-    """The call with the order of an encoder's sequence, where some row's text begins behind padding.
+    """The call with the order of an encoder's sequence, if some row's text begins behind padding.
 
-    A prompt stands directly in front of its text, so that distances are those of the row alone: padding first,
+    A prompt stands directly in front of its text, so that distances are the same as for the row alone: padding first,
     then the virtual block, then the text.
     """
     ahead, block = padding_ahead(mask)[:, None], call.block
@@ -86,26 +86,26 @@ def arranged(call: Call, mask: Tensor) -> Call:
 
 
 def joined(call: Call, virtual: Tensor, text: Tensor) -> Tensor:
-    """Block and text along the tokens, in the call's order."""
+    """Block and text concatenated along the tokens, in the call's order."""
     whole = torch.cat([virtual.to(text.dtype), text], dim=1)
     return whole if call.order is None else _taken(whole, call.order)
 
 
 def text_of(call: Call, whole: Tensor) -> Tensor:
-    """The text's part of an encoder's output, in the order of the input."""
+    """The text's entries of an encoder's output, in the order of the input."""
     if call.order is None:
         return whole[:, call.block :]
     return _taken(whole, call.order.argsort(1)[:, call.block :])
 
 
 def _taken(values: Tensor, order: Tensor) -> Tensor:
-    """Tokens in another order, each row its own."""
+    """Tokens in another order, which may differ from row to row."""
     index = order if values.dim() == 2 else order[..., None].expand(*order.shape, values.shape[2])
     return values.gather(1, index)
 
 
 def cut(out: Any, call: Call) -> None:
-    """Cut the virtual positions out of an encoder's outputs, in place."""
+    """Remove the virtual positions from an encoder's outputs, in place."""
     out.last_hidden_state = text_of(call, out.last_hidden_state)
     if getattr(out, "hidden_states", None) is not None:
         out.hidden_states = tuple(text_of(call, h) for h in out.hidden_states)

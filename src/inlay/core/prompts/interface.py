@@ -1,7 +1,7 @@
-"""transformers' attention interface: how a function of ours stands before a model's own attention.
+"""transformers' attention interface: how a function of ours is put in front of a model's own attention.
 
-A name is registered for attention and for masks alike: without the second, the mask would arrive as None and padded
-rows would be silently wrong.
+A name is registered for attention and for masks. Without the second, the mask would arrive as None, and padded rows
+would be silently wrong.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from inlay.core.model.view import AttentionPlace, ModelView
 
 Attention: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
 Named: TypeAlias = list[tuple[Any, str]]
-"""Configurations, and the attention implementation that each named."""
+"""Configurations, each with the attention implementation that it named before."""
 
 NAMESPACE = "inlay_"
 
 
 def original_attention(name: str, module: nn.Module) -> Attention:
-    """The function that the implementation `name` (``sdpa``, ``eager``, …) means for a module."""
+    """The attention function that the implementation `name` (``sdpa``, ``eager``, …) stands for in a module."""
     if name == "eager":
         own: Attention = sys.modules[type(module).__module__].eager_attention_forward
         return own
@@ -32,10 +32,10 @@ def original_attention(name: str, module: nn.Module) -> Attention:
 
 
 def registered(prefix: str, original: str, attention: Attention, masks: Callable[..., Any] | None = None) -> str:
-    """The name of `attention`, which stands before `original`; registered with transformers the first time.
+    """The name of `attention` in front of `original`; registered with transformers the first time.
 
     Args:
-        masks: makes the masks that it is given; as `original`'s where None.
+        masks: makes the masks for it; None makes them as `original` does.
     """
     name = prefix + original
     if name not in AttentionInterface._global_mapping:
@@ -45,16 +45,16 @@ def registered(prefix: str, original: str, attention: Attention, masks: Callable
 
 
 def configurations(view: ModelView, places: Iterable[AttentionPlace]) -> list[Any]:
-    """The configurations in which these attention modules look up their implementation, once each."""
+    """The configurations in which these attention modules look up their implementation, each once."""
     found = {id(c): c for p in places if (c := getattr(p.module, "config", view.config)) is not None}
     return list(found.values())
 
 
 def swapped(view: ModelView, places: Iterable[AttentionPlace], name: Callable[[str], str]) -> Named:
-    """Let configurations name another implementation; what they named before is for `put_back`.
+    """Let configurations name another implementation; the result is for `put_back`.
 
     Args:
-        name: of the implementation that stands before a given one.
+        name: makes the new name from the old one.
     """
     changed: Named = []
     new = [(c, o, name(o)) for c in configurations(view, places) for o in (c._attn_implementation or "eager",)]
@@ -66,7 +66,7 @@ def swapped(view: ModelView, places: Iterable[AttentionPlace], name: Callable[[s
 
 
 def put_back(changed: Named, keep: int = 0) -> None:
-    """Give configurations the implementation back that they named, all but the first `keep`."""
+    """Let configurations name their former implementation again, all but the first `keep`."""
     while len(changed) > keep:
         config, original = changed.pop()
         config._attn_implementation = original

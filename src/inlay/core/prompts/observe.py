@@ -1,4 +1,4 @@
-"""What the bare model's attention sees of a text: the keys and values of every module, as they enter its softmax."""
+"""The keys and values of a text in the bare model, at every attention module, as they enter its softmax."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SEEN: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar("seen", 
 
 
 def keys_values(view: ModelView, places: Sequence[AttentionPlace], **inputs: Tensor) -> KeyValues:
-    """Run the base alone over one row.
+    """Run the base alone over one row and collect keys and values.
 
     Args:
-        places: whose keys and values are wanted; each must be reached.
+        places: the attention modules to observe; each must be reached.
 
     Returns:
         Path → keys and values, (key heads, tokens, head size), positions applied, not repeated for grouped heads.
@@ -42,7 +42,7 @@ def keys_values(view: ModelView, places: Sequence[AttentionPlace], **inputs: Ten
 
 
 def _observing(original: str) -> str:
-    """The registered name of an attention that does what `original` does and leaves keys and values behind."""
+    """The registered name of an attention that computes what `original` does and records keys and values."""
     original = implementation(original).removeprefix(NAMESPACE)
     return registered("observed_", original, partial(_observed, original))
 

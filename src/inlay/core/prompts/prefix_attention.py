@@ -1,13 +1,13 @@
-"""Attention of a text behind prefixes: softmax over two segments.
+"""Prefix attention: attention of a text with prefixes in front, as one softmax over two segments.
 
-It is two softmaxes weighted by their log-sum-exp, so the text's attention stays as it is (causal, masked, cached,
-grouped) and the prefix is a second, small attention beside it:
+That softmax is the sum of two, weighted by their log-sum-exp. So the text's attention stays as it is (causal, masked,
+cached, grouped), and the prefix is a second, small attention beside it:
 
     out = e^(l_text − l) · text + e^(l_prefix − l) · prefix         l = log(e^l_text + e^l_prefix)
 
-`naive` computes one softmax over both segments; it is exact, handles dropout and soft-capping, and is the
-oracle of `fused`, which runs the CPU's flash kernel on the text. In the backward pass each segment's kernel
-is given the *merged* output and log-sum-exp: dS = P ∘ (dP − rowsum(dO ∘ O)) holds for every part of the row.
+`naive` computes one softmax over both segments; it is exact, handles dropout and soft-capping, and is the oracle of
+`fused`, which runs the CPU's flash kernel on the text. In the backward pass each segment's kernel gets the *combined*
+output and log-sum-exp, because dS = P ∘ (dP − rowsum(dO ∘ O)) holds for every stretch of the row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from inlay.core.forward.transforms import transformed
 from inlay.core.forward.wrappers import enabled
 
 Attended: TypeAlias = tuple[Tensor, Tensor | None]
-"""(rows, tokens, heads, head size), and the attention weights over the text where there are any."""
+"""(rows, tokens, heads, head size), and the attention weights over the text, or None."""
 Prefix: TypeAlias = tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 """Row indices (None for all), keys and values (key heads, length, head size), weights (rows, tokens, length)."""
 
@@ -36,8 +36,8 @@ def naive(
     out, weights = query, None
     groups = list(prefixes)
     if all(rows is not None for rows, *_ in prefixes):
-        # All rows without a prefix first, and then those that have one again: which rows are left over would be
-        # a question about values, and no compiled graph could hold the answer.
+        # Compute all rows without a prefix first, then those with one again: which rows have none depends on values,
+        # and a compiled graph cannot branch on that.
         none = key.new_zeros((key.shape[1], 0, key.shape[-1]))
         groups.insert(0, (None, none, none[..., : value.shape[-1]], None))
     for rows, prefix_key, prefix_value, shares in groups:
@@ -66,15 +66,15 @@ def capped(scores: Tensor, cap: float | None) -> Tensor:
 
 
 def _joined(prefix: Tensor, text: Tensor, query: Tensor) -> Tensor:
-    """Prefix and text along the keys, repeated for grouped heads."""
+    """Prefix and text concatenated along the keys, repeated for grouped heads."""
     both = torch.cat([prefix[None].expand(text.shape[0], -1, -1, -1), text], dim=2)
     return both.repeat_interleave(query.shape[1] // both.shape[1], dim=1)
 
 
 def _additive(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """The text's mask and position bias as numbers to add, (rows or 1, heads or 1, tokens, keys), float32.
+    """The text's mask and position bias in additive form, (rows or 1, heads or 1, tokens, keys), float32.
 
-    With no mask, transformers leaves causality to the kernel; the rule is the one of its own `sdpa`.
+    Without a mask, transformers leaves causality to the kernel; the rule is that of its own `sdpa`.
     """
     tokens, keys = query.shape[2], key.shape[2]
     lowest = torch.finfo(torch.float32).min
@@ -96,7 +96,7 @@ def _is_causal(module: nn.Module, tokens: int, kwargs: dict[str, Any]) -> bool:
 
 
 def fusible(query: Tensor, value: Tensor, prefixes: list[Prefix], kwargs: dict[str, Any]) -> bool:
-    """Whether `fused` computes this: on the CPU (or without values), no dropout, soft-capping or trained biases."""
+    """Whether `fused` can compute this: on the CPU (or meta), without dropout, soft-capping and trained biases."""
     bias = kwargs.get("position_bias")
     return (
         query.device.type in ("cpu", "meta")
@@ -116,7 +116,7 @@ def fused(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prefixes: list[Prefix],
     *, scaling: float | None = None, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """The flash kernel on the text and a small attention on each prefix, merged by log-sum-exp."""
+    """The flash kernel on the text and a small attention on each prefix, combined by log-sum-exp."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     repeat = query.shape[1] // key.shape[1]
     text = for_flash(module, query, key, value, mask, kwargs)
@@ -129,7 +129,7 @@ def fused(
 def for_flash(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """The text's keys and values, repeated for grouped heads, what is added to its scores, and whether it is causal."""
+    """The text's keys and values, repeated for grouped heads, its additive mask, and whether it is causal."""
     causal = mask is None and _is_causal(module, query.shape[2], kwargs) and kwargs.get("position_bias") is None
     added = None
     if not causal and (mask is not None or kwargs.get("position_bias") is not None):
@@ -143,7 +143,7 @@ def for_flash(
 def flash(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The CPU's flash kernel on a text: (rows, heads, tokens, size), and its log-sum-exp, without size."""
+    """The CPU's flash kernel on a text: (rows, heads, tokens, size), and the log-sum-exp (rows, heads, tokens)."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )
@@ -151,7 +151,7 @@ def flash(
 
 
 def merged(out: Tensor, lse: Tensor, at: Any, prefix: Tensor, lse_prefix: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over text and prefix, and its log-sum-exp; the first two are written."""
+    """Combine attention over text and prefix, and their log-sum-exp; `out` and `lse` are overwritten."""
     both = torch.logaddexp(lse[at], lse_prefix)
     text_share = (lse[at] - both).exp()[..., None]
     prefix_share = (lse_prefix - both).exp()[..., None]
@@ -161,7 +161,7 @@ def merged(out: Tensor, lse: Tensor, at: Any, prefix: Tensor, lse_prefix: Tensor
 
 
 class MergedAttention(torch.autograd.Function):
-    """Text and prefixes merged; saves the inputs, the merged output and its log-sum-exp."""
+    """Text and prefixes combined; saves the inputs, the combined output and its log-sum-exp."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float,

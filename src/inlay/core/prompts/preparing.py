@@ -1,8 +1,8 @@
-"""The prompts of a call: every adapter's on its route, computed, or kept from the forward before.
+"""The prompts of a call: for every adapter on its route, computed, or cached by an earlier forward.
 
-key/value prompts   one behind another, at each attention module
-token prompts       of an encoder are left as they are: they join its sequence (`core/prompts/encoder_sequence.py`);
-                    of a decoder they are run through the model, one row, and what attention saw is kept
+key/value prompts   stand one after another at each attention module
+token prompts       in an encoder: join its sequence (`core/prompts/encoder_sequence.py`); in a decoder: are run through
+                    the model, one row, and the keys and values of every attention module are kept
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from inlay.core.model.view import ModelView
 
 
 def prepare(roster: Roster, route: Route) -> Call:
-    """Compute the prompts of every adapter on the route, or take those of the last time where nothing has changed."""
+    """Compute the prompts of every adapter on the route, or take those in the cache if nothing has changed."""
     call = Call(route)
     prefilled: frozenset[str] = frozenset()
-    keeps = keepable() and not torch._C._is_any_autocast_enabled()  # autocast computes other ones
+    keeps = keepable() and not torch._C._is_any_autocast_enabled()  # under autocast they have other values
     for name in route.used:
         if not roster.has_prompt(name):
             continue
@@ -46,7 +46,7 @@ def prepare(roster: Roster, route: Route) -> Call:
 
 
 def _computed(roster: Roster, name: str) -> Call:
-    """The prompts of one adapter, as a call of its own."""
+    """The prompts of one adapter, as a call."""
     call = Call(Route((name,)))
     pairs: list[KeyValues] = []
     gated: list[KeyValues] = []
@@ -71,7 +71,7 @@ def _computed(roster: Roster, name: str) -> Call:
         call.prefixes[name] = _joined(pairs)
     if not tokens:
         return call
-    embeddings = torch.cat(tokens)  # they see the key/value pairs, as they do where they join an encoder's sequence
+    embeddings = torch.cat(tokens)  # they see the key/value pairs, as they do in an encoder's sequence
     pairs.append(_prefill(roster, name, embeddings, call))
     call.prefixes[name] = _joined(pairs)
     call.shifts[name] = call.shifts.get(name, 0) + embeddings.shape[0]
@@ -79,7 +79,7 @@ def _computed(roster: Roster, name: str) -> Call:
 
 
 def _joined(pairs: list[KeyValues]) -> KeyValues:
-    """Several prompts of one adapter behind one another."""
+    """Several prompts of one adapter, one after another."""
     if len(pairs) == 1:
         return pairs[0]
     found: KeyValues = {}
@@ -87,7 +87,7 @@ def _joined(pairs: list[KeyValues]) -> KeyValues:
         held = [kv[path] for kv in pairs if path in kv]
         found[path] = tuple(torch.cat([h[i] for h in held], dim=1) for i in (0, 1))
         weights = next((h[2] for h in held if len(h) == 4), None)
-        if weights is not None:  # pairs that are not weighed count whole, σ(∞) = 1
+        if weights is not None:  # pairs that are not weighed count fully: σ(∞) = 1
             size = weights.shape[1]
             each = [h if len(h) == 4 else _whole(h[0].shape[1], size, weights) for h in held]
             found[path] += tuple(torch.cat([h[i] for h in each]) for i in (-2, -1))
@@ -99,7 +99,7 @@ def _whole(length: int, hidden: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _prefill(roster: Roster, name: str, embeddings: Tensor, prompts: Call) -> KeyValues:
-    """Run virtual tokens (length, hidden) through the model under their own adapter and keep what attention saw."""
+    """Run virtual tokens (length, hidden) through the model with their own adapter; returns their keys and values."""
     model: Any = roster.model
     base = getattr(model, "base_model", model)
     if embeddings.requires_grad and _sharded(model):
@@ -110,7 +110,7 @@ def _prefill(roster: Roster, name: str, embeddings: Tensor, prompts: Call) -> Ke
     weight = next(iter(model.get_input_embeddings()._parameters.values()))
     captured: KeyValues = {}
     route = Route((name,))
-    nowhere = torch.zeros(1, 2, dtype=torch.long, device=embeddings.device)  # virtual tokens are no prompt's text
+    nowhere = torch.zeros(1, 2, dtype=torch.long, device=embeddings.device)  # virtual tokens are not a prompt's text
     with roster.bind(route, replace(prompts, route=route, capture=captured, span=nowhere)):
         base(inputs_embeds=embeddings.to(weight.dtype)[None], use_cache=False)
     if not captured:
@@ -119,18 +119,18 @@ def _prefill(roster: Roster, name: str, embeddings: Tensor, prompts: Call) -> Ke
 
 
 def _sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 manages some layer; its module is not imported for the answer."""
+    """Whether FSDP2 manages some layer; does not import FSDP to find out."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
 
 
 def stackable() -> bool:
-    """Whether mixed rows may be computed at once: not where a gradient flows or a graph is traced."""
+    """Whether mixed rows may be computed at once: not if gradients flow or a graph is traced."""
     return _plain() and enabled("grouped-rows")
 
 
 def keepable() -> bool:
-    """Whether prompts may be kept for the next forward, or taken from the last."""
+    """Whether prompts may be put into the cache, or taken from it."""
     return _plain() and enabled("kept-prompts")
 
 

@@ -1,13 +1,13 @@
 """How virtual positions enter a model and never show.
 
     decoder            a token prompt is run through the model once a call (one row, however many rows the
-                       batch has) and its keys and values stand in front of every row's own: exact, because
-                       nothing after the prompt can change it. The text's positions move on by its length.
-    encoder            a token prompt joins the sequence: embeddings, mask and token types grow on the left, the
-                       outputs are cut back. Rows with shorter prompts, or none, have masked slots there.
+                       batch has), and its keys and values stand in front of every row's own. This is exact,
+                       because nothing after the prompt can change it. The text's positions shift by its length.
+    encoder            a token prompt joins the sequence: embeddings, mask and token types grow on the left, and
+                       the outputs are cut back. Rows with shorter prompts, or none, have masked slots there.
     key/value prompt   stands in front of the text's own keys and values at its attention modules.
 
-The functions here wrap the forwards of special modules (`core/class_exchange.py` says which). Prompts are computed in
+The functions here wrap the forwards of special modules (listed in `core/class_exchange.py`). Prompts are computed in
 `core/prompts/preparing.py`; how they join an encoder's sequence is in `core/prompts/encoder_sequence.py`.
 """
 
@@ -44,7 +44,7 @@ def root(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
 
 
 def entered(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
-    """A forward of the whole model: check rows, compute prompts, hide what they left in the outputs."""
+    """A forward of the whole model: check the rows, compute the prompts, hide their positions in the outputs."""
     roster = host.roster
     route, call = roster.current(), roster.call.get()
     if roster.merged is not None:
@@ -54,7 +54,7 @@ def entered(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     if rows is not None:
         route.check_rows(rows)
     if call is not None and (call.capture is not None or call.rows is not None):
-        return inner(*args, **kwargs)  # a prompt's own run, or a forward around the model's own
+        return inner(*args, **kwargs)  # a prompt is being prefilled, or a forward around the model's own calls it
     if call is None:
         prompted = any(roster.has_prompt(n) for n in route.used)
         if route.single and not prompted and not _reads_span(roster, route):
@@ -73,7 +73,7 @@ def entered(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
 
 
 def _padding(call: Call, given: dict[str, Any]) -> Tensor | None:
-    """Masked tokens in front of each row's text, which a prompt must not be moved away by."""
+    """The number of masked tokens in front of each row's text, so that a prompt stays next to its text."""
     mask = given.get("attention_mask")
     if not call.shifts or given.get("position_ids") is not None or mask is None or mask.dim() != 2:
         return None
@@ -81,7 +81,7 @@ def _padding(call: Call, given: dict[str, Any]) -> Tensor | None:
 
 
 def _seq2seq(roster: Roster, inner: Forward, call: Call, given: dict[str, Any]) -> Any:
-    """An encoder–decoder with virtual tokens in its encoder: the decoder must see them in the mask."""
+    """An encoder–decoder with virtual tokens in its encoder: the decoder's mask must cover them."""
     mask, block = given.get("attention_mask"), call.block
     encoded = given.get("encoder_outputs")
     source = encoded[0] if encoded is not None else _present(given, "input_ids", "inputs_embeds")
@@ -113,7 +113,9 @@ def stack(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     if embeds is None:
         embeds = host.module.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
     if call.span is not None:
-        raise UnsupportedError("virtual tokens in an encoder move the positions at which another delta acts")
+        raise UnsupportedError(
+            "virtual tokens in an encoder shift the positions at which another delta acts; use the two separately"
+        )
     call, given = encoder_sequence.enter(replace(call, rows=embeds.shape[0]), given, embeds)
     as_tuple = _wants_tuple(host.module, given)
     given |= {"return_dict": True} if as_tuple else {}
@@ -125,7 +127,7 @@ def stack(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
 
 
 def source(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
-    """The encoder of an encoder–decoder, which generation calls by itself: what it reads is the prompt."""
+    """The encoder of an encoder–decoder, which generation calls directly; what it reads is the prompt."""
     roster = host.roster
     call = roster.call.get() or Call(roster.current())
     rows, tokens = _shape(args, kwargs)
@@ -137,13 +139,13 @@ def source(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
 
 
 def pooler(host: Host, inner: Forward, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The pooler reads the first token: the text's, not the prompt's."""
+    """The pooler must read the first token of the text, not of the prompt."""
     call = host.roster.call.get()
     return inner(hidden if call is None or not call.block else encoder_sequence.text_of(call, hidden), *args, **kwargs)
 
 
 def weighing(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
-    """Attention whose pairs are weighed by what enters it, which the attention function does not see."""
+    """Attention whose input decides how much each pair counts; passes it on to the attention function."""
     call = host.roster.call.get()
     if call is None or not any(len(call.prefixes.get(n, {}).get(host.path, ())) == 4 for n in call.route.used):
         return inner(*args, **kwargs)
@@ -155,18 +157,18 @@ def weighing(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
 
 
 def rotary(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
-    """Rotary positions count a prompt's positions too."""
+    """Rotary positions, shifted by each row's prompt."""
     if "position_ids" in kwargs:
         return inner(*args, **{**kwargs, "position_ids": shift(host, kwargs["position_ids"], relative=True)})
     return inner(args[0], shift(host, args[1], relative=True), *args[2:], **kwargs)
 
 
 def shift(host: Host, positions: Tensor, *, relative: bool = False) -> Tensor:
-    """Positions of the text behind each row's prompt.
+    """Positions of the text after each row's prompt.
 
-    In a decoder the text begins behind the prompt. In an encoder the sequence holds the longest prompt's
-    slots for all rows, so rows with shorter prompts move back. Where only differences of positions count
-    (`relative`), padding in front of a row does not come between it and its prompt.
+    In a decoder the text begins after the prompt. In an encoder the sequence has as many slots as the longest prompt
+    for all rows, so rows with shorter prompts shift back. If only differences of positions count (`relative`), padding
+    in front of a row does not separate it from its prompt.
     """
     call = host.roster.call.get()
     if relative and call is not None and call.padding is not None and not host.encoder:
@@ -192,7 +194,7 @@ def shift(host: Host, positions: Tensor, *, relative: bool = False) -> Tensor:
 
 @contextmanager
 def generation(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Everything `generate` does happens under one route, with the prompts computed once."""
+    """Run all of `generate` under one route, with the prompts computed once."""
     roster = host.roster
     route = roster.current()
     prompted = roster.merged is None and any(roster.has_prompt(n) for n in route.used)
@@ -208,7 +210,7 @@ def generation(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ite
 
 
 def _copies(model: Any, kwargs: dict[str, Any]) -> int:
-    """How many rows generation makes of each: its beams, or its samples."""
+    """How many rows generation makes of each row: beams or samples."""
     config = kwargs.get("generation_config") or model.generation_config
     values = [kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
     return max(values)
@@ -222,7 +224,7 @@ def _reads_span(roster: Roster, route: Route) -> bool:
 
 
 def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Rows and tokens of a batch: the leading dimensions of the first tensor among its inputs."""
+    """Rows and tokens of a batch: the leading dimensions of the first tensor among the inputs."""
     for value in (*args, *(kwargs.get(n) for n in INPUTS), *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0], value.shape[1] if value.dim() > 1 else None
@@ -230,7 +232,7 @@ def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, i
 
 
 def _given(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a module's forward by their names."""
+    """The arguments of a module's forward, by name."""
     if not args:
         return dict(kwargs)
     parameters = inspect.signature(inspect.unwrap(host.original_class.forward)).parameters
@@ -241,18 +243,18 @@ def _given(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
 def _present(given: dict[str, Any], *names: str) -> Tensor:
     found = next((given[n] for n in names if given.get(n) is not None), None)
     if found is None:
-        raise UnsupportedError(f"a prompt needs one of {', '.join(names)} in the call")
+        raise UnsupportedError(f"with a prompt, the model's call needs one of {', '.join(names)}")
     return found  # type: ignore[no-any-return]
 
 
 def _generates(model: nn.Module) -> bool:
-    """Whether labels of the model's tokens are tokens that follow a prompt, and not tags of all of them."""
+    """Whether the model's labels are tokens that follow a prompt, not tags for all tokens."""
     says: Callable[[], bool] | None = getattr(model, "can_generate", None)
     return says is None or says()
 
 
 def _wants_tuple(model: nn.Module, given: dict[str, Any]) -> bool:
-    """Whether the call, or else the configuration, asks for outputs without names."""
+    """Whether the call, or else the configuration, asks for a plain tuple as output."""
     asked = given.get("return_dict")
     return not (getattr(getattr(model, "config", None), "return_dict", True) if asked is None else asked)
 

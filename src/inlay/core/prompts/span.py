@@ -1,11 +1,11 @@
 """Where each row's prompt lies in a forward, for deltas that act at some of its positions only (LoReFT) or, beside an
 encoder, look at the row's other tokens (side attention).
 
-In training the prompt ends where the labels of a model that writes begin (tags of tokens hide none of them); where
-they begin at the first token, without labels, and for encoders, it is the row without its padding. Of an
-encoder–decoder it is what the encoder reads. A forward that continues a cache (a step of generation) holds none of
-it; generation without a cache knows how long it was. A model that reads no tokens (pixels) has its whole rows for
-prompts: ends beyond a row are cut by who reads them.
+In training of a model that writes text, the prompt ends where the labels begin. If they begin at the first token, if
+there are none, and in encoders (where labels may be tags of the tokens), the prompt is the row without its padding. In
+an encoder–decoder it is what the encoder reads. A forward that continues a cache (a step of generation) contains no
+part of it; generation without a cache remembers how long it was. In a model that reads no tokens (pixels) the prompt is
+the whole row; its end may lie beyond the row, and whoever reads it cuts it off.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ FAR = 2**31
 
 
 def span_of(given: dict[str, Any], rows: int, tokens: int, prompt: int | None = None) -> Tensor:
-    """First token of each row's prompt and the one behind its last, (rows, 2).
+    """The first token of each row's prompt and the one after its last, (rows, 2).
 
     Args:
         given: the model's keyword arguments.
-        rows, tokens: of the batch.
-        prompt: tokens that generation started from.
+        rows, tokens: sizes of the batch.
+        prompt: number of tokens that generation started from.
 
     Raises:
-        UnsupportedError: the mask is not one a row and token.
+        UnsupportedError: the mask is not of shape (rows, tokens).
     """
     mask, labels, cache = given.get("attention_mask"), given.get("labels"), given.get("past_key_values")
     past = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
@@ -47,7 +47,7 @@ def span_of(given: dict[str, Any], rows: int, tokens: int, prompt: int | None = 
         return torch.stack([first, torch.full_like(first, FAR)], 1)
     if mask is not None:
         if mask.dim() != 2 or mask.shape[1] != tokens:
-            raise UnsupportedError("positions of a prompt need an attention mask of shape (rows, tokens)")
+            raise UnsupportedError("finding a prompt's positions needs an attention mask of shape (rows, tokens)")
         real = mask != 0
         first = (real.cumsum(1) == 0).sum(1)
         behind = tokens - (real.flip(1).cumsum(1) == 0).sum(1)
@@ -60,7 +60,7 @@ def span_of(given: dict[str, Any], rows: int, tokens: int, prompt: int | None = 
 
 
 def current_span(site: Site) -> Tensor:
-    """The span in force at a delta's site, one entry a row that `post` was given.
+    """The span at a delta's site, with one entry for each row that `post` gets.
 
     Raises:
         UnsupportedError: the layer was called outside its model.

@@ -1,11 +1,11 @@
-"""Attention of a mixed batch: the prompts of all its adapters at one module as one stack, without gradients.
+"""Attention of a mixed batch: the prompts of all its adapters at one module in one stack, without gradients.
 
     text       the flash kernel, all rows at once
-    prompts    one small attention of the covered rows, in segments (`core/forward/stacks.py`), each over its own prompt
-    both       merged by log-sum-exp (`core/prompts/prefix_attention.py`)
+    prompts    one small attention of the rows with prompts, in segments (`core/forward/stacks.py`), each over its own
+    both       combined by log-sum-exp (`core/prompts/prefix_attention.py`)
 
-The loop over adapters of `core/prompts/attention.py` stays as the oracle, and for what cannot be stacked. Stacks are
-kept with the route, as long as the tensors they were made of are the same.
+The loop over adapters in `core/prompts/attention.py` remains as the oracle, and for what cannot be stacked. Stacks are
+cached with the route, as long as the tensors they were made of are the same.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from inlay.core.prompts import prefix_attention
 
 @dataclass(frozen=True, eq=False)
 class StackedPrefixes:
-    """The prompts of many rows' adapters at one attention module, as one; without gradients.
+    """The prompts of many rows' adapters at one attention module, stacked; without gradients.
 
     Attributes:
-        sources: what they were made of: while these are the same objects, so is this.
+        sources: the tensors they were made of; the stack is valid while these are the same objects.
         keys, values: (segments, heads, longest length, head size).
-        ends: 0 where there is a pair and -∞ where a shorter prompt has none, (segments, 1, 1, longest length).
-        gates: (segments, heads), where gated.
+        ends: additive mask: 0 for a pair, -∞ beyond the end of a shorter prompt, (segments, 1, 1, longest length).
+        gates: (segments, heads); None if the prompts are not gated.
     """
 
     sources: tuple[Tensor, ...]
@@ -45,7 +45,7 @@ class StackedPrefixes:
 
     @staticmethod
     def of(names: Sequence[str | None], held: Mapping[str, tuple[Tensor, ...]], query: Tensor) -> StackedPrefixes:
-        """The prompts `held` by adapters, for rows with these names."""
+        """Stack the prompts `held` by adapters, for rows with these names."""
         segments = Segments.of(names, held, query.device)
         repeat = query.shape[1] // next(iter(held.values()))[0].shape[0]
         keys, values = (
@@ -67,7 +67,7 @@ class StackedPrefixes:
         return StackedPrefixes(sources, segments, torch.stack(keys), torch.stack(values), ends, gates)
 
     def attention(self, query: Tensor, scale: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
-        """Of the covered rows over their prompts, (rows, heads, tokens, size), and its log-sum-exp, without size."""
+        """Attention of the rows with prompts over their own, (rows, heads, tokens, size), and its log-sum-exp."""
         segments, tokens = self.segments, query.shape[2]
         count, width = len(segments.owners), segments.width
         slots = query if segments.slots is None else query.index_select(0, segments.slots)
@@ -85,14 +85,14 @@ class StackedPrefixes:
         return by_row(out), by_row(lse)
 
     def gates_by_row(self) -> Tensor:
-        """(rows, heads)."""
+        """The gates of each row, (rows, heads)."""
         assert self.gates is not None
         each = self.gates.repeat_interleave(self.segments.width, 0)
         return each if self.segments.back is None else each.index_select(0, self.segments.back)
 
 
 def prefixes(host: Host, call: Call, query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> StackedPrefixes | None:
-    """The prefixes of a mixed batch here, where one small attention serves them all."""
+    """The stacked prefixes of a mixed batch at this module; None if they cannot be computed at once."""
     if call.stacks is None or not prefix_attention.fusible(query, value, [], kwargs):
         return None
     return stacked(host, call, query, call.prefixes, 2)
@@ -101,7 +101,7 @@ def prefixes(host: Host, call: Call, query: Tensor, value: Tensor, kwargs: dict[
 def stacked(
     host: Host, call: Call, query: Tensor, prompts: Mapping[str, KeyValues], parts: int
 ) -> StackedPrefixes | None:
-    """Prompts of a mixed batch at a module, with `parts` tensors each; None where there are none, or some have more."""
+    """A mixed batch's prompts at a module, stacked, `parts` tensors each; None if there are none or some have more."""
     if call.stacks is None or torch.is_grad_enabled():
         return None
     held = {n: own[host.path] for n in call.route.used if (own := prompts.get(n)) is not None and host.path in own}
