@@ -108,14 +108,11 @@ def evaluate_folder(
 
 def load_task(task: str, base: str | None) -> str:
     """The task to load a base for: features need no head, so any that the base has will do."""
-    import transformers
-
-    from inlay.train.loading import AUTO, base_source, read_config
+    from inlay.train.loading import able_tasks, base_source, read_config
 
     if task != "classification":
         return task
-    config = read_config(base_source(base))
-    able = [name for name in AUTO if type(config) in getattr(transformers, AUTO[name])._model_mapping]
+    able = able_tasks(read_config(base_source(base)))
     return next((name for name in ("classification", "causal", "seq2seq") if name in able), task)
 
 

@@ -271,6 +271,6 @@ def _quantiser(name: str, kept: list[str], dtype: torch.dtype) -> Any:
         from torchao.quantization import Int8WeightOnlyConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=kept)
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from inlay.core.upstream import int4_config
 
-    return TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=BLOCK), modules_to_not_convert=kept)
+    return TorchAoConfig(int4_config(BLOCK), modules_to_not_convert=kept)

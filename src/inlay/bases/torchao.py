@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.prototype.quantization.int4 import Int4OpaqueTensor
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
 from torchao.utils import TorchAOBaseTensor
 
@@ -21,7 +20,9 @@ from inlay.bases.dense import put_back, raw, replace, values_of
 from inlay.core.class_exchange import exchange
 from inlay.core.errors import UnsupportedError
 from inlay.core.model.layer import Store, Undo, requantise_weight, settle, shape_of, store_of, unsettle
+from inlay.core.upstream import int4_tensor, pack_int4
 
+Int4OpaqueTensor = int4_tensor()
 NAMES: dict[type[Tensor], str] = {Int8Tensor: "torchao-int8", Int4OpaqueTensor: "torchao-int4"}
 LEVELS = 16  # of int4
 AT_ONCE = (64, 32, 16)  # rows that CPUs of different widths pack together
@@ -109,7 +110,7 @@ def _order(height: int) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.contiguous(), 1)
+    packed: Tensor = pack_int4(codes.contiguous(), 1)
     return packed
 
 

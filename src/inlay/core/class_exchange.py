@@ -33,6 +33,7 @@ from inlay.core.errors import UnsupportedError
 from inlay.core.forward import wrappers
 from inlay.core.forward.host import Host, Storage, thread
 from inlay.core.prompts import prompting
+from inlay.core.upstream import CHECKPOINTS_BY
 
 
 def adopt(host: Host, features: frozenset[str]) -> None:
@@ -56,7 +57,7 @@ def adopt(host: Host, features: frozenset[str]) -> None:
     if later is host.original_forward:
         later = None
     if "checkpoint" in features:
-        function = module.__dict__.pop("_gradient_checkpointing_func", None)
+        function = module.__dict__.pop(CHECKPOINTS_BY, None)
         if function is not None:
             module.__dict__["_inlay_checkpoint"] = function
     original: Any = host.original_class
@@ -81,7 +82,7 @@ def release(host: Host) -> None:
         module.__dict__["forward" if later is None else "_inlay_forward"] = host.original_forward
     function = module.__dict__.pop("_inlay_checkpoint", None)
     if function is not None:
-        module.__dict__["_gradient_checkpointing_func"] = function
+        module.__dict__[CHECKPOINTS_BY] = function
 
 
 def exchange(module: nn.Module, cls: type[nn.Module]) -> Callable[[], None]:
@@ -119,7 +120,7 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
     if "root" in features and hasattr(cls, "enable_input_require_grads"):
         body["enable_input_require_grads"] = _leave_embeddings
     if "checkpoint" in features:
-        body["_gradient_checkpointing_func"] = property(_checkpoint_function, _set_checkpoint_function)
+        body[CHECKPOINTS_BY] = property(_checkpoint_function, _set_checkpoint_function)
     if "positions" in features:
         # Between the class and nn.Embedding, so that an offset which a subclass adds is added first.
         bases = (ShiftedPositions,) if cls is nn.Embedding else (cls, ShiftedPositions)
@@ -216,7 +217,7 @@ def _checkpoint_function(module: nn.Module) -> Callable[..., Any]:
     host: Host = module.__dict__["_inlay_host"]
     inner = module.__dict__.get("_inlay_checkpoint")
     if inner is None:
-        raise AttributeError("_gradient_checkpointing_func")
+        raise AttributeError(CHECKPOINTS_BY)
     return functools.partial(_checkpointed, host, inner)
 
 

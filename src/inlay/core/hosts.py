@@ -34,7 +34,7 @@ class Hosts:
     roster: Roster
     by_path: dict[str, Host] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    attention: list[tuple[Any, str]] = field(default_factory=list)
+    attention: list[tuple[Any, str | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _LIVING.add(self)

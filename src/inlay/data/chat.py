@@ -51,10 +51,10 @@ def split_last_turn(messages: Sequence[Message]) -> tuple[list[Message], str]:
 
 
 def _marked(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, open_turn: bool) -> Pieces:
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from inlay.core.upstream import render_chats
 
     with _template_errors():
-        texts, spans = render_jinja_template(
+        texts, spans = render_chats(
             conversations=[list(messages)],
             chat_template=template,
             return_assistant_tokens_mask=True,
@@ -99,11 +99,11 @@ def _compared(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, o
 def _rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, open_turn: bool) -> str:
     if not messages and not open_turn:
         return ""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from inlay.core.upstream import render_chats
 
     with _template_errors():
         # Not apply_chat_template: it refuses the empty chat that an assistant's opening turn follows.
-        texts, _ = render_jinja_template(
+        texts, _ = render_chats(
             conversations=[list(messages)],
             chat_template=_template(tokenizer),
             add_generation_prompt=open_turn,

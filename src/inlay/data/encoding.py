@@ -108,9 +108,9 @@ def encode(
     found.raise_if_any()
     if long:
         _log.info("%d of %d rows are longer than %d tokens: %s", long, len(dataset), max_length, on_long)
-    encoded = Dataset(pa.concat_tables(tables), fingerprint="encoded")
-    encoded._fingerprint = fingerprint(encoded)[:32]  # else datasets pickles the whole table to make one
-    return encoded
+    table = pa.concat_tables(tables)
+    # Else datasets pickles the whole table to make one.
+    return Dataset(table, fingerprint=fingerprint(Dataset(table, fingerprint="encoded"))[:32])
 
 
 def _usable(encodings: list[Encoded], rows: Rows, row: int, job: Job) -> list[Encoded]:

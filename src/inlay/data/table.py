@@ -8,6 +8,7 @@ import gzip
 import io
 import os
 import re
+import uuid
 import zlib
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def with_origins(dataset: Dataset, name: str) -> Dataset:
     if ORIGIN in dataset.column_names:
         dataset = dataset.remove_columns(ORIGIN)
     rows = places(name, [None] * len(dataset))
-    return dataset.add_column(ORIGIN, rows, new_fingerprint=f"{dataset._fingerprint}-places")
+    return dataset.add_column(ORIGIN, rows, new_fingerprint=uuid.uuid4().hex)  # or all rows are pickled to make one
 
 
 def _means_a_file(source: str) -> bool:

@@ -49,7 +49,7 @@ def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
         "places": adapter.places.to_dict(),
         "modules_to_save": list(adapter.modules_to_save),
         "base": fingerprint(model, without=adapter.copies).to_dict(),
-        "base_name": shareable(str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")),
+        "base_name": shareable(str(getattr(getattr(model, "config", None), "name_or_path", "") or "")),
         "digest": digest_of(tensors),
         "inlay": __version__,
     }

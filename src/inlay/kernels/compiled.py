@@ -21,6 +21,7 @@ from inlay.core.errors import UnsupportedError
 from inlay.core.forward.roster import find_roster
 from inlay.core.model import roles
 from inlay.core.model.view import ModelView
+from inlay.core.upstream import call_of, compile_call, compiled_call_of
 
 BACKEND = "inductor"
 GRAPHS = 64  # of one kind of block: a route, a dtype, the first block (nothing flows to its input), …
@@ -42,13 +43,13 @@ def compile_layers(model: nn.Module, *, first: int = 0) -> Callable[[], None]:
     if why := refusal(model):
         raise UnsupportedError(f"layers cannot be compiled one by one: {why}")
     blocks = blocks_of(model)[first:]
-    before = [block._compiled_call_impl for block in blocks]
+    before = [compiled_call_of(block) for block in blocks]
     for block in blocks:
-        block._compiled_call_impl = _compiled(block)
+        compile_call(block, _compiled(block))
 
     def undo() -> None:
         for block, call in zip(blocks, before, strict=True):
-            block._compiled_call_impl = call
+            compile_call(block, call)
 
     return undo
 
@@ -88,7 +89,7 @@ def _block(path: str) -> str | None:
 
 def _compiled(block: nn.Module) -> Callable[..., Any]:
     """What a block is called through: compiled code where gradients are wanted."""
-    own = block._call_impl
+    own = call_of(block)
     compile_: Any = torch.compile  # its stated types lack the limit
     compiled = compile_(own, dynamic=True, backend=BACKEND, recompile_limit=GRAPHS)
 

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from inlay.core.forward.host import Host
 from inlay.core.forward.transforms import transformed
 from inlay.core.model.view import ModelView
+from inlay.core.upstream import flash_on_cpu, safe_softmax, softmax_backward
 from inlay.kernels import second
 from inlay.kernels.dropout import Dropout
 from inlay.kernels.masks import MOST, fresh_seed
@@ -102,7 +103,7 @@ def with_dropout(
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    shares = torch._safe_softmax(scores, -1).to(query.dtype)
+    shares = safe_softmax(scores, -1).to(query.dtype)
     kept: Tensor = Dropout.apply(shares, dropout_p, fresh_seed())  # type: ignore[no-untyped-call]
     return kept @ value
 
@@ -116,7 +117,7 @@ class BlockedBackward(torch.autograd.Function):
     ) -> Tensor:
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        kernel = flash_on_cpu
         shared = (_repeated(t, query.shape[1]) for t in (key, value))
         out, _ = kernel(query, *shared, 0.0, causal, attn_mask=mask, scale=scale)
         ctx.save_for_backward(query, key, value, mask)
@@ -177,7 +178,7 @@ def _gradients(
         torch.baddbmm(above, q, k.transpose(1, 2), beta=0 if above.dim() == 0 else 1, alpha=scale, out=shares)
         torch.softmax(shares, -1, out=shares)
         torch.bmm(g, v.transpose(1, 2), out=d_scores)
-        torch._softmax_backward_data(d_scores, shares, -1, query.dtype, grad_input=d_scores)
+        softmax_backward(d_scores, shares, -1, query.dtype, grad_input=d_scores)
         torch.bmm(d_scores, k, out=d_query[:, at])
         of_key, of_value = torch.bmm(d_scores.transpose(1, 2), q), torch.bmm(shares.transpose(1, 2), g)
         if d_key is None or d_value is None:  # the last block, which sees all keys

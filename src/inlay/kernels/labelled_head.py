@@ -23,13 +23,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING
 
 from inlay.core.errors import UnsupportedError
 from inlay.core.forward.host import Host
 from inlay.core.forward.transforms import transformed, watched
 from inlay.core.labels import IGNORED
 from inlay.core.model.view import ModelView
+from inlay.core.upstream import losses
 from inlay.kernels import gpu, second
 from inlay.kernels.cross_entropy import cross_entropy_
 from inlay.kernels.lazy import LazyTensor, Mode
@@ -40,6 +40,7 @@ TRIAL_TOKENS = 128  # of the row that both ways are tried on
 FEATURE = "loss-at-labels"
 TELLING_ROWS = 16  # whose scores are there at once where labels are made up
 SPREAD = 3.0  # of the scores of made-up hidden states
+LOSSES = losses()  # that transformers' own models take
 AGREEMENT = 2e-3  # relative, between the two losses: half precision sums in another order
 
 
@@ -119,7 +120,7 @@ def _usual(model: Any, kwargs: dict[str, Any]) -> bool:
         kwargs.get("shift_labels") is None
         and not kwargs.get("logits_to_keep")
         and kwargs.get("ignore_index", IGNORED) == IGNORED
-        and (loss is None or loss in LOSS_MAPPING.values())
+        and (loss is None or loss in LOSSES.values())
     )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from inlay.core.errors import UnsupportedError
+from inlay.core.upstream import NoTorchFunction, make_wrapper_subclass, tree_map_only
 from inlay.kernels import second
 
 # What can be told without computing.
@@ -102,7 +102,7 @@ class LazyTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with NoTorchFunction():
             if func in _KNOWN:
                 return func(*args, **(kwargs or {}))
             args, kwargs = tree_map_only(LazyTensor, LazyTensor.value, (args, kwargs or {}))
@@ -122,7 +122,7 @@ class _Place(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, function: Any, shape: tuple[int, ...], mode: Mode) -> Tensor:
-        made: LazyTensor = Tensor._make_wrapper_subclass(
+        made: LazyTensor = make_wrapper_subclass(
             LazyTensor, shape, dtype=mode.autocast or source.dtype, device=source.device
         )
         made._function, made._source, made._mode, made._value, made._numbers = function, source, mode, None, None

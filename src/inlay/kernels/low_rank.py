@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inlay.core.forward.transforms import transformed
+from inlay.core.upstream import is_view
 from inlay.kernels import gpu, second
 from inlay.kernels.masks import MOST, drawn, fresh_seed, without, without_
 
@@ -67,7 +68,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropo
         dropout: share of x's entries left out of the update.
         owned: whether nobody else holds y.
     """
-    in_place = owned and y.is_contiguous() and not y._is_view()
+    in_place = owned and y.is_contiguous() and not is_view(y)
     seed = fresh_seed() if dropout else 0
     if not torch.is_grad_enabled():
         return _sum(y, _low(x, a.to(x.dtype), seed, dropout), b.to(x.dtype), scale / (1 - dropout), in_place)

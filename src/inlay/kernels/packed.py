@@ -24,12 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
-from transformers import AttentionMaskInterface
 
 from inlay.core.errors import UnsupportedError
 from inlay.core.forward.host import Host
 from inlay.core.model.view import ModelView
-from inlay.core.prompts.interface import NAMESPACE, configurations, original_attention, put_back, registered, swapped
+from inlay.core.prompts.interface import (
+    MASKS,
+    NAMESPACE,
+    configurations,
+    original_attention,
+    put_back,
+    registered,
+    swapped,
+)
 
 NAME = "packed_"
 WASTE = 1.25  # slots to tokens, at most, of texts that share a call
@@ -185,7 +192,7 @@ def _implementation(original: str) -> str:
         return original
     if original.removeprefix(NAMESPACE) not in ("sdpa", "eager"):  # prompts of other adapters stand before it
         raise UnsupportedError(f"packing works with the attention implementations sdpa and eager, not {original!r}")
-    masks = AttentionMaskInterface._global_mapping[original]
+    masks = MASKS[original]
     return registered(NAME, original, partial(_attention, original), partial(_mask, masks))
 
 

@@ -31,6 +31,7 @@ from inlay.core.hosts import hosts_of
 from inlay.core.model.view import ModelView
 
 FEATURE = "trunk-cache"
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -158,7 +159,7 @@ def random_parts(model: nn.Module, cut: Cut) -> list[str]:
         if any(f"{path}.".startswith(f"{b}.") for b in above) or path.partition(".")[0] in beside:
             continue
         values = {n: v for n, v in vars(module).items() if "drop" in n and isinstance(v, float) and v > 0}
-        if values or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0):
+        if values or (isinstance(module, DROPOUTS) and module.p > 0):
             found.append(path or type(module).__name__)
     return found
 

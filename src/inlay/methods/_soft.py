@@ -66,7 +66,7 @@ def repeated(ids: Sequence[int], length: int) -> list[int]:
 def _tokenizer(view: ModelView) -> Any:
     from transformers import AutoTokenizer
 
-    path = getattr(view.config, "_name_or_path", "")
+    path = getattr(view.config, "name_or_path", "")
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

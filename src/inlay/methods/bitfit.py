@@ -24,7 +24,10 @@ from inlay.core.model.layer import Kind
 from inlay.core.model.site import Site
 from inlay.kernels.grouped import Offsets
 
-CHANNELS_FIRST = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+CHANNELS_FIRST = (
+    *(nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from inlay.core.upstream import (
+    GROUPED_PRODUCT,
+    LOOK_AT_NUMBER,
+    TorchDispatchMode,
+    schema_of,
+    storage_number,
+    tree_leaves,
+    tree_map_only,
+)
+
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)
-_ASKED = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
-_GROUPED = torch.ops.aten._grouped_mm.default
+_ASKED = (LOOK_AT_NUMBER, torch.ops.aten.equal.default)
 META, CPU = torch.device("meta"), torch.device("cpu")
 
 
@@ -51,12 +58,13 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.phase = ""
         self.entries: list[Entry] = []
         self.flops: dict[str, float] = {}
         self.bytes_moved: dict[str, float] = {}
-        self._before = {s._cdata: s for s in (t.untyped_storage() for t in known)}  # held: addresses stay theirs
+        storages = [tensor.untyped_storage() for tensor in known]
+        self._before = {storage_number(s): s for s in storages}  # held: the numbers stay theirs
         self._alive: dict[int, tuple[int, Any]] = {}
         self._count = 0
 
@@ -70,26 +78,26 @@ class Ledger(TorchDispatchMode):
                 args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
         elif kwargs.get("device") == META and _whole(given, args, kwargs):
             kwargs["device"] = CPU
-        out = _grouped_product(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
+        out = _grouped_product(*args, **kwargs) if func is GROUPED_PRODUCT else func(*args, **kwargs)
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         made = [self._note(tensor) for tensor in outputs]
-        packet = func._overloadpacket
+        packet = func.overloadpacket
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=out)
             self.flops[self.phase] = self.flops.get(self.phase, 0.0) + flops
-        elif any(made) or func._schema.is_mutable:
+        elif any(made) or schema_of(func).is_mutable:
             moved = sum(t.numel() * t.element_size() for t in [*given, *outputs])
             self.bytes_moved[self.phase] = self.bytes_moved.get(self.phase, 0.0) + moved
         return out
 
     def number_of(self, tensor: Tensor) -> int | None:
         """Under which number a tensor's storage was noted; None where it was there before."""
-        number, _ = self._alive.get(tensor.untyped_storage()._cdata, (None, None))
+        number, _ = self._alive.get(storage_number(tensor.untyped_storage()), (None, None))
         return number
 
     def _note(self, tensor: Tensor) -> bool:
         storage = tensor.untyped_storage()
-        address, size = storage._cdata, storage.nbytes()
+        address, size = storage_number(storage), storage.nbytes()
         if address in self._before or address in self._alive or not size:
             return False
         self._count += 1
@@ -116,7 +124,7 @@ def _grouped_product(*args: Any, **kwargs: Any) -> Tensor:
     def narrow(tensor: Tensor) -> Tensor:
         return tensor.to(torch.bfloat16) if tensor.is_meta and tensor.is_floating_point() else tensor
 
-    made: Tensor = _GROUPED(*tree_map_only(Tensor, narrow, args), **tree_map_only(Tensor, narrow, kwargs))
+    made: Tensor = GROUPED_PRODUCT(*tree_map_only(Tensor, narrow, args), **tree_map_only(Tensor, narrow, kwargs))
     return made.to(args[0].dtype)
 
 

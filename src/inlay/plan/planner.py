@@ -23,6 +23,7 @@ from inlay.core.contracts.method import Method
 from inlay.core.install import install
 from inlay.core.model.select import Places, Where
 from inlay.core.model.view import ModelView
+from inlay.core.upstream import storage_number
 from inlay.plan.machine import Machine
 from inlay.plan.setting import BYTES_PER_WEIGHT, ROLES, Memory, Precision, Setting
 from inlay.plan.skeleton import Skeleton
@@ -253,7 +254,7 @@ def _parts(adapter: Adapter) -> list[Tensor]:
 
 def _bytes(tensors: list[Any]) -> float:
     """Of the distinct storages of tensors."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    storages = {storage_number(s): s for s in (t.untyped_storage() for t in tensors)}
     return float(sum(s.nbytes() for s in storages.values()))
 
 

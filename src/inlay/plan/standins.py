@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from inlay.core.upstream import flash_on_cpu
+
 LINEAR = (nn.Linear, Conv1D)
 
 
@@ -56,9 +58,7 @@ def attention(
         )
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = query.new_empty(attn_mask.shape)  # the kernels add a mask, so each layer makes numbers of it
-    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
-    )
+    out, _ = flash_on_cpu(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)
     made: Tensor = out
     return made
 

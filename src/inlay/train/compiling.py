@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from inlay.core.errors import UnsupportedError
+from inlay.core.upstream import compiler_errors
 from inlay.kernels.compiled import blocks_of, compile_layers
 
 if TYPE_CHECKING:
@@ -97,10 +98,7 @@ def compile_run(prepared: Prepared, *, first: int = 0) -> tuple[Compilation, Cal
 
 def _of_the_compiler(error: BaseException) -> str | None:
     """What a compiler says that has failed: torch's, or the system's that it calls."""
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-
-    if not isinstance(error, TorchDynamoException | InductorError):
+    if not isinstance(error, compiler_errors()):
         return None
     return " ".join(str(error).partition("\n\n")[0].split())[:300] or type(error).__name__
 

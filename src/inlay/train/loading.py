@@ -22,6 +22,13 @@ AUTO = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
 }
+# What `AutoModel…` looks a configuration up in.
+MAPPINGS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "regression": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SHOWN = 8
 
@@ -151,12 +158,17 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _check_task(config: Any, source: str, task: str) -> None:
+def able_tasks(config: Any) -> list[str]:
+    """The tasks that a configuration's architecture has a head for."""
     import transformers
 
+    return [task for task, mapping in MAPPINGS.items() if type(config) in getattr(transformers, mapping)]
+
+
+def _check_task(config: Any, source: str, task: str) -> None:
     if task not in AUTO:
         raise ConfigError(f"task {task!r} is unknown; known: {', '.join(AUTO)}")
-    able = [name for name, auto in AUTO.items() if type(config) in getattr(transformers, auto)._model_mapping]
+    able = able_tasks(config)
     if task not in able:
         can = f"it can do {', '.join(able)}" if able else "no text task is known for it"
         raise ConfigError(

@@ -299,6 +299,7 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
     import torch
     from transformers import TrainingArguments
 
+    from inlay.core.upstream import use_one_device
     from inlay.train.optimizers import optimizer_options
 
     config = prepared.config
@@ -335,8 +336,7 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
         disable_tqdm=True,
         log_level="error",
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # replicas that share threads would share the routes of rows, too
+    use_one_device(arguments)
     return arguments
 
 

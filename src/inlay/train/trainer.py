@@ -26,6 +26,7 @@ from transformers import Trainer
 from inlay.core.contracts.adapter import Adapter, not_finite
 from inlay.core.errors import ConfigError
 from inlay.core.labels import IGNORED
+from inlay.core.upstream import inputs_for, save_progress
 from inlay.train.folder import RunFolder, write_beside
 from inlay.train.order import LengthGroupedOrder
 from inlay.train.passes import Passes
@@ -73,7 +74,7 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        return LengthGroupedOrder(lengths, self._train_batch_size, self.args.seed)
+        return LengthGroupedOrder(lengths, self.args.train_batch_size, self.args.seed)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The passes of one step, and how many items are scored in all of them (on all devices)."""
@@ -97,7 +98,7 @@ class AdapterTrainer(Trainer):
         step = super().training_step
 
         def run(part: dict[str, Any]) -> Tensor:
-            with self.serving(self._prepare_inputs(part)) as given:
+            with self.serving(inputs_for(self, part)) as given:
                 loss: Tensor = step(model, given, num_items_in_batch)
             return loss
 
@@ -162,7 +163,7 @@ class AdapterTrainer(Trainer):
         loss, items, right, done = 0.0, 0, 0, 0
         total = len(self.eval_dataset)
         for raw in self.get_eval_dataloader():
-            batch = self._prepare_inputs(raw)
+            batch = inputs_for(self, raw)
             self.scoring.begin()
             for part_loss, part_items, part_right in self.scoring.run(batch, self._scored):
                 loss, items, right = loss + part_loss, items + part_items, right + part_right
@@ -203,8 +204,7 @@ class AdapterTrainer(Trainer):
     def _write_checkpoint(self, part: Path) -> None:
         part.mkdir()
         write_tensors(self.adapter, part / ADAPTER_FILE)
-        self._save_optimizer_and_scheduler(str(part))
-        self._save_rng_state(str(part))
+        save_progress(self, str(part))
         self.state.save_to_json(str(part / STATE_FILE))
         (part / PASSES_FILE).write_text(json.dumps({"rows": self.passes.rows}), encoding="utf-8")
 

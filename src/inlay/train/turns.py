@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from inlay.core.upstream import gradient_state
+
 
 @dataclass
 class Ambient:
@@ -29,23 +31,19 @@ class Ambient:
     @classmethod
     def now(cls) -> Ambient:
         """What is in force."""
-        from accelerate.state import GradientState
-
         devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-        shared = dict(GradientState._shared_state)
-        return cls(np.random.get_state(), random.getstate(), torch.get_rng_state(), devices, shared)
+        return cls(np.random.get_state(), random.getstate(), torch.get_rng_state(), devices, dict(gradient_state()))
 
     def restore(self) -> None:
         """Put it in force again."""
-        from accelerate.state import GradientState
-
         np.random.set_state(self.numpy)
         random.setstate(self.python)
         torch.set_rng_state(self.torch)
         if self.devices is not None:
             torch.cuda.set_rng_state_all(self.devices)
-        GradientState._shared_state.clear()
-        GradientState._shared_state.update(self.gradients)
+        state = gradient_state()
+        state.clear()
+        state.update(self.gradients)
 
 
 class Turns:

@@ -16,6 +16,7 @@ from inlay.core.forward.call import Call
 from inlay.core.forward.kept import Kept
 from inlay.core.forward.route import Route
 from inlay.core.forward.scope import Scoped
+from inlay.core.upstream import COMPILED_FROM
 
 
 @dataclass
@@ -145,7 +146,7 @@ def find_roster(model: nn.Module) -> Roster | None:
         if isinstance(roster, Roster):
             return roster
         modules = getattr(seen, "_modules", {})
-        seen = modules.get("_orig_mod") or (modules.get("module") if len(modules) == 1 else None)
+        seen = modules.get(COMPILED_FROM) or (modules.get("module") if len(modules) == 1 else None)
     return None
 
 

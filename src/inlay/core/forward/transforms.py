@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
+from inlay.core.upstream import has_any_global_hook, transformed
 
-def transformed() -> bool:
-    """Whether a compiler traces, or the code runs under `torch.func` or forward differentiation, for which our autograd
-    functions have no rules. What is computed there must not be cached either."""
-    return (
-        torch.compiler.is_compiling()  # first, so that a compiler does not trace the rest
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+__all__ = ["transformed", "watched"]
 
 
 def watched(module: nn.Module) -> bool:
@@ -25,5 +16,5 @@ def watched(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or _has_any_global_hook()
+        or has_any_global_hook()
     )

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from inlay.core.model.view import AttentionPlace, ModelView
+from inlay.core.upstream import attention_named, name_attention
 
 Attention: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
-Named: TypeAlias = list[tuple[Any, str]]
+Named: TypeAlias = list[tuple[Any, str | None]]
 """Configurations, each with the attention implementation that it named before."""
 
 NAMESPACE = "inlay_"
+ATTENTION, MASKS = AttentionInterface(), AttentionMaskInterface()  # views of what is registered for all models
 
 
 def original_attention(name: str, module: nn.Module) -> Attention:
@@ -27,7 +29,7 @@ def original_attention(name: str, module: nn.Module) -> Attention:
     if name == "eager":
         own: Attention = sys.modules[type(module).__module__].eager_attention_forward
         return own
-    shared: Attention = AttentionInterface._global_mapping[name]
+    shared: Attention = ATTENTION[name]
     return shared
 
 
@@ -38,9 +40,9 @@ def registered(prefix: str, original: str, attention: Attention, masks: Callable
         masks: makes the masks for it; None makes them as `original` does.
     """
     name = prefix + original
-    if name not in AttentionInterface._global_mapping:
+    if name not in ATTENTION:
         AttentionInterface.register(name, attention)
-        AttentionMaskInterface.register(name, masks or AttentionMaskInterface._global_mapping[original])
+        AttentionMaskInterface.register(name, masks or MASKS[original])
     return name
 
 
@@ -57,11 +59,11 @@ def swapped(view: ModelView, places: Iterable[AttentionPlace], name: Callable[[s
         name: makes the new name from the old one.
     """
     changed: Named = []
-    new = [(c, o, name(o)) for c in configurations(view, places) for o in (c._attn_implementation or "eager",)]
+    new = [(c, o, name(o)) for c in configurations(view, places) for o in (attention_named(c) or "eager",)]
     for config, original, wanted in new:
         if wanted != original:
-            changed.append((config, config._attn_implementation))
-            config._attn_implementation = wanted
+            changed.append((config, attention_named(config)))
+            name_attention(config, wanted)
     return changed
 
 
@@ -69,4 +71,4 @@ def put_back(changed: Named, keep: int = 0) -> None:
     """Let configurations name their former implementation again, all but the first `keep`."""
     while len(changed) > keep:
         config, original = changed.pop()
-        config._attn_implementation = original
+        name_attention(config, original)

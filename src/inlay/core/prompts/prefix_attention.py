@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from inlay.core.forward.transforms import transformed
 from inlay.core.forward.wrappers import enabled
+from inlay.core.upstream import flash_on_cpu, flash_on_cpu_backward
 
 Attended: TypeAlias = tuple[Tensor, Tensor | None]
 """(rows, tokens, heads, head size), and the attention weights over the text, or None."""
@@ -144,9 +145,7 @@ def flash(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The CPU's flash kernel on a text: (rows, heads, tokens, size), and the log-sum-exp (rows, heads, tokens)."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-    )
+    out, lse = flash_on_cpu(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
     return out, lse
 
 
@@ -181,7 +180,7 @@ class MergedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, mask, out, lse, *pairs = ctx.saved_tensors
         grad = grads[0].contiguous()
-        d_query, d_key, d_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        d_query, d_key, d_value = flash_on_cpu_backward(
             grad, query, key, value, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
         )
         total = (grad.float() * out.float()).sum(-1, keepdim=True)

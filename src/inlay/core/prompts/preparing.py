@@ -22,13 +22,14 @@ from inlay.core.forward.route import Route
 from inlay.core.forward.transforms import transformed
 from inlay.core.forward.wrappers import enabled
 from inlay.core.model.view import ModelView
+from inlay.core.upstream import autocasts_anywhere
 
 
 def prepare(roster: Roster, route: Route) -> Call:
     """Compute the prompts of every adapter on the route, or take those in the cache if nothing has changed."""
     call = Call(route)
     prefilled: frozenset[str] = frozenset()
-    keeps = keepable() and not torch._C._is_any_autocast_enabled()  # under autocast they have other values
+    keeps = keepable() and not autocasts_anywhere()  # under autocast they have other values
     for name in route.used:
         if not roster.has_prompt(name):
             continue

@@ -18,7 +18,7 @@ def header(view: ModelView, peft_type: str, saved: Sequence[str]) -> dict[str, A
     return {
         "peft_type": peft_type,
         "task_type": targets.task_type(view, saved),
-        "base_model_name_or_path": str(getattr(view.config, "_name_or_path", "") or "") or None,
+        "base_model_name_or_path": str(getattr(view.config, "name_or_path", "") or "") or None,
         "inference_mode": True,
         "modules_to_save": list(saved) or None,
     }

@@ -286,7 +286,7 @@ def compiling(specimen: Specimen, method: Method) -> None:
     if specimen.task != "seq2seq":
         del batch["labels"]  # transformers' own loss logs while it is traced
     train(put(specimen, model, inlay.LoRA(rank=2), "two"))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for route in ("one", "two", None, "one"):
         with inlay.use(model, route):

@@ -12,6 +12,7 @@ from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.method import DeltaMethod, Method
 from inlay.core.contracts.pieces import SubsetPiece
 from inlay.core.errors import UnsupportedError
+from inlay.core.upstream import attention_named
 from inlay.testing.specimen import Specimen
 
 TOLERANCE = 2e-5  # float32, logits of order one: summation order differs between batch shapes
@@ -106,7 +107,7 @@ def census(model: nn.Module) -> dict[str, Any]:
         "classes": [(n, type(m)) for n, m in model.named_modules()],
         "flags": [(n, p.requires_grad) for n, p in model.named_parameters()],
         "attributes": [(n, sorted(m.__dict__)) for n, m in model.named_modules()],
-        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        "attention": attention_named(model.config) if hasattr(model, "config") else None,
     }
 
 
