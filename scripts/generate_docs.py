@@ -1,4 +1,5 @@
-"""Regenerate the tables in README.md from the registry, and those in docs/ from what was measured.
+"""Regenerate the tables in README.md from the registry, those in docs/ from what was measured, and what is written in
+whole from the code: the listing of the methods.
 
     python scripts/generate_docs.py            # rewrites what has changed
     python scripts/generate_docs.py --check    # exit code 1 where a file is out of date
@@ -15,12 +16,13 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from method_listing import listing
 from quality_tables import near_table, rates_table, scores_table
 from speed_table import speed_table
 from transformers import BertConfig, BertForSequenceClassification
@@ -143,11 +145,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": method_table, "quality": scores_table, "near": near_table, "rates": rates_table,
     "speed": speed_table,
 }  # fmt: skip
-FILES = ("README.md", "docs/quality.md", "docs/speed.md")
+PAGES = ("README.md", "docs/quality.md", "docs/speed.md")
+WHOLE: dict[str, Callable[[], str]] = {"src/inlay/methods/_table.py": listing}
 
 
-def regenerated(text: str) -> str:
-    """The text of a file with every table between its markers made anew."""
+def regenerated(file: str) -> str:
+    """The text of a page with every table between its markers made anew."""
+    text = (ROOT / file).read_text(encoding="utf-8")
     for name, table in TABLES.items():
         block = re.compile(rf"(<!-- {name}:start[^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if block.search(text):
@@ -161,11 +165,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is out of date")
     check = parser.parse_args().check
     stale = []
-    for file in FILES:
+    made = {file: partial(regenerated, file) for file in PAGES} | WHOLE
+    for file, make in made.items():
         path = ROOT / file
-        old = path.read_text(encoding="utf-8")
-        new = regenerated(old)
-        if new != old:
+        new = make()
+        if not path.exists() or new != path.read_text(encoding="utf-8"):
             stale.append(file)
             if not check:
                 path.write_text(new, encoding="utf-8")

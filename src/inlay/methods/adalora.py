@@ -58,6 +58,7 @@ class AdaLoRA(DeltaMethod):
     name: ClassVar[str] = "adalora"
     paper: ClassVar[str] = "arXiv:2303.10512"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 30
     recipe: ClassVar[Recipe] = Recipe(learning_rate=2e-3)  # tuned (docs/quality.md); the paper's: 5e-4 to 2.2e-3
     default_where: ClassVar[tuple[str, ...]] = ("query", "key", "value", "attention_output", "gate", "up", "down")
 

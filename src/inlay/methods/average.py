@@ -38,6 +38,7 @@ class Average(Composition):
 
     name: ClassVar[str] = "average"
     paper: ClassVar[str] = "arXiv:2311.11077"
+    table_order: ClassVar[int] = 30
 
     methods: tuple[Method, ...]
     weights: tuple[float, ...]

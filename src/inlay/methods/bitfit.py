@@ -34,6 +34,7 @@ class BitFit(DeltaMethod):
     name: ClassVar[str] = "bitfit"
     paper: ClassVar[str] = "arXiv:2106.10199"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)
     default_where: ClassVar[str] = "biases"
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "norm", "conv")

@@ -48,6 +48,7 @@ class BOFT(DeltaMethod):
     name: ClassVar[str] = "boft"
     paper: ClassVar[str] = "arXiv:2311.06243"
     family: ClassVar[str] = "orthogonal"
+    table_order: ClassVar[int] = 20
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)  # tuned (docs/quality.md); the paper's: to 5e-4
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

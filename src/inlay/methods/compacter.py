@@ -57,6 +57,7 @@ class Compacter(DeltaMethod):
     name: ClassVar[str] = "compacter"
     paper: ClassVar[str] = "arXiv:2106.04647"
     family: ClassVar[str] = "adapter"
+    table_order: ClassVar[int] = 40
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)  # the paper's
     default_where: ClassVar[tuple[str, ...]] = ("attention_sublayer", "mlp_sublayer")
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output")

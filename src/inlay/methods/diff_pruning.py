@@ -62,6 +62,7 @@ class DiffPruning(SubsetMethod):
     name: ClassVar[str] = "diff-pruning"
     paper: ClassVar[str] = "arXiv:2012.07463"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 60
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-4)  # tuned (docs/quality.md); the authors' scripts: 1e-5
     default_where: ClassVar[str] = _sparse.BLOCKS
 

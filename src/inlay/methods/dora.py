@@ -53,6 +53,7 @@ class DoRA(DeltaMethod):
     name: ClassVar[str] = "dora"
     paper: ClassVar[str] = "arXiv:2402.09353"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 20
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[tuple[str, ...]] = ("query", "key", "value", "up", "down")
 

@@ -53,6 +53,7 @@ class DyLoRA(DeltaMethod):
     name: ClassVar[str] = "dylora"
     paper: ClassVar[str] = "arXiv:2210.07558"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 100
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # LoRA's
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

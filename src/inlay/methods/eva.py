@@ -57,6 +57,7 @@ class EVA(DeltaMethod):
     name: ClassVar[str] = "eva"
     paper: ClassVar[str] = "arXiv:2410.07170"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 80
     recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-4)  # the authors' choice for language models
     default_where: ClassVar[str] = "all-linear"
     needs_data: ClassVar[bool] = True

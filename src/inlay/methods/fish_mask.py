@@ -46,6 +46,7 @@ class FishMask(SubsetMethod):
     name: ClassVar[str] = "fish-mask"
     paper: ClassVar[str] = "arXiv:2111.09839"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 40
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # tuned (docs/quality.md)
     default_where: ClassVar[str] = BLOCKS
     needs_data: ClassVar[bool] = True

@@ -21,6 +21,7 @@ class FullFineTuning(SubsetMethod):
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "baseline"
     family: ClassVar[str] = "baseline"
+    table_order: ClassVar[int] = 20
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-4)
     default_where: ClassVar[str] = "everything"
 

@@ -53,6 +53,7 @@ class AdapterFusion(Method):
     name: ClassVar[str] = "fusion"
     paper: ClassVar[str] = "arXiv:2005.00247"
     family: ClassVar[str] = "composition"
+    table_order: ClassVar[int] = 60
     recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-5)  # the paper's
     default_where: ClassVar[tuple[str, ...]] = ()
     expected_failures: ClassVar[Mapping[str, str]] = {"identity": "it starts as a mixture of trained adapters"}

@@ -37,6 +37,7 @@ class Houlsby(DeltaMethod):
     name: ClassVar[str] = "houlsby"
     paper: ClassVar[str] = "arXiv:1902.00751"
     family: ClassVar[str] = "adapter"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3, warmup=0.1)
     default_where: ClassVar[tuple[str, ...]] = ("attention_sublayer", "mlp_sublayer")
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output")

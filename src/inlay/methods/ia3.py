@@ -36,6 +36,7 @@ class IA3(DeltaMethod):
     name: ClassVar[str] = "ia3"
     paper: ClassVar[str] = "arXiv:2205.05638"
     family: ClassVar[str] = "rescaling"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2)
     default_where: ClassVar[tuple[str, ...]] = ("key", "value", "down")
 

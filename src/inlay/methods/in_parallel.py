@@ -31,6 +31,7 @@ class Parallel(Composition):
 
     name: ClassVar[str] = "in-parallel"
     paper: ClassVar[str] = "arXiv:2110.04366"
+    table_order: ClassVar[int] = 20
 
     methods: tuple[Method, ...]
 

@@ -55,6 +55,7 @@ class LadderSideTuning(Method):
     name: ClassVar[str] = "ladder"
     paper: ClassVar[str] = "arXiv:2206.06522"
     family: ClassVar[str] = "side"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)  # the authors' scripts
     default_where: ClassVar[str] = "the end of the stack"
     expected_failures: ClassVar[dict[str, str]] = {

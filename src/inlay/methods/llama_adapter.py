@@ -50,6 +50,7 @@ class LLaMAAdapter(PromptMethod):
     name: ClassVar[str] = "llama-adapter"
     paper: ClassVar[str] = "arXiv:2303.16199"
     family: ClassVar[str] = "soft prompt"
+    table_order: ClassVar[int] = 50
     # Tuned rate (docs/quality.md; the authors' 9e-3 is for 256 rows); warm-up over 2 of 5 epochs as in finetuning.sh.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2, schedule="cosine", warmup=0.4, weight_decay=0.02)
     default_where: ClassVar[str] = "attention"

@@ -55,6 +55,7 @@ class LoftQ(DeltaMethod):
     name: ClassVar[str] = "loftq"
     paper: ClassVar[str] = "arXiv:2310.08659"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 90
     recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-4)  # the upper end of the paper's search on GLUE
     default_where: ClassVar[str] = "all-linear"
     expected_failures: ClassVar[Mapping[str, str]] = {"identity": "the backbone has fewer bits than the base"}

@@ -51,6 +51,7 @@ class LoHa(DeltaMethod):
     name: ClassVar[str] = "loha"
     paper: ClassVar[str] = "arXiv:2108.06098"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 120
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # LoRA's: the update has the same scale
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

@@ -55,6 +55,7 @@ class LoKr(DeltaMethod):
     name: ClassVar[str] = "lokr"
     paper: ClassVar[str] = "arXiv:2309.14859"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 130
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2)  # tuned (docs/quality.md)
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

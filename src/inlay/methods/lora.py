@@ -49,6 +49,7 @@ class LoRA(DeltaMethod):
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "arXiv:2106.09685"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding", "conv")

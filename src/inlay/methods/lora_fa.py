@@ -48,6 +48,7 @@ class LoRAFA(DeltaMethod):
     name: ClassVar[str] = "lora-fa"
     paper: ClassVar[str] = "arXiv:2308.03303"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 50
     # As LoRA's: Adam's step does not depend on the gradient's size, which is all that the scale s changes.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)  # tuned (docs/quality.md)
     default_where: ClassVar[str] = "all-linear"

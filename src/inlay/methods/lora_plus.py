@@ -45,6 +45,7 @@ class LoRAPlus(DeltaMethod):
     name: ClassVar[str] = "lora-plus"
     paper: ClassVar[str] = "arXiv:2402.12354"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 40
     # A's rate; B's is 16 times that. The paper's best rates for A lie below LoRA's single one, for B above it.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=2e-4)
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")

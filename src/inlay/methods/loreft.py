@@ -48,6 +48,7 @@ class LoReFT(DeltaMethod):
     name: ClassVar[str] = "loreft"
     paper: ClassVar[str] = "arXiv:2404.03592"
     family: ClassVar[str] = "representation"
+    table_order: ClassVar[int] = 10
     # The paper's for commonsense and arithmetic reasoning: 9e-4, linear, a tenth of warm-up.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=9e-4, warmup=0.1)
     default_where: ClassVar[str] = "block_output"

@@ -53,6 +53,7 @@ class LTSFT(SubsetMethod):
     name: ClassVar[str] = "lt-sft"
     paper: ClassVar[str] = "arXiv:2110.07560"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 50
     recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-4)  # tuned (docs/quality.md); the authors' scripts: 2e-5 to 5e-5
     default_where: ClassVar[str] = _sparse.BLOCKS
 

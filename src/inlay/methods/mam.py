@@ -36,6 +36,7 @@ class MAM(Method):
     name: ClassVar[str] = "mam"
     paper: ClassVar[str] = "arXiv:2110.04366"
     family: ClassVar[str] = "composition"
+    table_order: ClassVar[int] = 40
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # of both its parts
     default_where: ClassVar[tuple[str, ...]] = ("mlp_block",)
     expected_failures: ClassVar[Mapping[str, str]] = PrefixTuning.expected_failures

@@ -41,6 +41,7 @@ class MultitaskPromptTuning(PromptMethod):
     name: ClassVar[str] = "multitask-prompt"
     paper: ClassVar[str] = "arXiv:2303.02861"
     family: ClassVar[str] = "soft prompt"
+    table_order: ClassVar[int] = 30
     # The paper's 0.3 is Adafactor's, as prompt tuning's; the product of three factors moves with each of them.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2, schedule="constant_with_warmup")
     default_where: ClassVar[str] = "input"

@@ -37,6 +37,7 @@ class NormTuning(DeltaMethod):
     name: ClassVar[str] = "norm-tuning"
     paper: ClassVar[str] = "arXiv:2312.11420"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 20
     # As for biases: some 1e5 numbers near one, which take steps ten times those of a low-rank update.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)
     default_where: ClassVar[str] = "norms"

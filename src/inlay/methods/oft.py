@@ -47,6 +47,7 @@ class OFT(DeltaMethod):
     name: ClassVar[str] = "oft"
     paper: ClassVar[str] = "arXiv:2306.07280"
     family: ClassVar[str] = "orthogonal"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)  # tuned (docs/quality.md); OFTv2's are a few times LoRA's
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

@@ -40,6 +40,7 @@ class OLoRA(DeltaMethod):
     name: ClassVar[str] = "olora"
     paper: ClassVar[str] = "arXiv:2406.01775"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 70
     # The author's script uses 3e-4.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # tuned (docs/quality.md)
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")

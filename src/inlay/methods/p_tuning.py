@@ -44,6 +44,7 @@ class PTuning(PromptMethod):
     name: ClassVar[str] = "p-tuning"
     paper: ClassVar[str] = "arXiv:2103.10385"
     family: ClassVar[str] = "soft prompt"
+    table_order: ClassVar[int] = 20
     # The official code's 1e-5 is for its 1,000 epochs of a few sentences; PEFT's examples use 1e-3.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[str] = "input"

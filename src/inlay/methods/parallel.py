@@ -36,6 +36,7 @@ class ParallelAdapter(DeltaMethod):
     name: ClassVar[str] = "parallel"
     paper: ClassVar[str] = "arXiv:2110.04366"
     family: ClassVar[str] = "adapter"
+    table_order: ClassVar[int] = 30
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[tuple[str, ...]] = ("mlp_block",)
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output")

@@ -44,6 +44,7 @@ class Pfeiffer(DeltaMethod):
     name: ClassVar[str] = "pfeiffer"
     paper: ClassVar[str] = "arXiv:2005.00247"
     family: ClassVar[str] = "adapter"
+    table_order: ClassVar[int] = 20
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[tuple[str, ...]] = ("mlp_sublayer",)
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output", "norm")

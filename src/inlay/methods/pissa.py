@@ -46,6 +46,7 @@ class PiSSA(DeltaMethod):
     name: ClassVar[str] = "pissa"
     paper: ClassVar[str] = "arXiv:2404.02948"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 60
     # The factors start large, so their steps are smaller than LoRA's; the paper's tables use 2e-5 with batches of 128.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=6e-4, schedule="cosine", warmup=0.03)  # tuned (docs/quality.md)
     default_where: ClassVar[str] = "all-linear"

@@ -48,6 +48,7 @@ class PrefixTuning(PromptMethod):
     name: ClassVar[str] = "prefix-tuning"
     paper: ClassVar[str] = "arXiv:2101.00190"
     family: ClassVar[str] = "soft prompt"
+    table_order: ClassVar[int] = 40
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-2)
     default_where: ClassVar[str] = "attention"
     expected_failures: ClassVar[dict[str, str]] = {"identity": "a prefix changes the output from the start"}

@@ -39,6 +39,7 @@ class PromptTuning(PromptMethod):
     name: ClassVar[str] = "prompt-tuning"
     paper: ClassVar[str] = "arXiv:2104.08691"
     family: ClassVar[str] = "soft prompt"
+    table_order: ClassVar[int] = 10
     # The paper's 0.3 is Adafactor's, whose step is relative to the parameter's size.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-2, schedule="constant_with_warmup")
     default_where: ClassVar[str] = "input"

@@ -29,6 +29,7 @@ class Stack(Composition):
 
     name: ClassVar[str] = "stack"
     paper: ClassVar[str] = "arXiv:2311.11077"
+    table_order: ClassVar[int] = 10
 
     methods: tuple[Method, ...]
 

@@ -30,6 +30,7 @@ class TopLayers(SubsetMethod):
     name: ClassVar[str] = "top-layers"
     paper: ClassVar[str] = "baseline"
     family: ClassVar[str] = "baseline"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-4)
     default_where: ClassVar[str] = "top"
 

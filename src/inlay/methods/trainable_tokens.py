@@ -42,6 +42,7 @@ class TrainableTokens(Method):
     name: ClassVar[str] = "trainable-tokens"
     paper: ClassVar[str] = "none"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 30
     # Embeddings are some 0.02 in size and AdamW's step is the rate itself: a tenth of an entry at the peak.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=2e-3)
     default_where: ClassVar[str] = "input"

@@ -53,6 +53,7 @@ class UniPELT(Method):
     name: ClassVar[str] = "unipelt"
     paper: ClassVar[str] = "arXiv:2110.07577"
     family: ClassVar[str] = "composition"
+    table_order: ClassVar[int] = 50
     recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-4)  # the paper's
     default_where: ClassVar[tuple[str, ...]] = ("query", "value", "mlp_sublayer")
     expected_failures: ClassVar[Mapping[str, str]] = PrefixTuning.expected_failures

@@ -47,6 +47,7 @@ class VeRA(DeltaMethod):
     name: ClassVar[str] = "vera"
     paper: ClassVar[str] = "arXiv:2310.11454"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 110
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2)  # the paper's on most of GLUE: an order above LoRA's
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

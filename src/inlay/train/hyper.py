@@ -32,7 +32,7 @@ def parse_settings(method: str, words: Sequence[str]) -> dict[str, Any]:
 
 def parse_fields(cls: type, words: Sequence[str], *, heading: str, noun: str) -> dict[str, Any]:
     """``name=value`` words as values of the types that a dataclass's fields have. Raises as `parse_settings`."""
-    hints = _fields(cls)
+    hints = fields_of(cls)
     found: list[str] = []
     values: dict[str, Any] = {}
     for word in words:
@@ -82,7 +82,7 @@ def _methods_in(value: Any) -> Any:
 
 def check_fields(cls: type, values: Mapping[str, Any], *, heading: str, noun: str) -> dict[str, Any]:
     """Values from a file, in the types that a dataclass's fields have. Raises as `build_method`."""
-    hints = _fields(cls)
+    hints = fields_of(cls)
     found: list[str] = []
     checked: dict[str, Any] = {}
     for key, value in values.items():
@@ -102,7 +102,8 @@ def check_fields(cls: type, values: Mapping[str, Any], *, heading: str, noun: st
     return checked
 
 
-def _fields(cls: Any) -> dict[str, Any]:
+def fields_of(cls: Any) -> dict[str, Any]:
+    """Field → type, of a dataclass."""
     return {field.name: _hint(cls, field.name) for field in dataclasses.fields(cls)}
 
 
