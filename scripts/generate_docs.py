@@ -37,6 +37,7 @@ from inlay.core.contracts.method import Method, SubsetMethod
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
 from inlay.core.model.select import Places
 from inlay.formats.peft import WRITERS
+from inlay.methods import built_in
 from inlay.testing.laws.scaffold import put
 from inlay.testing.models import ZOO
 
@@ -56,25 +57,27 @@ def method_table() -> str:
         "quantised bases", "PEFT's files",
     )  # fmt: skip
     rows = [header, ("---",) * len(header)]
-    for key, cls in inlay.methods().items():
-        rows.append(
-            (
-                f"[`{key}`]({source_of(cls)})",
-                f"`{cls.__name__}`",
-                first_line(cls),
-                cls.family,
-                linked(cls.paper),
-                count(cls),
-                yes(merges(cls)),
-                yes(not issubclass(cls, SubsetMethod)),  # a subset changes the weights for every row
-                quantised(cls),
-                yes(key in WRITERS),
-            )
-        )
+    rows += [method_row(key, cls) for key, cls in inlay.methods().items() if key in built_in()]
     for key, baseline in baselines().items():
         name = f"[`{key}`]({source_of(baseline)})"
         rows.append((name, f"`{baseline.__name__}`", first_line(baseline), "baseline", "", "0", "no", "no", "–", "no"))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{BASES_LEGEND}"
+
+
+def method_row(key: str, cls: type[Method]) -> tuple[str, ...]:
+    """The cells of one method."""
+    return (
+        f"[`{key}`]({source_of(cls)})",
+        f"`{cls.__name__}`",
+        first_line(cls),
+        cls.family,
+        linked(cls.paper),
+        count(cls),
+        yes(merges(cls)),
+        yes(not issubclass(cls, SubsetMethod)),  # a subset changes the weights for every row
+        quantised(cls),
+        yes(key in WRITERS),
+    )
 
 
 def first_line(cls: type) -> str:
@@ -122,7 +125,7 @@ def count(cls: type[Method]) -> str:
 
 
 def source_of(cls: type) -> str:
-    return Path(inspect.getfile(cls)).relative_to(ROOT).as_posix()
+    return f"src/{cls.__module__.replace('.', '/')}.py"
 
 
 def linked(paper: str) -> str:

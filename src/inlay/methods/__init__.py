@@ -16,11 +16,10 @@ from functools import cache
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING
 
-from inlay.core.contracts.method import Method
 from inlay.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from inlay.core.method import Method
+    from inlay.core.contracts.method import Method
 
 # The families in the order of the methods table; one that is not among them stands last.
 FAMILIES = (
@@ -70,7 +69,7 @@ def _of_file(key: str) -> type[Method]:
     from importlib import import_module
     from inspect import isabstract
 
-    from inlay.core.method import Method
+    from inlay.core.contracts.method import Method
 
     module = import_module(f"{__name__}.{key.replace('-', '_')}")
     found = [
@@ -92,7 +91,7 @@ def _of_packages(taken: Mapping[str, type[Method]]) -> dict[str, type[Method]]:
     """The methods that installed packages register."""
     from importlib import metadata
 
-    from inlay.core.method import Method
+    from inlay.core.contracts.method import Method
 
     found: dict[str, type[Method]] = {}
     for point in metadata.entry_points(group=GROUP):

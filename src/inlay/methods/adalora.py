@@ -22,25 +22,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inlay.core.contracts.adapter import Clock
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Method, Recipe
-from inlay.core.contracts.pieces import Piece
-from inlay.core.contracts.site_pattern import Pattern, frozen, value_at
-from inlay.core.model.site import Site
+from inlay.authoring import (
+    Adapter,
+    Clock,
+    Delta,
+    DeltaMethod,
+    Method,
+    ModelView,
+    Pattern,
+    Piece,
+    Places,
+    Recipe,
+    Site,
+    frozen,
+    value_at,
+)
 from inlay.methods._steps import counted, length_of_run, steps_of
 from inlay.methods._triplets import Triplets, without_pruned
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.adapter import Adapter
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

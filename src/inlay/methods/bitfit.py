@@ -17,11 +17,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, Grouped, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.errors import SelectionError, problems
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Grouped, Kind, Recipe, SelectionError, Site, cast, problems
 from inlay.kernels.grouped import Offsets
 
 CHANNELS_FIRST = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

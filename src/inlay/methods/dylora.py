@@ -25,14 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inlay.core.contracts.adapter import Adapter, Clock
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import Piece
-from inlay.core.contracts.shared import Shared
-from inlay.core.model.select import Places
-from inlay.core.model.site import Site
-from inlay.core.model.view import ModelView
+from inlay.authoring import Adapter, Clock, Delta, DeltaMethod, ModelView, Piece, Places, Recipe, Shared, Site, cast
 from inlay.methods._low_rank import LowRank, check_sizes
 
 

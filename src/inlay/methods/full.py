@@ -8,10 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.core.contracts.method import Recipe, SubsetMethod
-from inlay.core.errors import SelectionError
-from inlay.core.model.select import Places
-from inlay.core.model.view import ModelView
+from inlay.authoring import ModelView, Places, Recipe, SelectionError, SubsetMethod
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, Grouped, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Grouped, Recipe, Site, cast
 from inlay.kernels.grouped import EnteringScales, LeavingScales
 
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.core.contracts.method import Method
-from inlay.core.contracts.pieces import Branch
+from inlay.authoring import Branch, Method
 from inlay.methods._composition import Composition
 
 

@@ -26,12 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import cast
-from inlay.core.contracts.method import PromptMethod, Recipe
-from inlay.core.contracts.prompt import KeyValuePrompt, KeyValues
-from inlay.core.errors import SelectionError, UnsupportedError
-from inlay.core.model.site import Site
-from inlay.core.model.view import AttentionPlace, ModelView
+from inlay.authoring import (
+    AttentionPlace,
+    KeyValuePrompt,
+    KeyValues,
+    ModelView,
+    PromptMethod,
+    Recipe,
+    SelectionError,
+    Site,
+    UnsupportedError,
+    cast,
+)
 
 KEY_NORMS = ("k_norm", "key_norm", "k_layernorm", "key_layernorm")
 QUERY_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm")

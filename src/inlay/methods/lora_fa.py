@@ -24,13 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inlay.core.contracts.adapter import Adapter, Clock
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import DeltaPiece
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
-from inlay.core.model.watch import stamp
+from inlay.authoring import Adapter, Clock, Delta, DeltaMethod, DeltaPiece, Kind, Recipe, Site, stamp
 from inlay.methods._low_rank import check_sizes, low_rank
 
 

@@ -21,13 +21,7 @@ from typing import ClassVar
 
 from torch.optim import Optimizer
 
-from inlay.core.contracts.adapter import Adapter, Clock
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import DeltaPiece
-from inlay.core.errors import ConfigError
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import Adapter, Clock, ConfigError, Delta, DeltaMethod, DeltaPiece, Kind, Recipe, Site
 from inlay.methods._low_rank import check_sizes, low_rank
 
 

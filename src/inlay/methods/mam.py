@@ -9,17 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from inlay.core.contracts.method import Method, Recipe
+from inlay.authoring import Method, ModelView, Piece, Places, Recipe
 from inlay.methods.in_parallel import Parallel
 from inlay.methods.parallel import ParallelAdapter
 from inlay.methods.prefix_tuning import PrefixTuning
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from inlay.core.contracts.method import PromptMethod, Recipe
-from inlay.core.contracts.prompt import TokenPrompt
-from inlay.core.contracts.shared import Shared
-from inlay.core.errors import ConfigError
-from inlay.core.forward.roster import find_roster
-from inlay.core.model.view import ModelView
+from inlay.authoring import ConfigError, ModelView, PromptMethod, Recipe, Shared, TokenPrompt, find_roster
 from inlay.methods._soft import common_words, embedded, empty, repeated, table, words
 
 

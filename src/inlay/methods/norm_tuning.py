@@ -20,11 +20,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, Grouped
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.errors import SelectionError, problems
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Grouped, Kind, Recipe, SelectionError, Site, problems
 from inlay.kernels.grouped import stacked
 from inlay.methods._twin import twin
 from inlay.methods.bitfit import CHANNELS_FIRST

@@ -23,11 +23,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.errors import SelectionError
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Kind, Recipe, SelectionError, Site
 from inlay.methods._bottleneck import BottleneckDelta, check_sizes
 from inlay.methods.bitfit import CHANNELS_FIRST
 

@@ -24,9 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Recipe, Site
 from inlay.methods._low_rank import check_sizes
 from inlay.methods._offset import Factors, Offset
 

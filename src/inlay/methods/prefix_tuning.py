@@ -25,11 +25,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.method import PromptMethod, Recipe
-from inlay.core.contracts.prompt import KeyValuePrompt, KeyValues
-from inlay.core.errors import SelectionError
-from inlay.core.model.view import AttentionPlace, ModelView
-from inlay.core.prompts.observe import keys_values
+from inlay.authoring import (
+    AttentionPlace,
+    KeyValuePrompt,
+    KeyValues,
+    ModelView,
+    PromptMethod,
+    Recipe,
+    SelectionError,
+    keys_values,
+)
 from inlay.methods._soft import repeated, table, words
 
 

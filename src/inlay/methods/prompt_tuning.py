@@ -18,10 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.method import PromptMethod, Recipe
-from inlay.core.contracts.prompt import TokenPrompt
-from inlay.core.errors import ConfigError
-from inlay.core.model.view import ModelView
+from inlay.authoring import ConfigError, ModelView, PromptMethod, Recipe, TokenPrompt
 from inlay.methods._soft import common_words, embedded, empty, repeated, table, words
 
 

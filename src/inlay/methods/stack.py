@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.core.contracts.method import Method
+from inlay.authoring import Method
 from inlay.methods._composition import Composition
 
 

@@ -19,24 +19,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import Method, Recipe
-from inlay.core.contracts.pieces import DeltaPiece, Piece, PromptPiece
-from inlay.core.contracts.prompt import KeyValuePrompt, KeyValues
-from inlay.core.errors import SelectionError
-from inlay.core.model.select import Places, select
-from inlay.core.model.site import Site
+from inlay.authoring import (
+    Delta,
+    DeltaPiece,
+    KeyValuePrompt,
+    KeyValues,
+    Method,
+    ModelView,
+    Piece,
+    Places,
+    PromptPiece,
+    Recipe,
+    SelectionError,
+    Site,
+    cast,
+    select,
+)
 from inlay.methods._low_rank import LowRank
 from inlay.methods.pfeiffer import Pfeiffer
 from inlay.methods.prefix_tuning import PrefixTuning
-
-if TYPE_CHECKING:
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)

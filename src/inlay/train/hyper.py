@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 import types
@@ -109,8 +110,8 @@ def fields_of(cls: Any) -> dict[str, Any]:
 
 def _hint(cls: type, name: str) -> Any:
     """A field's type, resolved where it was written; class variables may name what only type checkers import."""
-    owner = next(parent for parent in cls.__mro__ if name in vars(parent).get("__annotations__", {}))
-    hint = vars(owner)["__annotations__"][name]
+    owner = next(parent for parent in cls.__mro__ if name in inspect.get_annotations(parent))
+    hint = inspect.get_annotations(owner)[name]
     return eval(hint, vars(sys.modules[owner.__module__])) if isinstance(hint, str) else hint
 
 
