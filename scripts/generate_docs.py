@@ -1,5 +1,5 @@
 """Regenerate the tables in README.md from the registry, those in docs/ from what was measured, and what is written in
-whole from the code: the listing of the methods.
+whole from the code: the listing of the methods and the schema of a run.
 
     python scripts/generate_docs.py            # rewrites what has changed
     python scripts/generate_docs.py --check    # exit code 1 where a file is out of date
@@ -32,6 +32,7 @@ import inlay.bases  # registers the layer types that can be read
 from inlay.baselines import baselines
 from inlay.bases.loading import LIBRARIES
 from inlay.bases.trial import refusal
+from inlay.cli.schema import run_schema, written
 from inlay.core.build import build
 from inlay.core.contracts.method import Method, SubsetMethod
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
@@ -40,6 +41,7 @@ from inlay.formats.peft import WRITERS
 from inlay.methods import built_in
 from inlay.testing.laws.scaffold import put
 from inlay.testing.models import ZOO
+from inlay.train.options import described
 
 ROOT = Path(__file__).parents[1]
 TRIED = [name for name, library in LIBRARIES.items() if library == "bitsandbytes"]
@@ -144,12 +146,25 @@ def merges(cls: type[Method]) -> bool:
     return True
 
 
+def option_table() -> str:
+    """A row an option of a run, as its file spells it; the command line has dashes."""
+    rows = [("option", "what it does", "where nothing is said"), ("---",) * 3]
+    for option in described(run_schema()).values():
+        choices = f" One of {', '.join(f'`{word}`' for word in option.choices)}." if option.choices else ""
+        unsaid = f"`{option.unsaid}`" if option.default not in (None, [], {}) and option.unsaid else option.unsaid
+        rows.append((f"`{option.name}`", f"{option.told}{choices}", unsaid))
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "methods": method_table, "quality": scores_table, "near": near_table, "rates": rates_table,
-    "speed": speed_table,
+    "speed": speed_table, "options": option_table,
 }  # fmt: skip
-PAGES = ("README.md", "docs/quality.md", "docs/speed.md")
-WHOLE: dict[str, Callable[[], str]] = {"src/inlay/methods/_table.py": listing}
+PAGES = ("README.md", "docs/quality.md", "docs/speed.md", "docs/training.md")
+WHOLE: dict[str, Callable[[], str]] = {
+    "src/inlay/methods/_table.py": listing,
+    "src/inlay/train/run.schema.json": lambda: f"{written(run_schema())}\n",
+}
 
 
 def regenerated(file: str) -> str:

@@ -52,7 +52,8 @@ class AdaLoRA(DeltaMethod):
     """Triplets under a budget.
 
     Attributes:
-        rank, target_rank: of every matrix at first, and on average at the end; alpha, dropout: as LoRA's.
+        rank, target_rank: of every matrix at first, and on average at the end.
+        alpha, dropout: as LoRA's.
         warmup_steps, final_steps, interval: t_i, t_f and Δ.
         beta1, beta2, orthogonality: β₁ and β₂ of the averages; γ.
         total_steps: T; `inlay train` fills it in.
