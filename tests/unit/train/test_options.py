@@ -176,9 +176,9 @@ def check(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> None:
             case "minItems" | "maxItems" if isinstance(value, list):
                 _hold(len(value) >= form if word == "minItems" else len(value) <= form, f"{value} {word}")
             case _:
-                known = ("properties", "additionalProperties", "items", "prefixItems", "then", "$defs", "$schema", "title")
-                about = ("description", "default", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-                assert word in (*known, *about, "minItems", "maxItems"), f"{word} is not checked"
+                of_others = "properties additionalProperties items prefixItems minItems maxItems then minimum maximum"
+                about = "exclusiveMinimum exclusiveMaximum $defs $schema title description default"
+                assert word in f"{of_others} {about}".split(), f"{word} is not checked"
 
 
 def _hold(condition: bool, message: str) -> None:
