@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from inlay.methods import built_in, registry
-from inlay.methods._listed import Row, declared
+from inlay.methods._row import Row, declared
 from inlay.train.hyper import fields_of
 
 HEAD = '''\
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from inlay.methods._listed import Row
+from inlay.methods._row import Row
 
 if TYPE_CHECKING:
 '''

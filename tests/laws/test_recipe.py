@@ -29,7 +29,6 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
     package: Any = import_module("inlay.methods")
     folder = tmp_path / "methods"
     folder.mkdir()
-    before = set(sys.modules)
 
     def put(name: str, content: str) -> None:
         (folder / f"{name}.py").write_text(content, encoding="utf-8")
@@ -38,9 +37,9 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
     yield put
     registry.cache_clear()
-    for name in [name for name in sys.modules if name not in before and name.startswith("inlay.methods.")]:
-        delattr(package, name.rpartition(".")[2])
-        del sys.modules[name]
+    for path in folder.glob("*.py"):
+        if sys.modules.pop(f"inlay.methods.{path.stem}", None) is not None:
+            delattr(package, path.stem)
 
 
 @pytest.fixture
@@ -128,7 +127,5 @@ def test_rows_that_the_files_have_left_behind_say_nothing(monkeypatch: pytest.Mo
     row = listed("lora")
     assert row is not None and row.cls == "LoRA" and row.settings["rank"] == ("int", 8)
     assert listed("no-such-method") is None
-    from inlay.methods import _table
-
-    monkeypatch.setattr(_table, "DECLARED", "earlier")
+    monkeypatch.setattr("inlay.methods._listed.DECLARED", "earlier")
     assert listed("lora") is None

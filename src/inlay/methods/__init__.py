@@ -5,7 +5,7 @@ registers a method class under the entry-point group ``inlay.methods``. The regi
 package can be called.
 
 Importing this package imports neither torch nor any method. What must be known of the methods before that (public
-names, the words of the command line) is in `_table.py`, which `make docs` writes from the files.
+names, the words of the command line) is in `_table.py`, which `make docs` writes from the files (`_listed.py`).
 """
 
 from __future__ import annotations

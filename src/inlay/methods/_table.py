@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from inlay.methods._listed import Row
+from inlay.methods._row import Row
 
 if TYPE_CHECKING:
     from inlay.methods.adalora import AdaLoRA as AdaLoRA
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from inlay.methods.unipelt import UniPELT as UniPELT
     from inlay.methods.vera import VeRA as VeRA
 
-DECLARED = "d7ad576dee8f422dff4ae5430d12c2484930d08370b8eba8a810e8a478db24d5"
+DECLARED = "49c12cae4250fa5e9ab8b4642d899a06ef35ebd5b2ae633cd15628cdf502394f"
 METHODS: dict[str, Row] = {
     "lora": Row(
         cls="LoRA",
