@@ -1,4 +1,5 @@
-"""Regenerate the tables in README.md from the registry, and those in docs/ from what was measured.
+"""Regenerate the tables in README.md from the registry, those in docs/ from what was measured, and what is written in
+whole from the code: the listing of the methods and the schema of a run.
 
     python scripts/generate_docs.py            # rewrites what has changed
     python scripts/generate_docs.py --check    # exit code 1 where a file is out of date
@@ -15,12 +16,13 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from method_listing import listing
 from quality_tables import near_table, rates_table, scores_table
 from speed_table import speed_table
 from transformers import BertConfig, BertForSequenceClassification
@@ -30,13 +32,16 @@ import inlay.bases  # registers the layer types that can be read
 from inlay.baselines import baselines
 from inlay.bases.loading import LIBRARIES
 from inlay.bases.trial import refusal
+from inlay.cli.schema import run_schema, written
 from inlay.core.build import build
 from inlay.core.contracts.method import Method, SubsetMethod
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
 from inlay.core.model.select import Places
 from inlay.formats.peft import WRITERS
+from inlay.methods import built_in
 from inlay.testing.laws.scaffold import put
 from inlay.testing.models import ZOO
+from inlay.train.options import described
 
 ROOT = Path(__file__).parents[1]
 TRIED = [name for name, library in LIBRARIES.items() if library == "bitsandbytes"]
@@ -54,25 +59,27 @@ def method_table() -> str:
         "quantised bases", "PEFT's files",
     )  # fmt: skip
     rows = [header, ("---",) * len(header)]
-    for key, cls in inlay.methods().items():
-        rows.append(
-            (
-                f"[`{key}`]({source_of(cls)})",
-                f"`{cls.__name__}`",
-                first_line(cls),
-                cls.family,
-                linked(cls.paper),
-                count(cls),
-                yes(merges(cls)),
-                yes(not issubclass(cls, SubsetMethod)),  # a subset changes the weights for every row
-                quantised(cls),
-                yes(key in WRITERS),
-            )
-        )
+    rows += [method_row(key, cls) for key, cls in inlay.methods().items() if key in built_in()]
     for key, baseline in baselines().items():
         name = f"[`{key}`]({source_of(baseline)})"
         rows.append((name, f"`{baseline.__name__}`", first_line(baseline), "baseline", "", "0", "no", "no", "–", "no"))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{BASES_LEGEND}"
+
+
+def method_row(key: str, cls: type[Method]) -> tuple[str, ...]:
+    """The cells of one method."""
+    return (
+        f"[`{key}`]({source_of(cls)})",
+        f"`{cls.__name__}`",
+        first_line(cls),
+        cls.family,
+        linked(cls.paper),
+        count(cls),
+        yes(merges(cls)),
+        yes(not issubclass(cls, SubsetMethod)),  # a subset changes the weights for every row
+        quantised(cls),
+        yes(key in WRITERS),
+    )
 
 
 def first_line(cls: type) -> str:
@@ -120,7 +127,7 @@ def count(cls: type[Method]) -> str:
 
 
 def source_of(cls: type) -> str:
-    return Path(inspect.getfile(cls)).relative_to(ROOT).as_posix()
+    return f"src/{cls.__module__.replace('.', '/')}.py"
 
 
 def linked(paper: str) -> str:
@@ -139,15 +146,30 @@ def merges(cls: type[Method]) -> bool:
     return True
 
 
+def option_table() -> str:
+    """A row an option of a run, as its file spells it; the command line has dashes."""
+    rows = [("option", "what it does", "where nothing is said"), ("---",) * 3]
+    for option in described(run_schema()).values():
+        choices = f" One of {', '.join(f'`{word}`' for word in option.choices)}." if option.choices else ""
+        unsaid = f"`{option.unsaid}`" if option.default not in (None, [], {}) and option.unsaid else option.unsaid
+        rows.append((f"`{option.name}`", f"{option.told}{choices}", unsaid))
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "methods": method_table, "quality": scores_table, "near": near_table, "rates": rates_table,
-    "speed": speed_table,
+    "speed": speed_table, "options": option_table,
 }  # fmt: skip
-FILES = ("README.md", "docs/quality.md", "docs/speed.md")
+PAGES = ("README.md", "docs/quality.md", "docs/speed.md", "docs/training.md")
+WHOLE: dict[str, Callable[[], str]] = {
+    "src/inlay/methods/_table.py": listing,
+    "src/inlay/train/run.schema.json": lambda: f"{written(run_schema())}\n",
+}
 
 
-def regenerated(text: str) -> str:
-    """The text of a file with every table between its markers made anew."""
+def regenerated(file: str) -> str:
+    """The text of a page with every table between its markers made anew."""
+    text = (ROOT / file).read_text(encoding="utf-8")
     for name, table in TABLES.items():
         block = re.compile(rf"(<!-- {name}:start[^\n]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if block.search(text):
@@ -161,11 +183,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is out of date")
     check = parser.parse_args().check
     stale = []
-    for file in FILES:
+    made = {file: partial(regenerated, file) for file in PAGES} | WHOLE
+    for file, make in made.items():
         path = ROOT / file
-        old = path.read_text(encoding="utf-8")
-        new = regenerated(old)
-        if new != old:
+        new = make()
+        if not path.exists() or new != path.read_text(encoding="utf-8"):
             stale.append(file)
             if not check:
                 path.write_text(new, encoding="utf-8")

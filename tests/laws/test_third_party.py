@@ -1,4 +1,4 @@
-"""A method in one new file outside the package, registered by entry point, gets everything the built-in ones get."""
+"""README's method in a package of its own, registered by entry point, gets everything the built-in ones get."""
 
 from __future__ import annotations
 
@@ -11,56 +11,7 @@ from typing import Any
 
 import pytest
 
-METHOD = '''
-"""Scale and shift (SSF, arXiv:2210.08823): y' = g * y + s, per output; g starts at one, s at zero."""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import nn
-
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import DeltaMethod
-from inlay.core.contracts.method import Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScaleShift(DeltaMethod):
-    name: ClassVar[str] = "scale-shift"
-    paper: ClassVar[str] = "arXiv:2210.08823"
-    family: ClassVar[str] = "rescaling"
-    recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-3)
-    default_where: ClassVar[tuple[str, ...]] = ("query", "value")
-
-    shift: bool = True
-
-    def build(self, site):
-        return ScaleShiftDelta(site, self.shift)
-
-    @classmethod
-    def examples(cls):
-        return [cls(), cls(shift=False)]
-
-
-class ScaleShiftDelta(Delta):
-    def __init__(self, site, shift):
-        super().__init__()
-        self.gain = nn.Parameter(site.empty(site.out_features))
-        self.shift = nn.Parameter(site.empty(site.out_features)) if shift and site.bias else None
-
-    def initialise(self, site):
-        nn.init.ones_(self.gain)
-        if self.shift is not None:
-            nn.init.zeros_(self.shift)
-
-    def post(self, x, y, site):
-        y = y * cast(self.gain, y)
-        return y if self.shift is None else y + cast(self.shift, y)
-
-    def weight(self, weight, bias):
-        scaled = None if bias is None else bias * self.gain
-        return weight * self.gain[:, None], scaled if self.shift is None or scaled is None else scaled + self.shift
-'''
+from tests.recipe import readme_method
 
 LAWS = """
 import inlay
@@ -135,7 +86,7 @@ CONFIG = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hid
 @pytest.fixture
 def installed(tmp_path: Path) -> dict[str, str]:
     """The environment of a process that has the package ``ssf`` installed: one module and its metadata."""
-    (tmp_path / "ssf.py").write_text(METHOD)
+    (tmp_path / "ssf.py").write_text(readme_method(), encoding="utf-8")
     metadata = tmp_path / "ssf-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: ssf\nVersion: 1.0\n")

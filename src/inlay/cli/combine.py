@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inlay.cli import flags
 from inlay.cli.output import number, show_table, write_json
 
 if TYPE_CHECKING:
@@ -21,10 +22,7 @@ def combine(
         typer.Option(metavar="FOLDER[=WEIGHT]", help="Folder of an adapter and its weight, 1 if left out. Repeatable."),
     ],
     out: Annotated[Path, typer.Option(help="New folder for the combined adapter.")],
-    base: Annotated[
-        str | None,
-        typer.Option(help="Transformers folder or hub name. Default: the adapters', else the embedded base."),
-    ] = None,
+    base: flags.BaseOfAdapter = None,
     how: Annotated[
         str, typer.Option(help="concatenate (exact), svd, magnitude, dare, ties or dare-ties.")
     ] = "concatenate",
@@ -34,7 +32,7 @@ def combine(
     density: Annotated[float, typer.Option(help="Share of the entries that the sparse ways keep.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of DARE's draw.")] = 0,
     name: Annotated[str, typer.Option(help="Name of the new adapter.")] = "combined",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Sum adapters with weights (−1 negates), exactly or compressed, and say the error of each site."""
     import inlay

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inlay.cli import flags
 from inlay.cli.output import show_table, write_json
 
 if TYPE_CHECKING:
@@ -22,17 +23,12 @@ def convert(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or a file of tensors.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the converted one.")],
     to: Annotated[str, typer.Option(help="peft (Hugging Face PEFT's files) or native (inlay's).")],
-    base: Annotated[
-        str | None,
-        typer.Option(help="Transformers folder or hub name. Default: the adapter's, else the embedded base."),
-    ] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read tensors from a pickle (.bin, .pt) that you trust.")
-    ] = False,
+    base: flags.BaseOfAdapter = None,
+    allow_pickle: flags.AllowPickle = False,
     alpha: Annotated[
         float | None, typer.Option(help="Of a LoRA in a single file, which does not say it (loralib).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Write an adapter in another library's files: PEFT both ways; AdapterHub's, loralib's and t-few's are read."""
     from inlay.cli.merge import check_unused

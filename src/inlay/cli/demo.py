@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inlay.cli import flags
 from inlay.cli.output import number, show_table, stages, write_json
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def demo(
     base: Annotated[str | None, typer.Option(help="Default: the embedded base.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the training records.")] = 4.0,
     rows: Annotated[int, typer.Option(min=10, help="Training records; a tenth as many are held out.")] = 2000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Fine-tune the embedded base on made-up records; show before, after, and full fine-tuning."""
     from inlay.data.demo import records, write_records

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from inlay.cli import flags
 from inlay.cli.importing import importing
 from inlay.cli.output import number, show_table, stages, write_json
 
@@ -21,20 +22,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    data: Annotated[str, typer.Option(help="CSV, TSV, JSONL, Parquet or text file, or a datasets id.")],
+    data: flags.Data,
     adapter: Annotated[
         str | None, typer.Option(help="Folder of an adapter or baseline. Default: the base itself.")
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Transformers folder or hub name. Default: the adapter's, else the embedded base."),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a datasets id.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Columns under other names: prompt=mr,completion=ref.")] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(help="causal, seq2seq, classification or regression. Default: as in training."),
-    ] = None,
+    base: flags.BaseOfAdapter = None,
+    split: flags.Split = None,
+    columns: flags.Columns = None,
+    task: flags.Task = None,
     metrics: Annotated[
         str | None,
         typer.Option(
@@ -59,17 +54,9 @@ def evaluate(
         Literal["error", "truncate", "split"] | None,
         typer.Option(help="Longer rows: error, truncate or split. Default: split for plain text, else error."),
     ] = None,
-    reading: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="How the file is read: format=csv, header=text,label … Repeatable."),
-    ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="Weights of the base: nf4, fp4, int8, torchao-int8, torchao-int4 or none. Default: as in training."
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    reading: flags.Reading = None,
+    quantize: flags.QuantizeAsTrained = None,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Score a base, with or without an adapter, on a data file."""
     with importing():

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from inlay.cli import flags
 from inlay.cli.importing import importing
 from inlay.cli.output import stages, write_json
 
@@ -22,10 +23,7 @@ def generate(
             "each prompt in the same order, or several for one prompt; all in one batch."
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Transformers folder or hub name. Default: the adapters', else the embedded base."),
-    ] = None,
+    base: flags.BaseOfAdapter = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a text.")] = 128,
     num_beams: Annotated[int, typer.Option(help="Beam search over so many; 1 is greedy.")] = 1,
     temperature: Annotated[float, typer.Option(help="Above 0, tokens are drawn at random.")] = 0.0,
@@ -35,13 +33,8 @@ def generate(
         bool | None,
         typer.Option("--chat/--plain", help="With the chat template or without. Default: as in training."),
     ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="Weights of the base: nf4, fp4, int8, torchao-int8, torchao-int4 or none. Default: as in training."
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    quantize: flags.QuantizeAsTrained = None,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Write what follows each prompt."""
     with importing():

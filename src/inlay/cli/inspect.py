@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from inlay.cli import flags
 from inlay.cli.output import show_table, write_json
 
 SHOWN_DIGITS = 16  # of digests, in the table; --json has them whole
@@ -18,10 +19,8 @@ SHOWN_DIGITS = 16  # of digests, in the table; --json has them whole
 def inspect(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or a file of tensors.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read tensors from a pickle (.bin, .pt) that you trust.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    allow_pickle: flags.AllowPickle = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Show what is in an adapter: inlay's, PEFT's, AdapterHub's, loralib's. Reads the header only, and no base."""
     facts = describe(adapter, allow_pickle=allow_pickle)

@@ -16,7 +16,9 @@ import typer
 from typer.core import TyperGroup
 
 # In the order of the help page. Each module has a function of its name.
-COMMANDS = ("train", "evaluate", "generate", "methods", "inspect", "merge", "combine", "convert", "plan", "demo")
+COMMANDS = (
+    "train", "evaluate", "generate", "methods", "inspect", "merge", "combine", "convert", "plan", "schema", "demo",
+)  # fmt: skip
 
 
 class LazyGroup(TyperGroup):

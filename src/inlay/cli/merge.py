@@ -7,27 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
+from inlay.cli import flags
 from inlay.cli.output import show_table, write_json
 
 
 def merge(
     adapter: Annotated[Path, typer.Option(help="Folder of the adapter.")],
     out: Annotated[Path, typer.Option(help="New folder for the merged model.")],
-    base: Annotated[
-        str | None,
-        typer.Option(help="Transformers folder or hub name. Default: the adapter's, else the embedded base."),
-    ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="Weights of the base: nf4, fp4, int8, torchao-int8, torchao-int4 or none. Default: as in training."
-        ),
-    ] = None,
+    base: flags.BaseOfAdapter = None,
+    quantize: flags.QuantizeAsTrained = None,
     requantize: Annotated[
         bool,
         typer.Option("--requantize", help="Leave a quantised base quantised; rounds the merged weights to its format."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Fold an adapter into its base and write model and tokenizer; inlay is not needed to use them."""
     check_unused(out)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inlay.cli import flags
 from inlay.cli.output import show_table, write_json
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def methods(
         str | None,
         typer.Option(help="Transformers folder or hub name to count parameters on. Default: the embedded base."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """List every method: family, hyper-parameters, trained parameters, what it supports."""
     from inlay.train import load_base

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inlay.cli import flags
+from inlay.train.options import choices
+
 if TYPE_CHECKING:
     from inlay.plan import Fit, Machine, Plan, Planner, Setting, Skeleton
 
@@ -26,13 +29,11 @@ def plan(
         typer.Option("--set", metavar="NAME=VALUE", help="Hyper-parameter of the one method. Repeatable."),
     ] = None,
     where: Annotated[str | None, typer.Option(help="Places, as for inlay train. Default: the method's.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help="causal, seq2seq, classification or regression. Default: the base's.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help=f"One of {choices('task')}. Default: the base's.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 weights. Default: the base's own.")] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(help="Formats as for inlay train (nf4, fp4, int8, …); none for --memory to try no other."),
+        typer.Option(help=f"Format of its weights: {choices('quantize')}; none for --memory to try no other."),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations.")
@@ -52,15 +53,14 @@ def plan(
         str | None, typer.Option(help="cpu or cuda: this machine, measured in a moment. Default: cpu.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a chart to this HTML file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Say what training would need, by role, and which settings fit."""
     from inlay.core.errors import ConfigError
-    from inlay.plan import bytes_of
 
     if gpu is not None and device is not None:
         raise ConfigError("--gpu and --device exclude each other: one is a GPU that need not be here, one this machine")
-    limit = None if memory is None or memory == "gpu" else bytes_of(memory)
+    limit = None if memory is None or memory == "gpu" else _amount(memory)
     if plot is not None:
         from inlay.plan.chart import check_chart
 
@@ -94,6 +94,19 @@ def plan(
         from inlay.plan.chart import write_chart
 
         write_chart(shown, plot, title=f"Training on {name}", limit=limit, overhead=machine.overhead_bytes)
+
+
+def _amount(memory: str) -> int:
+    from inlay.core.errors import ConfigError
+    from inlay.sizes import bytes_of
+
+    try:
+        limit = bytes_of(memory)
+    except ValueError as error:
+        raise ConfigError(f"--memory {error}") from error
+    if not limit:
+        raise ConfigError(f"--memory {memory!r} is nothing: give an amount such as 16GiB")
+    return limit
 
 
 def _skeleton(base: str | None, task: str | None) -> Skeleton:
@@ -160,21 +173,16 @@ def _machine(gpu: str | None, device: str | None) -> Machine:
 
 
 def _planner(skeleton: Skeleton, method: Any, where: str | None, quantize: str | None, machine: Machine) -> Planner:
-    import re
-
     from inlay.core.errors import ConfigError
     from inlay.plan import Planner
     from inlay.train.hyper import usual_places
+    from inlay.train.words import places
 
-    places: Any = where or usual_places(method, quantize)
-    if where is not None and where.startswith("re:"):
-        try:
-            places = re.compile(where.removeprefix("re:"))
-        except re.error as error:
-            raise ConfigError(f"--where {where!r} is not a regular expression: {error}") from error
-    elif where is not None and "," in where:
-        places = [part.strip() for part in where.split(",") if part.strip()]
-    return Planner(skeleton, method, where=places, machine=machine)
+    try:
+        chosen = usual_places(method, quantize) if where is None else places(where)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+    return Planner(skeleton, method, where=chosen, machine=machine)
 
 
 def _each(planners: dict[str, Planner], setting: Setting, quiet: bool) -> tuple[list[Plan], dict[str, str]]:
@@ -226,8 +234,8 @@ def _search(
 
 def _show_plans(plans: list[Plan], refused: dict[str, str], machine: Machine, base: str, as_json: bool) -> None:
     from inlay.cli.output import show_table, write_json
-    from inlay.plan import told_bytes
     from inlay.plan.chart import told_setting
+    from inlay.sizes import told_bytes
 
     if as_json:
         rows = [plan.to_dict() for plan in plans]
@@ -251,7 +259,7 @@ def _show_plans(plans: list[Plan], refused: dict[str, str], machine: Machine, ba
 
 def _show_fits(fits: list[Fit], limit: int, machine: Machine, base: str, as_json: bool) -> None:
     from inlay.cli.output import show_table, write_json
-    from inlay.plan import told_bytes
+    from inlay.sizes import told_bytes
 
     fitting = [fit for fit in fits if fit.fits is not None]
     if as_json:
@@ -288,7 +296,7 @@ def _speed(plan: Plan) -> str:
 
 
 def _footnote(machine: Machine) -> str:
-    from inlay.plan import told_bytes
+    from inlay.sizes import told_bytes
 
     how = "measured just now" if machine.measured else "from its data sheet, at the shares of it that training reaches"
     return (

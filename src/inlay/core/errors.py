@@ -18,7 +18,6 @@ one error lists them all (`problems`).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 
@@ -75,6 +74,8 @@ def problems(heading: str, found: Sequence[str]) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a mistyped word: `; did you mean 'rank'?`, or the known words if they are few, or nothing."""
+    import difflib  # takes longer to import than the rest of `import inlay`
+
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:

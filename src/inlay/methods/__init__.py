@@ -1,7 +1,11 @@
 """The registry: one file a method, file name = registry key = command-line word (with ``-`` for ``_``).
 
-Third parties register a method class under the entry-point group ``inlay.methods``. The package itself can be
-called: ``inlay.methods()`` is the registry.
+A file of this folder whose name does not begin with ``_`` is a method; it is named nowhere else. A package of its own
+registers a method class under the entry-point group ``inlay.methods``. The registry is ``inlay.methods()``: this
+package can be called.
+
+Importing this package imports neither torch nor any method. What must be known of the methods before that (public
+names, the words of the command line) is in `_table.py`, which `make docs` writes from the files (`_listed.py`).
 """
 
 from __future__ import annotations
@@ -9,81 +13,38 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from functools import cache
-from importlib import import_module, metadata
 from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING
 
-from inlay.core.contracts.method import Method
 from inlay.core.errors import ConfigError, nearest
 
-# Key → module and class, in the order of the methods table.
-BUILT_IN = {
-    "lora": ("lora", "LoRA"),
-    "dora": ("dora", "DoRA"),
-    "adalora": ("adalora", "AdaLoRA"),
-    "lora-plus": ("lora_plus", "LoRAPlus"),
-    "lora-fa": ("lora_fa", "LoRAFA"),
-    "pissa": ("pissa", "PiSSA"),
-    "olora": ("olora", "OLoRA"),
-    "eva": ("eva", "EVA"),
-    "loftq": ("loftq", "LoftQ"),
-    "dylora": ("dylora", "DyLoRA"),
-    "vera": ("vera", "VeRA"),
-    "loha": ("loha", "LoHa"),
-    "lokr": ("lokr", "LoKr"),
-    "oft": ("oft", "OFT"),
-    "boft": ("boft", "BOFT"),
-    "ia3": ("ia3", "IA3"),
-    "houlsby": ("houlsby", "Houlsby"),
-    "pfeiffer": ("pfeiffer", "Pfeiffer"),
-    "parallel": ("parallel", "ParallelAdapter"),
-    "compacter": ("compacter", "Compacter"),
-    "bitfit": ("bitfit", "BitFit"),
-    "norm-tuning": ("norm_tuning", "NormTuning"),
-    "trainable-tokens": ("trainable_tokens", "TrainableTokens"),
-    "fish-mask": ("fish_mask", "FishMask"),
-    "lt-sft": ("lt_sft", "LTSFT"),
-    "diff-pruning": ("diff_pruning", "DiffPruning"),
-    "prompt-tuning": ("prompt_tuning", "PromptTuning"),
-    "p-tuning": ("p_tuning", "PTuning"),
-    "multitask-prompt": ("multitask_prompt", "MultitaskPromptTuning"),
-    "prefix-tuning": ("prefix_tuning", "PrefixTuning"),
-    "loreft": ("loreft", "LoReFT"),
-    "llama-adapter": ("llama_adapter", "LLaMAAdapter"),
-    "stack": ("stack", "Stack"),
-    "in-parallel": ("in_parallel", "Parallel"),
-    "average": ("average", "Average"),
-    "mam": ("mam", "MAM"),
-    "unipelt": ("unipelt", "UniPELT"),
-    "fusion": ("fusion", "AdapterFusion"),
-    "ladder": ("ladder", "LadderSideTuning"),
-    "top-layers": ("top_layers", "TopLayers"),
-    "full": ("full", "FullFineTuning"),
-}
+if TYPE_CHECKING:
+    from inlay.core.contracts.method import Method
+
+# The families in the order of the methods table; one that is not among them stands last.
+FAMILIES = (
+    "low rank", "orthogonal", "rescaling", "adapter", "selective", "soft prompt", "representation", "composition",
+    "side", "baseline",
+)  # fmt: skip
 GROUP = "inlay.methods"
 
 
 @cache
 def registry() -> Mapping[str, type[Method]]:
-    """Every known method by its key: inlay's own, then those of installed packages.
+    """Every known method by its key: inlay's own, then those of installed packages, both by family and `table_order`.
 
     Raises:
-        ConfigError: an installed package registers something that is no method, or a key that is taken.
+        ConfigError: a file of this folder defines no method of its name; an installed package registers something
+            that is no method, or takes a key that is in use.
     """
-    found: dict[str, type[Method]] = {}
-    for key, (module, name) in BUILT_IN.items():
-        found[key] = getattr(import_module(f"inlay.methods.{module}"), name)
-    for point in metadata.entry_points(group=GROUP):
-        cls = point.load()
-        if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise ConfigError(f"entry point {point.name!r} ({point.value}) is not a subclass of inlay's Method")
-        if cls.name in found:
-            raise ConfigError(f"entry point {point.name!r} ({point.value}) takes the key {cls.name!r}, which is in use")
-        found[cls.name] = cls
-    return MappingProxyType(found)
+    own = {key: _of_file(key) for key in built_in()}
+    return MappingProxyType({**_ordered(own), **_ordered(_of_packages(own))})
 
 
 def method_named(key: str) -> type[Method]:
     """The method class of a key, or an error with the nearest key."""
+    if key in built_in():
+        return _of_file(key)
     known = registry()
     if key not in known:
         raise ConfigError(f"unknown method {key!r}{nearest(key, known)}")
@@ -95,9 +56,73 @@ def methods() -> Mapping[str, type[Method]]:
     return registry()
 
 
-class _Callable(ModuleType):
+def built_in() -> list[str]:
+    """The keys of inlay's own methods, by the names of their files; imports none of them."""
+    import pkgutil
+
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return [name.replace("_", "-") for name in names if not name.startswith("_")]
+
+
+def _of_file(key: str) -> type[Method]:
+    """The one method that the file of this key defines, beside which it may have abstract ones and helpers."""
+    from importlib import import_module
+    from inspect import isabstract
+
+    from inlay.core.contracts.method import Method
+
+    module = import_module(f"{__name__}.{key.replace('-', '_')}")
+    found = [
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, Method) and not isabstract(cls)
+        if cls.__module__ == module.__name__  # defined there, not imported
+    ]
+    if [cls.name for cls in found] != [key]:
+        said = ", ".join(f"{cls.__name__} (name = {cls.name!r})" for cls in found) or "none"
+        raise ConfigError(
+            f"{module.__file__} must define one subclass of Method with name = {key!r}, the file's own; found: {said}. "
+            "A file of helpers has a name that begins with an underscore"
+        )
+    return found[0]
+
+
+def _of_packages(taken: Mapping[str, type[Method]]) -> dict[str, type[Method]]:
+    """The methods that installed packages register."""
+    from importlib import metadata
+
+    from inlay.core.contracts.method import Method
+
+    found: dict[str, type[Method]] = {}
+    for point in metadata.entry_points(group=GROUP):
+        cls = point.load()
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise ConfigError(f"entry point {point.name!r} ({point.value}) is not a subclass of inlay's Method")
+        if cls.name in taken or cls.name in found:
+            raise ConfigError(f"entry point {point.name!r} ({point.value}) takes the key {cls.name!r}, which is in use")
+        found[cls.name] = cls
+    return found
+
+
+def _ordered(found: Mapping[str, type[Method]]) -> dict[str, type[Method]]:
+    """By family, then as the methods say, then by key: the order of a folder or of imports decides nothing."""
+
+    def place(key: str) -> tuple[int, str, int, str]:
+        cls = found[key]
+        family = FAMILIES.index(cls.family) if cls.family in FAMILIES else len(FAMILIES)
+        return family, cls.family, cls.table_order, key
+
+    return {key: found[key] for key in sorted(found, key=place)}
+
+
+class _CallableModule(ModuleType):
+    """`inlay.methods` is a package to Python, whoever imports it first, and `inlay.methods()` what users call.
+
+    Python lets a module take another class (language reference, "Customizing module attribute access").
+    """
+
     def __call__(self) -> Mapping[str, type[Method]]:
         return registry()
 
 
-sys.modules[__name__].__class__ = _Callable
+sys.modules[__name__].__class__ = _CallableModule

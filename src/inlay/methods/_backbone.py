@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inlay.core.errors import ConfigError, problems
-from inlay.core.model.originals import Originals, stored_whole
-from inlay.core.model.site import Site
+from inlay.authoring import ConfigError, Originals, Site, problems, stored_whole
 from inlay.kernels.low_rank import applies
 from inlay.kernels.normal_float import dequantise, made_again_linear, quantise, sizes
 from inlay.methods._low_rank import LowRank

@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, Grouped, cast
-from inlay.core.contracts.method import Method
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, Grouped, Method, Site, cast
 from inlay.kernels.grouped import Bottlenecks
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -10,19 +10,26 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from inlay.core.contracts.adapter import Adapter, Clock
-from inlay.core.contracts.method import Batches, Measured, Method, PromptMethod, Recipe
-from inlay.core.contracts.pieces import Branch, Piece
-from inlay.core.errors import SelectionError, UnsupportedError
-from inlay.core.model.select import Places
+from inlay.authoring import (
+    Adapter,
+    Batches,
+    Branch,
+    Clock,
+    Measured,
+    Method,
+    ModelView,
+    Piece,
+    Places,
+    PromptMethod,
+    Recipe,
+    SelectionError,
+    UnsupportedError,
+)
 from inlay.methods._member import Clocks, Member, pieces_of
-
-if TYPE_CHECKING:
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, init=False)

@@ -6,16 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.pieces import SubsetPiece
-from inlay.core.contracts.subset import Difference
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.adapter import Adapter
+from inlay.authoring import Adapter, Difference, SubsetPiece
 
 
 class SparseDifference(Difference):

@@ -13,11 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.adapter import Clock
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.pieces import DeltaPiece
-from inlay.core.errors import UnsupportedError
-from inlay.core.model.site import Site
+from inlay.authoring import Clock, Delta, DeltaPiece, Site, UnsupportedError, cast
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.subset import DenseDifference
+from inlay.authoring import DenseDifference
 from inlay.methods._steps import Steps
 
 LOW, HIGH = -1.5, 1.5  # l and r

@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, Grouped, cast
-from inlay.core.errors import UnsupportedError
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, Grouped, Site, UnsupportedError, cast
 from inlay.kernels.grouped import LowRanks
 from inlay.kernels.low_rank import add_low_rank, applies, applies_to_layer, linear_with_low_rank
 

@@ -15,14 +15,23 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from inlay.core.contracts.adapter import Adapter, Clock, kind_and_module
-from inlay.core.contracts.method import Method
-from inlay.core.contracts.pieces import Branch, DeltaPiece, Piece, PromptPiece, SubsetPiece
-from inlay.core.contracts.shared import Shared, shared_in
-from inlay.core.model.select import Places
+from inlay.authoring import (
+    Adapter,
+    Branch,
+    Clock,
+    DeltaPiece,
+    Method,
+    ModelView,
+    Piece,
+    Places,
+    PromptPiece,
+    Shared,
+    SubsetPiece,
+    kind_and_module,
+    shared_in,
+)
 
 if TYPE_CHECKING:
-    from inlay.core.model.view import ModelView
     from inlay.methods._composition import Composition
 
 

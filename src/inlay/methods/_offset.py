@@ -15,9 +15,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.errors import ConfigError
-from inlay.core.model.site import Site
+from inlay.authoring import ConfigError, Delta, Site, cast
 
 Factors = tuple[Tensor, Tensor]
 

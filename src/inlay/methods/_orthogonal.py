@@ -14,11 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.errors import SelectionError, problems
-from inlay.core.forward.transforms import transformed
-from inlay.core.model.site import Site
-from inlay.core.model.watch import stamp
+from inlay.authoring import Delta, SelectionError, Site, problems, stamp, transformed
 
 
 class TurnedDelta(Delta):

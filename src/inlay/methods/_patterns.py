@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from inlay.core.contracts.method import Method
-from inlay.core.contracts.pieces import DeltaPiece, Piece
-from inlay.core.contracts.site_pattern import Pattern, frozen, unused, value_at
-from inlay.core.errors import SelectionError, problems
-from inlay.core.model.site import Site
+from inlay.authoring import DeltaPiece, Method, Pattern, Piece, SelectionError, Site, frozen, problems, unused, value_at
 
 
 class Ranked(Protocol):

@@ -15,14 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.errors import UnsupportedError
-from inlay.core.model.site import Site
-from inlay.core.prompts.span import current_span
+from inlay.authoring import Delta, ModelView, Site, UnsupportedError, cast, current_span
 from inlay.methods._bottleneck import FUNCTIONS
 
 if TYPE_CHECKING:
-    from inlay.core.model.view import ModelView
     from inlay.methods.ladder import LadderSideTuning
 
 

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.core.errors import ConfigError, UnsupportedError
-from inlay.core.forward.roster import bare
-from inlay.core.model.view import ModelView
+from inlay.authoring import ConfigError, ModelView, UnsupportedError, bare
 
 COMMON = 5_000
 

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from inlay.core.contracts.method import Method
-from inlay.core.contracts.site_pattern import Pattern, frozen
-from inlay.core.errors import SelectionError
-from inlay.core.model import roles
-from inlay.core.model.layer import Kind
-from inlay.core.model.select import Places, select
+from inlay.authoring import Kind, Method, ModelView, Pattern, Places, SelectionError, frozen, layer_of, select
 from inlay.methods._steps import length_of_run
 from inlay.methods.full import parameter_names
-
-if TYPE_CHECKING:
-    from inlay.core.model.view import ModelView
 
 KINDS: tuple[Kind, ...] = ("linear", "embedding", "conv", "norm")
 BLOCKS = "every parameter of the numbered layers"  # `default_where` of these methods
@@ -56,7 +48,7 @@ def candidates(view: ModelView, places: Places, *, norms: bool = True) -> list[s
     if isinstance(places.where, tuple) and set(map(str, places.where)) <= set(names):
         return [n for n in names if n in places.where]
     if places.where is None:
-        layers = {n: roles.layer_of(n) for n in names}
+        layers = {n: layer_of(n) for n in names}
         found = [n for n, at in layers.items() if at and (places.layers is None or at[1] in places.layers)]
     else:
         sites = select(view, places, (), KINDS)

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inlay.core.contracts.pieces import DeltaPiece, Piece, PromptPiece
-from inlay.core.contracts.shared import Shared
-from inlay.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.adapter import Adapter
+from inlay.authoring import Adapter, ConfigError, DeltaPiece, Piece, PromptPiece, Shared
 
 SCHEDULE = "schedule"  # the key under which the counter is stored
 

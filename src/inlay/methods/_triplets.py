@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.model.site import Site
+from inlay.authoring import Adapter, Delta, Site, cast
 
 if TYPE_CHECKING:
-    from inlay.core.contracts.adapter import Adapter
     from inlay.methods._steps import Steps
 
 TENSORS = ("a", "b", "e")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlay.core.model.site import Site
+from inlay.authoring import Site
 
 
 def twin(site: Site, owner: nn.Module, names: Mapping[str, str], dtype: torch.dtype) -> nn.Module:

@@ -22,25 +22,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inlay.core.contracts.adapter import Clock
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Method, Recipe
-from inlay.core.contracts.pieces import Piece
-from inlay.core.contracts.site_pattern import Pattern, frozen, value_at
-from inlay.core.model.site import Site
+from inlay.authoring import (
+    Adapter,
+    Clock,
+    Delta,
+    DeltaMethod,
+    Method,
+    ModelView,
+    Pattern,
+    Piece,
+    Places,
+    Recipe,
+    Site,
+    frozen,
+    value_at,
+)
 from inlay.methods._steps import counted, length_of_run, steps_of
 from inlay.methods._triplets import Triplets, without_pruned
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.adapter import Adapter
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,8 @@ class AdaLoRA(DeltaMethod):
     """Triplets under a budget.
 
     Attributes:
-        rank, target_rank: of every matrix at first, and on average at the end; alpha, dropout: as LoRA's.
+        rank, target_rank: of every matrix at first, and on average at the end.
+        alpha, dropout: as LoRA's.
         warmup_steps, final_steps, interval: t_i, t_f and Δ.
         beta1, beta2, orthogonality: β₁ and β₂ of the averages; γ.
         total_steps: T; `inlay train` fills it in.
@@ -58,6 +63,7 @@ class AdaLoRA(DeltaMethod):
     name: ClassVar[str] = "adalora"
     paper: ClassVar[str] = "arXiv:2303.10512"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 30
     recipe: ClassVar[Recipe] = Recipe(learning_rate=2e-3)  # tuned (docs/quality.md); the paper's: 5e-4 to 2.2e-3
     default_where: ClassVar[tuple[str, ...]] = ("query", "key", "value", "attention_output", "gate", "up", "down")
 

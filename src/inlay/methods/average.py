@@ -15,16 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from inlay.core.contracts.method import Method
-from inlay.core.contracts.pieces import Branch, Piece, PromptPiece
-from inlay.core.errors import UnsupportedError
+from inlay.authoring import Branch, Method, ModelView, Piece, Places, PromptPiece, UnsupportedError
 from inlay.methods._composition import Composition, restored
-
-if TYPE_CHECKING:
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, init=False)
@@ -38,6 +32,7 @@ class Average(Composition):
 
     name: ClassVar[str] = "average"
     paper: ClassVar[str] = "arXiv:2311.11077"
+    table_order: ClassVar[int] = 30
 
     methods: tuple[Method, ...]
     weights: tuple[float, ...]

@@ -17,11 +17,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, Grouped, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.errors import SelectionError, problems
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Grouped, Kind, Recipe, SelectionError, Site, cast, problems
 from inlay.kernels.grouped import Offsets
 
 CHANNELS_FIRST = (
@@ -37,6 +33,7 @@ class BitFit(DeltaMethod):
     name: ClassVar[str] = "bitfit"
     paper: ClassVar[str] = "arXiv:2106.10199"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)
     default_where: ClassVar[str] = "biases"
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "norm", "conv")

@@ -19,20 +19,12 @@ one; biases are not scaled.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import DeltaPiece
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, DeltaPiece, ModelView, Piece, Places, Recipe, Site, cast
 from inlay.methods._orthogonal import TurnedDelta, TurnedPart, cayley, check_divisible, skew_matrix, turn_blocks
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +40,7 @@ class BOFT(DeltaMethod):
     name: ClassVar[str] = "boft"
     paper: ClassVar[str] = "arXiv:2311.06243"
     family: ClassVar[str] = "orthogonal"
+    table_order: ClassVar[int] = 20
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)  # tuned (docs/quality.md); the paper's: to 5e-4
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

@@ -21,26 +21,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import DeltaPiece
-from inlay.core.contracts.shared import Shared
-from inlay.core.errors import SelectionError, problems
-from inlay.core.model.layer import Kind
-from inlay.core.model.roles import CROSS_ATTENTION
-from inlay.core.model.select import select
-from inlay.core.model.site import Site
+from inlay.authoring import (
+    CROSS_ATTENTION,
+    Delta,
+    DeltaMethod,
+    DeltaPiece,
+    Kind,
+    ModelView,
+    Piece,
+    Places,
+    Recipe,
+    SelectionError,
+    Shared,
+    Site,
+    cast,
+    problems,
+    select,
+)
 from inlay.methods._bottleneck import FUNCTIONS, check_sizes
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class Compacter(DeltaMethod):
     name: ClassVar[str] = "compacter"
     paper: ClassVar[str] = "arXiv:2106.04647"
     family: ClassVar[str] = "adapter"
+    table_order: ClassVar[int] = 40
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)  # the paper's
     default_where: ClassVar[tuple[str, ...]] = ("attention_sublayer", "mlp_sublayer")
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output")

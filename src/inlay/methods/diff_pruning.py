@@ -22,26 +22,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inlay.core.contracts.adapter import Clock
-from inlay.core.contracts.method import Method, Recipe, SubsetMethod
-from inlay.core.contracts.pieces import Piece
-from inlay.core.contracts.site_pattern import Pattern, frozen
-from inlay.core.contracts.subset import Difference
-from inlay.core.model.select import Places
-from inlay.core.model.view import ModelView
+from inlay.authoring import (
+    Adapter,
+    Clock,
+    Difference,
+    Method,
+    ModelView,
+    Pattern,
+    Piece,
+    Places,
+    Recipe,
+    SubsetMethod,
+    frozen,
+)
 from inlay.methods import _sparse
 from inlay.methods._entries import SparseDifference, differences, thinned
 from inlay.methods._gates import GatedDifference, closing_slope
 from inlay.methods._steps import counted, forget, steps_of
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.adapter import Adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ class DiffPruning(SubsetMethod):
     name: ClassVar[str] = "diff-pruning"
     paper: ClassVar[str] = "arXiv:2012.07463"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 60
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-4)  # tuned (docs/quality.md); the authors' scripts: 1e-5
     default_where: ClassVar[str] = _sparse.BLOCKS
 

@@ -17,25 +17,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, Grouped, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.site_pattern import Pattern
-from inlay.core.forward.transforms import transformed
-from inlay.core.model.site import Site
-from inlay.core.model.watch import stamp
+from inlay.authoring import (
+    Delta,
+    DeltaMethod,
+    Grouped,
+    ModelView,
+    Pattern,
+    Piece,
+    Places,
+    Recipe,
+    Site,
+    cast,
+    stamp,
+    transformed,
+)
 from inlay.kernels.grouped import LowRanks, Turned
 from inlay.methods._patterns import check_used, rank_and_alpha, settle
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ class DoRA(DeltaMethod):
     name: ClassVar[str] = "dora"
     paper: ClassVar[str] = "arXiv:2402.09353"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 20
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[tuple[str, ...]] = ("query", "key", "value", "up", "down")
 

@@ -25,14 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from inlay.core.contracts.adapter import Adapter, Clock
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import Piece
-from inlay.core.contracts.shared import Shared
-from inlay.core.model.select import Places
-from inlay.core.model.site import Site
-from inlay.core.model.view import ModelView
+from inlay.authoring import Adapter, Clock, Delta, DeltaMethod, ModelView, Piece, Places, Recipe, Shared, Site, cast
 from inlay.methods._low_rank import LowRank, check_sizes
 
 
@@ -53,6 +46,7 @@ class DyLoRA(DeltaMethod):
     name: ClassVar[str] = "dylora"
     paper: ClassVar[str] = "arXiv:2210.07558"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 100
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # LoRA's
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

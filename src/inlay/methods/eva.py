@@ -25,16 +25,25 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import Batches, DeltaMethod, Measured, Recipe
-from inlay.core.contracts.pieces import DeltaPiece, Piece
-from inlay.core.contracts.site_pattern import Pattern, frozen, value_at
-from inlay.core.errors import ConfigError
-from inlay.core.labels import IGNORED
-from inlay.core.measure import observe_inputs
-from inlay.core.model.select import Places, select
-from inlay.core.model.site import Site
-from inlay.core.model.view import ModelView
+from inlay.authoring import (
+    IGNORED,
+    Batches,
+    ConfigError,
+    Delta,
+    DeltaMethod,
+    DeltaPiece,
+    Measured,
+    ModelView,
+    Pattern,
+    Piece,
+    Places,
+    Recipe,
+    Site,
+    frozen,
+    observe_inputs,
+    select,
+    value_at,
+)
 from inlay.methods._low_rank import check_sizes, low_rank
 from inlay.methods._principal import Inputs, Principal
 
@@ -57,6 +66,7 @@ class EVA(DeltaMethod):
     name: ClassVar[str] = "eva"
     paper: ClassVar[str] = "arXiv:2410.07170"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 80
     recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-4)  # the authors' choice for language models
     default_where: ClassVar[str] = "all-linear"
     needs_data: ClassVar[bool] = True

@@ -22,13 +22,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.method import Batches, Measured, Recipe, SubsetMethod
-from inlay.core.contracts.site_pattern import Pattern, frozen
-from inlay.core.contracts.subset import Difference
-from inlay.core.errors import ConfigError
-from inlay.core.forward.roster import bare
-from inlay.core.model.select import Places
-from inlay.core.model.view import ModelView
+from inlay.authoring import (
+    Batches,
+    ConfigError,
+    Difference,
+    Measured,
+    ModelView,
+    Pattern,
+    Places,
+    Recipe,
+    SubsetMethod,
+    bare,
+    frozen,
+)
 from inlay.methods._entries import SparseDifference
 from inlay.methods._sparse import BLOCKS, candidates, chosen_in, counts, how_many, largest, settle
 
@@ -46,6 +52,7 @@ class FishMask(SubsetMethod):
     name: ClassVar[str] = "fish-mask"
     paper: ClassVar[str] = "arXiv:2111.09839"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 40
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # tuned (docs/quality.md)
     default_where: ClassVar[str] = BLOCKS
     needs_data: ClassVar[bool] = True

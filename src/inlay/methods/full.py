@@ -8,10 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.core.contracts.method import Recipe, SubsetMethod
-from inlay.core.errors import SelectionError
-from inlay.core.model.select import Places
-from inlay.core.model.view import ModelView
+from inlay.authoring import ModelView, Places, Recipe, SelectionError, SubsetMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +18,7 @@ class FullFineTuning(SubsetMethod):
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "baseline"
     family: ClassVar[str] = "baseline"
+    table_order: ClassVar[int] = 20
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-4)
     default_where: ClassVar[str] = "everything"
 

@@ -20,24 +20,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.contracts.adapter import Clock
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import Measured, Method, Recipe
-from inlay.core.contracts.pieces import DeltaPiece, Piece
-from inlay.core.contracts.shared import shared_in
-from inlay.core.errors import AdapterNameError, SelectionError, UnsupportedError
-from inlay.core.forward.roster import find_roster
+from inlay.authoring import (
+    Adapter,
+    AdapterNameError,
+    Clock,
+    Delta,
+    DeltaPiece,
+    Measured,
+    Method,
+    ModelView,
+    Piece,
+    Places,
+    Recipe,
+    SelectionError,
+    UnsupportedError,
+    find_roster,
+    shared_in,
+)
 from inlay.methods._composition import restored
 from inlay.methods._fused import Fused, PullToIdentity
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.adapter import Adapter
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,7 @@ class AdapterFusion(Method):
     name: ClassVar[str] = "fusion"
     paper: ClassVar[str] = "arXiv:2005.00247"
     family: ClassVar[str] = "composition"
+    table_order: ClassVar[int] = 60
     recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-5)  # the paper's
     default_where: ClassVar[tuple[str, ...]] = ()
     expected_failures: ClassVar[Mapping[str, str]] = {"identity": "it starts as a mixture of trained adapters"}

@@ -18,10 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Kind, Recipe, Site
 from inlay.methods._bottleneck import BottleneckDelta, check_sizes
 
 
@@ -37,6 +34,7 @@ class Houlsby(DeltaMethod):
     name: ClassVar[str] = "houlsby"
     paper: ClassVar[str] = "arXiv:1902.00751"
     family: ClassVar[str] = "adapter"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3, warmup=0.1)
     default_where: ClassVar[tuple[str, ...]] = ("attention_sublayer", "mlp_sublayer")
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output")

@@ -18,9 +18,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, Grouped, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Grouped, Recipe, Site, cast
 from inlay.kernels.grouped import EnteringScales, LeavingScales
 
 
@@ -36,6 +34,7 @@ class IA3(DeltaMethod):
     name: ClassVar[str] = "ia3"
     paper: ClassVar[str] = "arXiv:2205.05638"
     family: ClassVar[str] = "rescaling"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2)
     default_where: ClassVar[tuple[str, ...]] = ("key", "value", "down")
 

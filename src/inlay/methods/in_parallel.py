@@ -18,8 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.core.contracts.method import Method
-from inlay.core.contracts.pieces import Branch
+from inlay.authoring import Branch, Method
 from inlay.methods._composition import Composition
 
 
@@ -33,6 +32,7 @@ class Parallel(Composition):
 
     name: ClassVar[str] = "in-parallel"
     paper: ClassVar[str] = "arXiv:2110.04366"
+    table_order: ClassVar[int] = 20
 
     methods: tuple[Method, ...]
 

@@ -25,17 +25,11 @@ the base, where nothing else is trained, records nothing for a backward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from inlay.core.contracts.method import Method, Recipe
-from inlay.core.errors import SelectionError, UnsupportedError
+from inlay.authoring import DeltaPiece, Method, ModelView, Piece, Places, Recipe, SelectionError, UnsupportedError
 from inlay.methods._bottleneck import FUNCTIONS
 from inlay.methods._side import SideNetwork, SideTransformer, heads_of
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +49,7 @@ class LadderSideTuning(Method):
     name: ClassVar[str] = "ladder"
     paper: ClassVar[str] = "arXiv:2206.06522"
     family: ClassVar[str] = "side"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)  # the authors' scripts
     default_where: ClassVar[str] = "the end of the stack"
     expected_failures: ClassVar[dict[str, str]] = {
@@ -80,7 +75,6 @@ class LadderSideTuning(Method):
         )
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
-        from inlay.core.contracts.pieces import DeltaPiece
 
         if places.where is not None:
             raise SelectionError("method 'ladder' stands beside the whole stack, so it takes no `where`; use `layers`")

@@ -26,12 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import cast
-from inlay.core.contracts.method import PromptMethod, Recipe
-from inlay.core.contracts.prompt import KeyValuePrompt, KeyValues
-from inlay.core.errors import SelectionError, UnsupportedError
-from inlay.core.model.site import Site
-from inlay.core.model.view import AttentionPlace, ModelView
+from inlay.authoring import (
+    AttentionPlace,
+    KeyValuePrompt,
+    KeyValues,
+    ModelView,
+    PromptMethod,
+    Recipe,
+    SelectionError,
+    Site,
+    UnsupportedError,
+    cast,
+)
 
 KEY_NORMS = ("k_norm", "key_norm", "k_layernorm", "key_layernorm")
 QUERY_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm")
@@ -50,6 +56,7 @@ class LLaMAAdapter(PromptMethod):
     name: ClassVar[str] = "llama-adapter"
     paper: ClassVar[str] = "arXiv:2303.16199"
     family: ClassVar[str] = "soft prompt"
+    table_order: ClassVar[int] = 50
     # Tuned rate (docs/quality.md; the authors' 9e-3 is for 256 rows); warm-up over 2 of 5 epochs as in finetuning.sh.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2, schedule="cosine", warmup=0.4, weight_decay=0.02)
     default_where: ClassVar[str] = "attention"

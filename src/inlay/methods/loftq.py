@@ -18,24 +18,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import DeltaPiece
-from inlay.core.contracts.site_pattern import Pattern, frozen
-from inlay.core.errors import SelectionError, problems
-from inlay.core.model.originals import Originals
-from inlay.core.model.site import Site
+from inlay.authoring import (
+    DeltaMethod,
+    DeltaPiece,
+    ModelView,
+    Originals,
+    Pattern,
+    Piece,
+    Places,
+    Recipe,
+    SelectionError,
+    Site,
+    frozen,
+    problems,
+)
 from inlay.kernels.normal_float import LEVELS
 from inlay.methods._backbone import Alternation, Backbone
 from inlay.methods._low_rank import check_sizes
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,7 @@ class LoftQ(DeltaMethod):
     name: ClassVar[str] = "loftq"
     paper: ClassVar[str] = "arXiv:2310.08659"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 90
     recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-4)  # the upper end of the paper's search on GLUE
     default_where: ClassVar[str] = "all-linear"
     expected_failures: ClassVar[Mapping[str, str]] = {"identity": "the backbone has fewer bits than the base"}

@@ -18,23 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.site_pattern import Pattern
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, ModelView, Pattern, Piece, Places, Recipe, Site, cast
 from inlay.methods._patterns import check_used, rank_and_alpha, settle
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +43,7 @@ class LoHa(DeltaMethod):
     name: ClassVar[str] = "loha"
     paper: ClassVar[str] = "arXiv:2108.06098"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 120
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # LoRA's: the update has the same scale
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

@@ -17,20 +17,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.site_pattern import Pattern, frozen, unused, value_at
-from inlay.core.errors import SelectionError, problems
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import (
+    Delta,
+    DeltaMethod,
+    Kind,
+    ModelView,
+    Pattern,
+    Piece,
+    Places,
+    Recipe,
+    SelectionError,
+    Site,
+    frozen,
+    problems,
+    unused,
+    value_at,
+)
 from inlay.methods._low_rank import low_rank
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,7 @@ class LoRA(DeltaMethod):
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "arXiv:2106.09685"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding", "conv")

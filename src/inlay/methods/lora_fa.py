@@ -24,13 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inlay.core.contracts.adapter import Adapter, Clock
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import DeltaPiece
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
-from inlay.core.model.watch import stamp
+from inlay.authoring import Adapter, Clock, Delta, DeltaMethod, DeltaPiece, Kind, Recipe, Site, stamp
 from inlay.methods._low_rank import check_sizes, low_rank
 
 
@@ -48,6 +42,7 @@ class LoRAFA(DeltaMethod):
     name: ClassVar[str] = "lora-fa"
     paper: ClassVar[str] = "arXiv:2308.03303"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 50
     # As LoRA's: Adam's step does not depend on the gradient's size, which is all that the scale s changes.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)  # tuned (docs/quality.md)
     default_where: ClassVar[str] = "all-linear"

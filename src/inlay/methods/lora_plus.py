@@ -21,13 +21,7 @@ from typing import ClassVar
 
 from torch.optim import Optimizer
 
-from inlay.core.contracts.adapter import Adapter, Clock
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import DeltaPiece
-from inlay.core.errors import ConfigError
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import Adapter, Clock, ConfigError, Delta, DeltaMethod, DeltaPiece, Kind, Recipe, Site
 from inlay.methods._low_rank import check_sizes, low_rank
 
 
@@ -45,6 +39,7 @@ class LoRAPlus(DeltaMethod):
     name: ClassVar[str] = "lora-plus"
     paper: ClassVar[str] = "arXiv:2402.12354"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 40
     # A's rate; B's is 16 times that. The paper's best rates for A lie below LoRA's single one, for B above it.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=2e-4)
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")

@@ -16,22 +16,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.errors import SelectionError
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
-from inlay.core.prompts.span import current_span
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
+from inlay.authoring import (
+    Delta,
+    DeltaMethod,
+    Kind,
+    ModelView,
+    Piece,
+    Places,
+    Recipe,
+    SelectionError,
+    Site,
+    cast,
+    current_span,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class LoReFT(DeltaMethod):
     name: ClassVar[str] = "loreft"
     paper: ClassVar[str] = "arXiv:2404.03592"
     family: ClassVar[str] = "representation"
+    table_order: ClassVar[int] = 10
     # The paper's for commonsense and arithmetic reasoning: 9e-4, linear, a tenth of warm-up.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=9e-4, warmup=0.1)
     default_where: ClassVar[str] = "block_output"

@@ -9,17 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from inlay.core.contracts.method import Method, Recipe
+from inlay.authoring import Method, ModelView, Piece, Places, Recipe
 from inlay.methods.in_parallel import Parallel
 from inlay.methods.parallel import ParallelAdapter
 from inlay.methods.prefix_tuning import PrefixTuning
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +31,7 @@ class MAM(Method):
     name: ClassVar[str] = "mam"
     paper: ClassVar[str] = "arXiv:2110.04366"
     family: ClassVar[str] = "composition"
+    table_order: ClassVar[int] = 40
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # of both its parts
     default_where: ClassVar[tuple[str, ...]] = ("mlp_block",)
     expected_failures: ClassVar[Mapping[str, str]] = PrefixTuning.expected_failures

@@ -18,12 +18,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from inlay.core.contracts.method import PromptMethod, Recipe
-from inlay.core.contracts.prompt import TokenPrompt
-from inlay.core.contracts.shared import Shared
-from inlay.core.errors import ConfigError
-from inlay.core.forward.roster import find_roster
-from inlay.core.model.view import ModelView
+from inlay.authoring import ConfigError, ModelView, PromptMethod, Recipe, Shared, TokenPrompt, find_roster
 from inlay.methods._soft import common_words, embedded, empty, repeated, table, words
 
 
@@ -41,6 +36,7 @@ class MultitaskPromptTuning(PromptMethod):
     name: ClassVar[str] = "multitask-prompt"
     paper: ClassVar[str] = "arXiv:2303.02861"
     family: ClassVar[str] = "soft prompt"
+    table_order: ClassVar[int] = 30
     # The paper's 0.3 is Adafactor's, as prompt tuning's; the product of three factors moves with each of them.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2, schedule="constant_with_warmup")
     default_where: ClassVar[str] = "input"

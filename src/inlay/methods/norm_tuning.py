@@ -20,11 +20,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, Grouped
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.errors import SelectionError, problems
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Grouped, Kind, Recipe, SelectionError, Site, problems
 from inlay.kernels.grouped import stacked
 from inlay.methods._twin import twin
 from inlay.methods.bitfit import CHANNELS_FIRST
@@ -37,6 +33,7 @@ class NormTuning(DeltaMethod):
     name: ClassVar[str] = "norm-tuning"
     paper: ClassVar[str] = "arXiv:2312.11420"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 20
     # As for biases: some 1e5 numbers near one, which take steps ten times those of a low-rank update.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)
     default_where: ClassVar[str] = "norms"

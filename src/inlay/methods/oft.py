@@ -16,21 +16,13 @@ Cayley–Neumann series, the peer's default, is `neumann_terms` and only nearly 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import DeltaPiece
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, DeltaPiece, ModelView, Piece, Places, Recipe, Site
 from inlay.methods._orthogonal import TurnedDelta, TurnedPart, cayley, check_divisible, skew_matrix, turn_blocks
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +39,7 @@ class OFT(DeltaMethod):
     name: ClassVar[str] = "oft"
     paper: ClassVar[str] = "arXiv:2306.07280"
     family: ClassVar[str] = "orthogonal"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)  # tuned (docs/quality.md); OFTv2's are a few times LoRA's
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

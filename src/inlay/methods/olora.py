@@ -21,9 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Recipe, Site
 from inlay.methods._low_rank import check_sizes
 from inlay.methods._offset import Factors, Offset
 
@@ -40,6 +38,7 @@ class OLoRA(DeltaMethod):
     name: ClassVar[str] = "olora"
     paper: ClassVar[str] = "arXiv:2406.01775"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 70
     # The author's script uses 3e-4.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)  # tuned (docs/quality.md)
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")

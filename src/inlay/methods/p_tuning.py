@@ -20,10 +20,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.method import PromptMethod, Recipe
-from inlay.core.contracts.prompt import TokenPrompt
-from inlay.core.errors import ConfigError
-from inlay.core.model.view import ModelView
+from inlay.authoring import ConfigError, ModelView, PromptMethod, Recipe, TokenPrompt
 from inlay.methods._soft import common_words, embedded, empty, table, words
 
 Template = tuple[int | str | tuple[int, ...], ...]
@@ -44,6 +41,7 @@ class PTuning(PromptMethod):
     name: ClassVar[str] = "p-tuning"
     paper: ClassVar[str] = "arXiv:2103.10385"
     family: ClassVar[str] = "soft prompt"
+    table_order: ClassVar[int] = 20
     # The official code's 1e-5 is for its 1,000 epochs of a few sentences; PEFT's examples use 1e-3.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[str] = "input"

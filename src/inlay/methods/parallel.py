@@ -18,10 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Kind, Recipe, Site
 from inlay.methods._bottleneck import BottleneckDelta, check_sizes
 
 
@@ -38,6 +35,7 @@ class ParallelAdapter(DeltaMethod):
     name: ClassVar[str] = "parallel"
     paper: ClassVar[str] = "arXiv:2110.04366"
     family: ClassVar[str] = "adapter"
+    table_order: ClassVar[int] = 30
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[tuple[str, ...]] = ("mlp_block",)
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output")

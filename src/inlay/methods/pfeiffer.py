@@ -23,11 +23,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.errors import SelectionError
-from inlay.core.model.layer import Kind
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Kind, Recipe, SelectionError, Site
 from inlay.methods._bottleneck import BottleneckDelta, check_sizes
 from inlay.methods.bitfit import CHANNELS_FIRST
 
@@ -44,6 +40,7 @@ class Pfeiffer(DeltaMethod):
     name: ClassVar[str] = "pfeiffer"
     paper: ClassVar[str] = "arXiv:2005.00247"
     family: ClassVar[str] = "adapter"
+    table_order: ClassVar[int] = 20
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-3)
     default_where: ClassVar[tuple[str, ...]] = ("mlp_sublayer",)
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "output", "norm")

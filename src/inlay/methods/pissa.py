@@ -24,9 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from inlay.core.contracts.delta import Delta
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.model.site import Site
+from inlay.authoring import Delta, DeltaMethod, Recipe, Site
 from inlay.methods._low_rank import check_sizes
 from inlay.methods._offset import Factors, Offset
 
@@ -46,6 +44,7 @@ class PiSSA(DeltaMethod):
     name: ClassVar[str] = "pissa"
     paper: ClassVar[str] = "arXiv:2404.02948"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 60
     # The factors start large, so their steps are smaller than LoRA's; the paper's tables use 2e-5 with batches of 128.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=6e-4, schedule="cosine", warmup=0.03)  # tuned (docs/quality.md)
     default_where: ClassVar[str] = "all-linear"

@@ -25,11 +25,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.method import PromptMethod, Recipe
-from inlay.core.contracts.prompt import KeyValuePrompt, KeyValues
-from inlay.core.errors import SelectionError
-from inlay.core.model.view import AttentionPlace, ModelView
-from inlay.core.prompts.observe import keys_values
+from inlay.authoring import (
+    AttentionPlace,
+    KeyValuePrompt,
+    KeyValues,
+    ModelView,
+    PromptMethod,
+    Recipe,
+    SelectionError,
+    keys_values,
+)
 from inlay.methods._soft import repeated, table, words
 
 
@@ -48,6 +53,7 @@ class PrefixTuning(PromptMethod):
     name: ClassVar[str] = "prefix-tuning"
     paper: ClassVar[str] = "arXiv:2101.00190"
     family: ClassVar[str] = "soft prompt"
+    table_order: ClassVar[int] = 40
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-2)
     default_where: ClassVar[str] = "attention"
     expected_failures: ClassVar[dict[str, str]] = {"identity": "a prefix changes the output from the start"}

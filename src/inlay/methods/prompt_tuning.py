@@ -18,10 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.method import PromptMethod, Recipe
-from inlay.core.contracts.prompt import TokenPrompt
-from inlay.core.errors import ConfigError
-from inlay.core.model.view import ModelView
+from inlay.authoring import ConfigError, ModelView, PromptMethod, Recipe, TokenPrompt
 from inlay.methods._soft import common_words, embedded, empty, repeated, table, words
 
 
@@ -39,6 +36,7 @@ class PromptTuning(PromptMethod):
     name: ClassVar[str] = "prompt-tuning"
     paper: ClassVar[str] = "arXiv:2104.08691"
     family: ClassVar[str] = "soft prompt"
+    table_order: ClassVar[int] = 10
     # The paper's 0.3 is Adafactor's, whose step is relative to the parameter's size.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-2, schedule="constant_with_warmup")
     default_where: ClassVar[str] = "input"

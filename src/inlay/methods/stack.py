@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.core.contracts.method import Method
+from inlay.authoring import Method
 from inlay.methods._composition import Composition
 
 
@@ -29,6 +29,7 @@ class Stack(Composition):
 
     name: ClassVar[str] = "stack"
     paper: ClassVar[str] = "arXiv:2311.11077"
+    table_order: ClassVar[int] = 10
 
     methods: tuple[Method, ...]
 

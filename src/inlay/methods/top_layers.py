@@ -11,11 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from inlay.core.contracts.method import Recipe, SubsetMethod
-from inlay.core.errors import SelectionError
-from inlay.core.model import roles
-from inlay.core.model.select import Places
-from inlay.core.model.view import ModelView
+from inlay.authoring import ModelView, Places, Recipe, SelectionError, SubsetMethod, layer_of
 from inlay.methods.full import parameter_names
 
 
@@ -30,6 +26,7 @@ class TopLayers(SubsetMethod):
     name: ClassVar[str] = "top-layers"
     paper: ClassVar[str] = "baseline"
     family: ClassVar[str] = "baseline"
+    table_order: ClassVar[int] = 10
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-4)
     default_where: ClassVar[str] = "top"
 
@@ -41,7 +38,7 @@ class TopLayers(SubsetMethod):
     def choose(self, view: ModelView, places: Places) -> list[str]:
         if places.where is not None or places.layers is not None:
             raise SelectionError("method 'top-layers' takes the uppermost layers; set `top` to say how many")
-        layers = {n: layer for n in parameter_names(view) if (layer := roles.layer_of(n)) is not None}
+        layers = {n: layer for n in parameter_names(view) if (layer := layer_of(n)) is not None}
         if not layers:
             raise SelectionError("this model has no numbered layers, so it has no top ones")
         stack = list(layers.values())[-1][0]

@@ -12,22 +12,26 @@ too. An embedding that scales what it looks up (Gemma) is run by its own class o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import Method, Recipe
-from inlay.core.contracts.shared import Shared
-from inlay.core.errors import SelectionError, UnsupportedError
-from inlay.core.model.site import Site
+from inlay.authoring import (
+    Delta,
+    DeltaPiece,
+    Method,
+    ModelView,
+    Piece,
+    Places,
+    Recipe,
+    SelectionError,
+    Shared,
+    Site,
+    UnsupportedError,
+    cast,
+)
 from inlay.methods._twin import twin
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,7 @@ class TrainableTokens(Method):
     name: ClassVar[str] = "trainable-tokens"
     paper: ClassVar[str] = "none"
     family: ClassVar[str] = "selective"
+    table_order: ClassVar[int] = 30
     # Embeddings are some 0.02 in size and AdamW's step is the rate itself: a tenth of an entry at the peak.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=2e-3)
     default_where: ClassVar[str] = "input"
@@ -57,7 +62,6 @@ class TrainableTokens(Method):
         )
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
-        from inlay.core.contracts.pieces import DeltaPiece
 
         if (places.where, places.layers) != (None, None):
             raise SelectionError(

@@ -19,24 +19,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import Method, Recipe
-from inlay.core.contracts.pieces import DeltaPiece, Piece, PromptPiece
-from inlay.core.contracts.prompt import KeyValuePrompt, KeyValues
-from inlay.core.errors import SelectionError
-from inlay.core.model.select import Places, select
-from inlay.core.model.site import Site
+from inlay.authoring import (
+    Delta,
+    DeltaPiece,
+    KeyValuePrompt,
+    KeyValues,
+    Method,
+    ModelView,
+    Piece,
+    Places,
+    PromptPiece,
+    Recipe,
+    SelectionError,
+    Site,
+    cast,
+    select,
+)
 from inlay.methods._low_rank import LowRank
 from inlay.methods.pfeiffer import Pfeiffer
 from inlay.methods.prefix_tuning import PrefixTuning
-
-if TYPE_CHECKING:
-    from inlay.core.model.view import ModelView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,7 @@ class UniPELT(Method):
     name: ClassVar[str] = "unipelt"
     paper: ClassVar[str] = "arXiv:2110.07577"
     family: ClassVar[str] = "composition"
+    table_order: ClassVar[int] = 50
     recipe: ClassVar[Recipe] = Recipe(learning_rate=5e-4)  # the paper's
     default_where: ClassVar[tuple[str, ...]] = ("query", "value", "mlp_sublayer")
     expected_failures: ClassVar[Mapping[str, str]] = PrefixTuning.expected_failures

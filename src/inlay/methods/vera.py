@@ -14,23 +14,13 @@ seed, but generators differ between versions and devices, so it is stored with t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inlay.core.contracts.delta import Delta, cast
-from inlay.core.contracts.method import DeltaMethod, Recipe
-from inlay.core.contracts.pieces import DeltaPiece
-from inlay.core.contracts.shared import Shared
-from inlay.core.model.select import select
-from inlay.core.model.site import Site
-
-if TYPE_CHECKING:
-    from inlay.core.contracts.pieces import Piece
-    from inlay.core.model.select import Places
-    from inlay.core.model.view import ModelView
+from inlay.authoring import Delta, DeltaMethod, DeltaPiece, ModelView, Piece, Places, Recipe, Shared, Site, cast, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +37,7 @@ class VeRA(DeltaMethod):
     name: ClassVar[str] = "vera"
     paper: ClassVar[str] = "arXiv:2310.11454"
     family: ClassVar[str] = "low rank"
+    table_order: ClassVar[int] = 110
     recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-2)  # the paper's on most of GLUE: an order above LoRA's
     default_where: ClassVar[tuple[str, ...]] = ("query", "value")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from inlay.core.errors import ConfigError, OutputError
 from inlay.plan.planner import Plan
-from inlay.plan.setting import ROLES, told_bytes
+from inlay.plan.setting import ROLES
+from inlay.sizes import told_bytes
 
 COLOURS = ("#4c5b8f", "#7aa6c2", "#e0a458", "#c8553d", "#6a994e", "#a480b4", "#b8b8b8")
 GIB = 2**30

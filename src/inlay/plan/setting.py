@@ -1,9 +1,8 @@
-"""What is planned, what comes out, and how amounts of memory are written."""
+"""What is planned, and what comes out."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -25,8 +24,6 @@ BYTES_PER_WEIGHT: Mapping[Quantisation, float] = {
     "torchao-int4": (4 + 32 / 64) / 8,
 }
 ROLES = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporary")
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,28 +93,3 @@ class Memory:
     def to_dict(self) -> dict[str, Any]:
         """Whole bytes by role, and their ``total``."""
         return {role: round(value) for role, value in dataclasses.asdict(self).items()} | {"total": round(self.total)}
-
-
-def bytes_of(text: str) -> int:
-    """``16GiB``, ``24 GB``, ``800MiB`` or a plain number of bytes.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None:
-        raise ConfigError(f"memory {text!r} is not an amount: give a number and a unit, such as 16GiB or 24GB")
-    amount = float(match[1]) * unit
-    if not 1 <= round(min(amount, 2.0**80)) < 2**80:
-        raise ConfigError(f"memory {text!r} is nothing, or more than there is: give an amount such as 16GiB")
-    return round(amount)
-
-
-def told_bytes(amount: float) -> str:
-    """In the unit in which it is easiest to read: ``3.42 GiB``."""
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(amount) >= size:
-            digits = 2 if abs(amount) < 10 * size else 1 if abs(amount) < 100 * size else 0
-            return f"{amount / size:.{digits}f} {unit}"
-    return f"{amount:.0f} B"

@@ -1,6 +1,8 @@
 """The run: configuration → data and base → transformers.Trainer → adapter.
 
-config.py     `RunConfig`: what a run is, from flags, YAML or Python
+config.py     `RunConfig`: what a run is, from flags, YAML or Python; its options are declared here
+options.py    the same options as plain data, from run.schema.json, for what must start fast
+words.py      text that stands for a list, for layers or for places
 hyper.py      `--set rank=16`: words to a method
 loading.py    `load_base`: a transformers folder → model, tokenizer, freshly initialised modules
 rows.py       tables → the rows of a run, split and encoded

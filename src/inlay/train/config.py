@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from inlay.core.errors import ConfigError, nearest, problems
-from inlay.train.sizes import parse_bytes
+from inlay.sizes import bytes_of
+from inlay.train.words import layers, listed, places
 
 Task = Literal["causal", "seq2seq", "classification", "regression"]
 Precision = Literal["bf16", "fp32"]
@@ -19,95 +29,122 @@ OnLong = Literal["error", "truncate", "drop", "split"]
 Optimizer = Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "adafactor", "sgd"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
+# Text with commas stands for a list, in YAML as on the command line.
+_NAMES = BeforeValidator(listed, json_schema_input_type=str | list[str])
+_LAYERS = BeforeValidator(layers, json_schema_input_type=int | str | list[int] | None)
+_REPORTERS = BeforeValidator(listed, json_schema_input_type=str | list[Literal["tensorboard", "wandb", "mlflow"]])
+
+
+def _says(text: str, **limits: Any) -> Any:
+    """What an option does, and what it may be beyond its type."""
+    return Field(description=text, **limits)
+
 
 class RunConfig(BaseModel):
     """One run, whole. `None` means: found out when the run starts, then saved in ``run.yaml``.
 
-    Attributes:
-        data: file or `datasets` id to train on.
-        out: folder the run writes to.
-        base: transformers folder or hub id; None is the embedded base.
-        split, eval_split: of `datasets` ids.
-        reading: how files are read, where the defaults do not suit (`inlay.data.Reading`): format, header, …
-        eval_data: file or id to evaluate on during training.
-        eval_share: share of `data` held out for that where `eval_data` is not given; 0 is none.
-        task: None is guessed from the columns and the base.
-        columns: role → column, where the names are not the roles.
-        prompt_template: text with column names in braces that becomes the prompt.
-        separator: between prompt and completion, never scored.
-        method: registry key.
-        settings: the method's hyper-parameters.
-        where: places; None is the paper's. ``re:`` in front makes it a regular expression.
-        layers: numbers of the layers to stay within.
-        modules_to_save: whole modules to train; a freshly initialised head is added by itself.
-        name: of the adapter.
-        epochs, steps: length of the run; steps, where given, decide. None is 3 epochs, more of few rows.
-        batch_size: rows in one forward pass.
-        accumulate: forward passes in one step.
-        learning_rate, schedule, warmup, weight_decay: None is the method's recipe; warmup is a share of the steps.
-        optimizer: over the adapter's parameters; Lion, 8 bits and pages come from bitsandbytes.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        max_length: tokens a row may have; None is what the base can read.
-        on_long: what happens to longer rows; None splits plain text and refuses the rest.
-        seed: of every random draw.
-        precision: of the base's weights; None is the base's own, and bf16 beside quantised ones.
-        quantize: format of the weights of the numbered layers (QLoRA: ``nf4``); None leaves them. Low-rank methods
-            are put at every linear layer then, where `where` says nothing.
-        gradient_checkpointing: recompute activations instead of keeping them.
-        eval_every, save_every: steps between evaluations and between checkpoints.
-        early_stopping: evaluations without a better score after which the run ends.
-        report_to: of ``tensorboard``, ``wandb``, ``mlflow``.
-        packing: rows behind one another in place of padding; None is where that is exact.
-        compile: compile the layers before the first step, one by one (`inlay.kernels.compiled`).
-        trunk_cache: where the states below the lowest trained layer are kept, so that they are computed once:
-            a folder, ``auto`` (memory, where it is exact and pays) or ``off``.
-        trunk_cache_limit: bytes it may take, such as ``4GiB``.
+    An option is said here and nowhere else: type, limits, default, and what it does. From these fields `make docs`
+    makes `run.schema.json`, by which editors complete, and from that come the command line and docs/training.md. After
+    "Default:" a description says what None leads to; any other default is added where it is shown.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data: str
-    out: str
-    base: str | None = None
-    split: str | None = None
-    eval_data: str | None = None
-    eval_split: str | None = None
-    reading: dict[str, Any] = {}
-    eval_share: float = Field(default=0.05, ge=0, lt=1)
-    task: Task | None = None
-    columns: dict[str, str] = {}
-    prompt_template: str = "{prompt}"
-    separator: str = "\n"
-    method: str = "lora"
-    settings: dict[str, Any] = {}
-    where: str | list[str] | None = None
-    layers: list[int] | None = None
-    modules_to_save: list[str] = []
-    name: str = "default"
-    epochs: float | None = Field(default=None, gt=0)
-    steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    accumulate: int = Field(default=1, ge=1)
-    learning_rate: float | None = Field(default=None, gt=0)
-    schedule: Schedule | None = None
-    warmup: float | None = Field(default=None, ge=0, lt=1)
-    weight_decay: float | None = Field(default=None, ge=0)
-    optimizer: Optimizer = "adamw"
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    max_length: int | None = Field(default=None, ge=2)
-    on_long: OnLong | None = None
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    precision: Precision | None = None
-    quantize: Quantization | None = None
-    gradient_checkpointing: bool = False
-    eval_every: int | None = Field(default=None, ge=1)
-    save_every: int | None = Field(default=None, ge=1)
-    early_stopping: int | None = Field(default=None, ge=1)
-    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
-    packing: bool | None = None
-    compile: bool = False
-    trunk_cache: str = "auto"
-    trunk_cache_limit: str = "4GiB"
+    # -- what is trained, on what, and where it goes --
+    data: Annotated[str, _says("CSV, TSV, JSONL, JSON, Parquet or text file (maybe .gz), or datasets id.")]
+    out: Annotated[str, _says("Folder to write the run to.")]
+    base: Annotated[str | None, _says("Transformers folder or hub id of the model. Default: the embedded base.")] = None
+    method: Annotated[str, _says("Method or baseline; `inlay methods` lists them.")] = "lora"
+    settings: Annotated[dict[str, Any], _says("Hyper-parameters of the method, e.g. rank=16.")] = {}
+    where: Annotated[
+        str | list[str] | None,
+        _says(
+            "Layers to adapt: all-linear, attention, mlp, a role, module names with commas, or re:PATTERN. "
+            "Default: the paper's, and all-linear for low-rank methods on a quantised base."
+        ),
+    ] = None
+    layers: Annotated[
+        list[int] | None, _LAYERS, _says("Numbers of the layers to stay within, e.g. 0-5,11. Default: all.")
+    ] = None
+    modules_to_save: Annotated[
+        list[str], _NAMES, _says("Modules to train whole. A head made afresh is added by itself.")
+    ] = []
+    name: Annotated[str, _says("Name of the adapter.")] = "default"
+
+    # -- the rows --
+    split: Annotated[str | None, _says("Split of a datasets id to train on.")] = None
+    eval_data: Annotated[str | None, _says("Rows to evaluate on during training.")] = None
+    eval_split: Annotated[str | None, _says("Split of a datasets id to evaluate on.")] = None
+    eval_share: Annotated[
+        float,
+        _says("Share of the data to evaluate on, where no other rows are given; 0 is none.", ge=0, lt=1),
+    ] = 0.05
+    reading: Annotated[
+        dict[str, Any], _says("How files are read where that is not plain: format=csv, header=text,label …")
+    ] = {}
+    task: Annotated[Task | None, _says("What to learn from the rows. Default: guessed from columns and base.")] = None
+    columns: Annotated[dict[str, str], _says("Columns with other names, e.g. prompt=question,completion=answer.")] = {}
+    prompt_template: Annotated[str, _says("Text with column names in braces that becomes the prompt.")] = "{prompt}"
+    separator: Annotated[str, _says("Text between prompt and completion; never scored.")] = "\n"
+    max_length: Annotated[int | None, _says("Tokens a row may have. Default: what the base can read.", ge=2)] = None
+    on_long: Annotated[
+        OnLong | None, _says("What happens to longer rows. Default: split for plain text, else error.")
+    ] = None
+    packing: Annotated[
+        bool | None, _says("Rows behind one another in place of padding. Default: where that is exact.")
+    ] = None
+
+    # -- the training --
+    epochs: Annotated[
+        float | None, _says("Passes over the data. Default: 3, and up to 20 where rows are few.", gt=0)
+    ] = None
+    steps: Annotated[int | None, _says("Optimizer steps, in place of epochs.", ge=1)] = None
+    batch_size: Annotated[int, _says("Rows in a forward pass.", ge=1)] = 16
+    accumulate: Annotated[int, _says("Forward passes in a step.", ge=1)] = 1
+    learning_rate: Annotated[float | None, _says("Peak learning rate. Default: the method's.", gt=0)] = None
+    schedule: Annotated[Schedule | None, _says("How the rate goes over the run. Default: the method's.")] = None
+    warmup: Annotated[
+        float | None,
+        _says("Share of the steps in which the rate rises. Default: the method's.", ge=0, lt=1),
+    ] = None
+    weight_decay: Annotated[float | None, _says("Decoupled weight decay. Default: the method's.", ge=0)] = None
+    optimizer: Annotated[Optimizer, _says("Optimizer; Lion, 8 bits and pages need bitsandbytes.")] = "adamw"
+    max_grad_norm: Annotated[float, _says("Gradients are scaled down to this norm; 0 leaves them.", ge=0)] = 1.0
+    seed: Annotated[int, _says("Seed of every random draw.", ge=0, lt=2**32)] = 0
+
+    # -- evaluation and checkpoints --
+    eval_every: Annotated[
+        int | None,
+        _says("Steps between evaluations. Default: an epoch, or a quarter of a short run.", ge=1),
+    ] = None
+    save_every: Annotated[
+        int | None,
+        _says("Steps between checkpoints. Default: as evaluations, and every ten minutes.", ge=1),
+    ] = None
+    early_stopping: Annotated[int | None, _says("End after so many evaluations without a better score.", ge=1)] = None
+    report_to: Annotated[
+        list[Literal["tensorboard", "wandb", "mlflow"]], _REPORTERS, _says("Trackers to report to.")
+    ] = []
+
+    # -- memory and speed --
+    precision: Annotated[
+        Precision | None, _says("Of the base's weights. Default: its own, and bf16 beside quantised ones.")
+    ] = None
+    quantize: Annotated[
+        Quantization | None, _says("Format of the base's weights (QLoRA: nf4). Default: as they are.")
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, _says("Recompute activations in place of keeping them, to save memory.")
+    ] = False
+    compile: Annotated[bool, _says("Compile the layers first; says after how many steps that pays.")] = False
+    trunk_cache: Annotated[
+        str,
+        _says(
+            "Compute the layers below the trained ones once: auto (in memory, where it is exact and pays), "
+            "off, or a folder to keep them in."
+        ),
+    ] = "auto"
+    trunk_cache_limit: Annotated[str, _says("Memory or disk that the trunk cache may take.")] = "4GiB"
 
     @model_validator(mode="after")
     def _evaluates(self) -> Self:
@@ -136,8 +173,14 @@ class RunConfig(BaseModel):
     @field_validator("trunk_cache_limit")
     @classmethod
     def _is_a_size(cls, value: str) -> str:
-        parse_bytes(value)
+        bytes_of(value)
         return value
+
+    @field_validator("where")
+    @classmethod
+    def _is_a_place(cls, value: str | list[str] | None) -> Any:
+        found = places(value)
+        return found if isinstance(found, list) else value
 
     @classmethod
     def of(cls, values: Mapping[str, Any], *, origin: str = "configuration") -> RunConfig:

@@ -6,6 +6,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from inlay.sizes import told_bytes
+
 if TYPE_CHECKING:
     from inlay.plan import Plan
     from inlay.train.prepare import Prepared
@@ -22,8 +24,6 @@ def foresee(prepared: Prepared) -> str | None:
     Where far more is free than any step could need, tracing one would only keep the run from starting, and the line
     tells the ceiling.
     """
-    from inlay.plan import told_bytes
-
     room = free_bytes()
     most = ceiling(prepared)
     if room is not None and most is not None and ROOM * most <= room:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 import types
@@ -32,7 +33,7 @@ def parse_settings(method: str, words: Sequence[str]) -> dict[str, Any]:
 
 def parse_fields(cls: type, words: Sequence[str], *, heading: str, noun: str) -> dict[str, Any]:
     """``name=value`` words as values of the types that a dataclass's fields have. Raises as `parse_settings`."""
-    hints = _fields(cls)
+    hints = fields_of(cls)
     found: list[str] = []
     values: dict[str, Any] = {}
     for word in words:
@@ -82,7 +83,7 @@ def _methods_in(value: Any) -> Any:
 
 def check_fields(cls: type, values: Mapping[str, Any], *, heading: str, noun: str) -> dict[str, Any]:
     """Values from a file, in the types that a dataclass's fields have. Raises as `build_method`."""
-    hints = _fields(cls)
+    hints = fields_of(cls)
     found: list[str] = []
     checked: dict[str, Any] = {}
     for key, value in values.items():
@@ -102,14 +103,15 @@ def check_fields(cls: type, values: Mapping[str, Any], *, heading: str, noun: st
     return checked
 
 
-def _fields(cls: Any) -> dict[str, Any]:
+def fields_of(cls: Any) -> dict[str, Any]:
+    """Field → type, of a dataclass."""
     return {field.name: _hint(cls, field.name) for field in dataclasses.fields(cls)}
 
 
 def _hint(cls: type, name: str) -> Any:
     """A field's type, resolved where it was written; class variables may name what only type checkers import."""
-    owner = next(parent for parent in cls.__mro__ if name in vars(parent).get("__annotations__", {}))
-    hint = vars(owner)["__annotations__"][name]
+    owner = next(parent for parent in cls.__mro__ if name in inspect.get_annotations(parent))
+    hint = inspect.get_annotations(owner)[name]
     return eval(hint, vars(sys.modules[owner.__module__])) if isinstance(hint, str) else hint
 
 

@@ -33,6 +33,7 @@ from inlay.train.rows import (
     roles_of,
     split_rows,
 )
+from inlay.train.words import places
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -183,7 +184,7 @@ def _attached(base: Base, method: Method, config: RunConfig, name: str, data: li
             base.model,
             made,
             name=name,
-            where=_where(config, method),
+            where=usual_places(method, config.quantize) if config.where is None else places(config.where),
             layers=config.layers,
             modules_to_save=list(dict.fromkeys([*config.modules_to_save, *base.fresh])),
             data=data,
@@ -237,19 +238,6 @@ def _batches(rows: Dataset, collator: Any, config: RunConfig) -> list[Any]:
 def default_epochs(steps_per_epoch: int) -> float:
     """Three, or of few rows as many as make 250 steps, at most twenty: a rate cannot rise and fall in ten steps."""
     return float(max(USUAL_EPOCHS, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))))
-
-
-def _where(config: RunConfig, method: Method) -> Any:
-    import re
-
-    if config.where is None:
-        return usual_places(method, config.quantize)
-    if isinstance(config.where, str) and config.where.startswith("re:"):
-        try:
-            return re.compile(config.where.removeprefix("re:"))
-        except re.error as error:
-            raise ConfigError(f"where={config.where!r} is not a regular expression: {error}") from error
-    return config.where
 
 
 def dtype_of(config: RunConfig) -> Any:

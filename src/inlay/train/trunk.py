@@ -31,8 +31,8 @@ from inlay.core.errors import ConfigError, UnsupportedError
 from inlay.core.model.view import ModelView
 from inlay.kernels import packed, trunk
 from inlay.kernels.trunk import Cut
+from inlay.sizes import bytes_of, told_bytes
 from inlay.train.folder import disk_errors, write_beside, write_text
-from inlay.train.sizes import parse_bytes, shown_bytes
 
 if TYPE_CHECKING:
     from inlay.train.prepare import Prepared
@@ -115,7 +115,7 @@ def open_trunk(prepared: Prepared, say: Callable[[str], None]) -> TrunkCache | N
         size = sum(len(row["input_ids"]) for row in rows.values()) * like.shape[-1] * like.element_size()
         _check_room(size, config.trunk_cache_limit, folder)
         say(
-            f"trunk cache: {cache.cut.depth} of {cache.cut.total} layers are computed once, {shown_bytes(size)} are "
+            f"trunk cache: {cache.cut.depth} of {cache.cut.total} layers are computed once, {told_bytes(size)} are "
             f"kept in {folder or 'memory'} (limit {config.trunk_cache_limit})"
         )
         _fill(cache, rows, like, folder)
@@ -220,23 +220,23 @@ def _together(batch: dict[str, Tensor], spans: list[tuple[int, slice]], held: li
 
 
 def _check_room(size: int, limit: str, folder: Path | None) -> None:
-    if size > parse_bytes(limit):
+    if size > bytes_of(limit):
         raise ConfigError(
-            f"the states of these rows take {shown_bytes(size)}, more than --trunk-cache-limit {limit}. "
-            f"Give --trunk-cache-limit {shown_bytes(size * 1.01).replace(' ', '')}, or --trunk-cache off"
+            f"the states of these rows take {told_bytes(size)}, more than --trunk-cache-limit {limit}. "
+            f"Give --trunk-cache-limit {told_bytes(size * 1.01).replace(' ', '')}, or --trunk-cache off"
         )
     if folder is None:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if size > there / 2:
             raise ConfigError(
-                f"the states of these rows take {shown_bytes(size)}, more than half of this machine's memory "
-                f"({shown_bytes(there)}). Give a folder to keep them in: --trunk-cache PATH"
+                f"the states of these rows take {told_bytes(size)}, more than half of this machine's memory "
+                f"({told_bytes(there)}). Give a folder to keep them in: --trunk-cache PATH"
             )
         return
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if size > (free := shutil.disk_usage(folder).free):
-        raise ConfigError(f"the states of these rows take {shown_bytes(size)}, but {folder} has {shown_bytes(free)}")
+        raise ConfigError(f"the states of these rows take {told_bytes(size)}, but {folder} has {told_bytes(free)}")
 
 
 def _fill(cache: TrunkCache, rows: dict[bytes, dict[str, list[int]]], like: Tensor, folder: Path | None) -> None:

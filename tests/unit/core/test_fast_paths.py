@@ -55,7 +55,7 @@ def refused(*_: Any, **__: Any) -> Any:
 
 def test_off_means_off_everywhere() -> None:
     model = attached()
-    fast = {name: refused for name in wrappers._WRAPPERS.keys() & wrappers.FAST_PATHS.keys()}
+    fast = dict.fromkeys(wrappers._WRAPPERS.keys() & wrappers.FAST_PATHS.keys(), refused)
     wrapped = [h for h in model.modules() if h.__dict__.get("_inlay_host") and h.__dict__["_inlay_host"].wrappers]
     for module in wrapped:
         host = module.__dict__["_inlay_host"]

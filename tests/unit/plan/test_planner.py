@@ -12,7 +12,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, RobertaConfig, T5C
 import inlay
 from inlay.bases.context import stated_context
 from inlay.core.errors import ConfigError, UserError
-from inlay.plan import Planner, Setting, Skeleton, bytes_of, machine_named, search, told_bytes
+from inlay.plan import Planner, Setting, Skeleton, machine_named, search
 from inlay.plan.ledger import Entry, Ledger
 from inlay.plan.step import replay
 
@@ -201,21 +201,6 @@ def test_replay_finds_the_worst_moment_and_its_roles() -> None:
 
 
 # -- words and search --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("text, amount", [("16GiB", 2**34), ("24 GB", 24 * 10**9), ("1.5MiB", 3 * 2**19), ("100", 100)])
-def test_amounts(text: str, amount: int) -> None:
-    assert bytes_of(text) == amount
-
-
-@pytest.mark.parametrize("text", ["", "much", "16 G", "-3GB", "0GiB", "GiB", "9" * 400 + "GiB"])
-def test_amounts_that_are_none(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"is not an amount|is nothing"):
-        bytes_of(text)
-
-
-def test_told_bytes() -> None:
-    assert [told_bytes(n) for n in (5, 3 * 2**20, 2**34)] == ["5 B", "3.00 MiB", "16.0 GiB"]
 
 
 @pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "A100 80GB", "h100"])

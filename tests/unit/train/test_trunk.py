@@ -14,7 +14,6 @@ from inlay.core.errors import ConfigError, UnsupportedError
 from inlay.kernels import trunk as kernel
 from inlay.train import run
 from inlay.train.prepare import prepare
-from inlay.train.sizes import parse_bytes, shown_bytes
 from inlay.train.trunk import open_trunk
 from tests import tiny
 from tests.unit.train.test_resume import interrupted
@@ -159,12 +158,3 @@ def test_changed_weights_are_noticed(completions: Path, steady: Path, tmp_path: 
         prepared.base.model.model.layers[0].mlp.up_proj.weight.mul_(2)
     with pytest.raises(UnsupportedError, match="changed"), cache.serving(batch):
         pass
-
-
-@pytest.mark.parametrize(("text", "count"), [("4GiB", 2**32), ("500 MB", 5 * 10**8), ("1024", 1024), ("1.5k", 1500)])
-def test_sizes(text: str, count: int) -> None:
-    assert parse_bytes(text) == count
-
-
-def test_sizes_are_shown() -> None:
-    assert [shown_bytes(n) for n in (12, 1536, 3 * 2**30)] == ["12 B", "1.5 KiB", "3.0 GiB"]

@@ -57,6 +57,7 @@ class Method(ABC):
         name: registry key, file name, command-line word and documentation row.
         paper: where it was published.
         family: heading in the methods table.
+        table_order: where its row stands among its family's; rows that say nothing stand last, by name.
         recipe: training defaults.
         default_where: the places of the paper, as roles (`core/model/roles.py`) that hold for every architecture.
         needs_data: whether `attach` must be given batches to initialise from (`core/measure.py`).
@@ -66,6 +67,7 @@ class Method(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     family: ClassVar[str]
+    table_order: ClassVar[int] = 1000
     recipe: ClassVar[Recipe]
     default_where: ClassVar[str | tuple[str, ...]]
     needs_data: ClassVar[bool] = False

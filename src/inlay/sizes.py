@@ -1,0 +1,33 @@
+"""Amounts of memory as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_WRITTEN = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", re.IGNORECASE)
+_MOST = 2**80
+
+
+def bytes_of(text: str) -> int:
+    """``16GiB``, ``24 GB``, ``1.5k`` or ``1024`` as a number of bytes.
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    found = _WRITTEN.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is not an amount of memory: give a number and a unit, such as 16GiB or 500MB")
+    amount = float(found[1]) * _UNITS[found[2].lower()]
+    if amount >= _MOST:
+        raise ValueError(f"{text[:40]!r} is more memory than there is: give an amount such as 16GiB")
+    return round(amount)
+
+
+def told_bytes(amount: float) -> str:
+    """In the unit in which it is easiest to read, with three digits: ``3.42 GiB``."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(amount) >= size:
+            digits = 2 if abs(amount) < 10 * size else 1 if abs(amount) < 100 * size else 0
+            return f"{amount / size:.{digits}f} {unit}"
+    return f"{amount:.0f} B"

@@ -1,0 +1,49 @@
+"""Words of the command line, and of text in YAML, as the values that they stand for: lists, layers, places."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+MOST_LAYERS = 100_000  # in a range; beyond, a number was mistyped
+
+
+def listed(value: Any) -> Any:
+    """``a, b`` as a list; anything but text as it is."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def layers(value: Any) -> Any:
+    """``0-2,5`` as [0, 1, 2, 5], 3 as [3]; a list as it is.
+
+    Raises:
+        ValueError: a part that is neither a number nor a range.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if not isinstance(value, str):
+        return value
+    numbers: list[int] = []
+    for part in listed(value):
+        found = re.fullmatch(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last < first + MOST_LAYERS:
+            raise ValueError(f"layers {value!r}: {part!r} is not a number or a range such as 0-5")
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def places(value: Any) -> Any:
+    """Where a method goes, as `inlay.attach` takes it: a keyword, role or name; names (``a,b``); a pattern (``re:``).
+
+    Raises:
+        ValueError: what follows ``re:`` is not a regular expression.
+    """
+    if not isinstance(value, str):
+        return value
+    if value.startswith("re:"):
+        try:
+            return re.compile(value.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"where {value!r} is not a regular expression: {error}") from error
+    return listed(value) if "," in value else value

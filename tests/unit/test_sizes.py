@@ -1,0 +1,41 @@
+"""Amounts of memory, read and shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from inlay.sizes import bytes_of, told_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("16GiB", 2**34),
+        ("24 GB", 24 * 10**9),
+        ("16 G", 16 * 10**9),
+        ("1.5MiB", 3 * 2**19),
+        (" 500 mb ", 5 * 10**8),
+        ("1.5k", 1500),
+        ("100", 100),
+        ("0GiB", 0),
+    ],
+)
+def test_amounts(text: str, amount: int) -> None:
+    assert bytes_of(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "much", "16 H", "-3GB", "GiB", "1e3", "inf"])
+def test_amounts_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="is not an amount"):
+        bytes_of(text)
+
+
+def test_amounts_have_an_end() -> None:
+    with pytest.raises(ValueError, match="more memory than there is"):
+        bytes_of("9" * 400 + "GiB")
+
+
+def test_what_is_told() -> None:
+    told = [told_bytes(n) for n in (5, 1536, 3 * 2**20, 2**34, 200 * 2**30, 2**41)]
+    assert told == ["5 B", "1.50 KiB", "3.00 MiB", "16.0 GiB", "200 GiB", "2.00 TiB"]
+    assert all(bytes_of(told_bytes(n)) == pytest.approx(n, rel=0.01) for n in range(1, 10**7, 9973))
