@@ -145,6 +145,10 @@ class RunConfig(BaseModel):
         ),
     ] = "auto"
     trunk_cache_limit: Annotated[str, _says("Memory or disk that the trunk cache may take.")] = "4GiB"
+    plain: Annotated[
+        bool,
+        _says("Without fast paths: the model's own code and the methods' plain formulas, no packing, no trunk cache."),
+    ] = False
 
     @model_validator(mode="after")
     def _evaluates(self) -> Self:
@@ -160,6 +164,13 @@ class RunConfig(BaseModel):
                 f"compile cannot be combined with {' and '.join(beside)}: a graph knows nothing of where rows begin, "
                 "and keeps or recomputes what it needs by itself. Leave one of them out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _is_plain(self) -> Self:
+        fast = [*["packing"] * bool(self.packing), *["trunk_cache"] * (self.trunk_cache not in ("auto", "off"))]
+        if self.plain and fast:
+            raise ValueError(f"plain switches {' and '.join(fast)} off, which is asked for; leave one of them out")
         return self
 
     @field_validator("*", mode="before")

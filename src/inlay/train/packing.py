@@ -12,6 +12,7 @@ import torch
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.pieces import DeltaPiece, PromptPiece
 from inlay.core.errors import UnsupportedError
+from inlay.core.forward.wrappers import enabled, switched_off
 from inlay.core.labels import IGNORED
 from inlay.kernels import packed, trunk
 from inlay.train.config import RunConfig
@@ -50,6 +51,8 @@ def packs(config: RunConfig, task: str, model: Any, adapter: Adapter, rows: Data
     """
     if config.packing is False or config.compile:  # a graph does not know where rows begin
         return False
+    if not enabled("packing"):
+        return switched_off("packing", asked=bool(config.packing))
     try:
         _prepare(config, task, model, adapter, rows)
     except UnsupportedError as error:

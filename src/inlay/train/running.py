@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inlay.core.errors import BaseMismatchError, ConfigError, DataError, OutputError, UnsupportedError, problems
+from inlay.core.fast_paths import fast_paths
 from inlay.train.config import RunConfig
 from inlay.train.folder import RunFolder, write_beside, write_text
 from inlay.train.foresight import foresee
@@ -103,7 +104,8 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, pro
     folder.check(resume=resume, overwrite=overwrite)
     if resume and folder.finished:
         return RunResult.read(folder.result)
-    with listening() as request, folder.claimed(), quiet_libraries():
+    plainly = fast_paths(False) if config.plain else nullcontext()
+    with listening() as request, folder.claimed(), quiet_libraries(), plainly:
         prepared = prepare(config)
         if resume:
             check_identity(folder, prepared)

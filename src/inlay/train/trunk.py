@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import ConfigError, UnsupportedError
+from inlay.core.forward.wrappers import enabled, switched_off
 from inlay.core.model.view import ModelView
 from inlay.kernels import packed, trunk
 from inlay.kernels.trunk import Cut
@@ -99,6 +100,9 @@ def open_trunk(prepared: Prepared, say: Callable[[str], None]) -> TrunkCache | N
     """
     config = prepared.config
     if config.trunk_cache == "off":
+        return None
+    if not enabled("trunk-cache"):
+        switched_off("trunk-cache", asked=config.trunk_cache != "auto")
         return None
     folder = None if config.trunk_cache == "auto" else Path(config.trunk_cache).expanduser()
     passes = prepared.total_steps * config.batch_size * config.accumulate / max(len(prepared.train), 1)

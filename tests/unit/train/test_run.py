@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import inlay
-from inlay.core.errors import ConfigError, DataError, OutputError
+from inlay.core.errors import ConfigError, DataError, OutputError, UnsupportedError
 from inlay.train import RunConfig, RunResult, load_base, read_record, run
 from inlay.train.prepare import prepare
 from inlay.train.stop import Stopped
@@ -210,6 +211,29 @@ def test_gradient_checkpointing_changes_nothing(completions: Path, llama: Path, 
     spared = run(asked.changed(out=str(tmp_path / "b"), gradient_checkpointing=True), progress=False)
     for one, other in zip(metrics(plain), metrics(spared), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_plain_run_gives_the_same_without_fast_paths(completions: Path, llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    facts = json.loads((base / "config.json").read_text()) | {
+        "attention_dropout": 0.0
+    }  # whose masks are drawn otherwise
+    (base / "config.json").write_text(json.dumps(facts))
+    asked = config(completions, base, tmp_path / "fast", packing=False)  # which makes other batches
+    fast = run(asked, progress=False)
+    plain = run(asked.changed(out=str(tmp_path / "plain"), packing=None, plain=True), progress=False)
+    for one, other in zip(metrics(fast), metrics(plain), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    saved = RunConfig.read(plain.out / "run.yaml")
+    assert saved.plain and saved.packing is False and all(path.on for path in inlay.fast_paths().values())
+    with pytest.raises(ConfigError, match="plain switches packing off, which is asked for"):
+        asked.changed(plain=True, packing=True)
+    with (
+        inlay.fast_paths(False, "packing"),
+        pytest.raises(UnsupportedError, match="packing is asked for, but switched"),
+    ):
+        run(asked.changed(out=str(tmp_path / "asked"), packing=True), progress=False)
+    assert not (tmp_path / "asked").exists()
 
 
 def test_precision(completions: Path, llama: Path, tmp_path: Path) -> None:

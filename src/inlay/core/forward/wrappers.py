@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from inlay.core.errors import ConfigError, nearest, problems
+from inlay.core.errors import ConfigError, UnsupportedError, nearest, problems
 from inlay.core.model.view import ModelView
 
 Wrapper = Callable[..., Any]
@@ -85,6 +85,17 @@ def recognised(module: nn.Module, view: ModelView) -> list[str]:
 def enabled(name: str) -> bool:
     """Whether the fast path `name` is on."""
     return name not in OFF
+
+
+def switched_off(name: str, *, asked: bool) -> bool:
+    """What a run does about a fast path that is off: nothing (False), or it refuses because it was asked for.
+
+    Raises:
+        UnsupportedError: it was asked for by name.
+    """
+    if asked:
+        raise UnsupportedError(f"{name} is asked for, but switched off ({VARIABLE} or inlay.fast_paths); drop one")
+    return False
 
 
 def switched(on: bool, names: Iterable[str] = ()) -> frozenset[str]:
