@@ -184,7 +184,10 @@ class RunConfig(BaseModel):
     @field_validator("trunk_cache_limit")
     @classmethod
     def _is_a_size(cls, value: str) -> str:
-        bytes_of(value)
+        try:
+            bytes_of(value)
+        except ValueError as error:
+            raise ValueError(f"trunk_cache_limit {error}") from error
         return value
 
     @field_validator("where")

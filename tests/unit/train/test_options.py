@@ -110,7 +110,7 @@ def test_text_that_stands_for_a_list(name: str, text: Any, value: Any) -> None:
         ("layers", True, "layers is True"),
         ("where", "re:(", "is not a regular expression"),
         ("report_to", "nobody", "report_to.0 is 'nobody'"),
-        ("trunk_cache_limit", "much", "'much' is not an amount of memory"),
+        ("trunk_cache_limit", "much", "trunk_cache_limit 'much' is not an amount of memory"),
     ],
 )
 def test_text_that_stands_for_nothing(name: str, text: Any, said: str) -> None:

@@ -137,7 +137,7 @@ def test_it_is_bounded(completions: Path, steady: Path, tmp_path: Path) -> None:
     asked = upper(completions, steady, tmp_path / "run", trunk_cache_limit="1KiB", trunk_cache=str(tmp_path / "kept"))
     with pytest.raises(ConfigError, match="more than --trunk-cache-limit 1KiB"):
         run(asked, progress=False)
-    with pytest.raises(ConfigError, match="no size"):
+    with pytest.raises(ConfigError, match="trunk_cache_limit 'much' is not an amount of memory"):
         upper(completions, steady, tmp_path / "run", trunk_cache_limit="much")
 
 
