@@ -9,12 +9,34 @@ so `isinstance`, `state_dict`, parameter names, tied weights and name-based look
     root          the model itself: rows are checked, prompts computed and hidden, generation prepared
     checkpoint    a checkpointed layer recomputes under the route of its forward, and only where gradients flow
     weighing      attention whose input decides how much each prompt pair counts
-    positions     a learned or rotary position table, whose positions shift behind a prompt
+    positions     a learned position table, whose positions shift behind a prompt;  rotary: the other kind
     stack         an encoder that virtual tokens join;  pooler: its pooler, which must not see them
     source        the encoder of an encoder–decoder, in front of whose input the prompt stands
     parameters    names whose values an adapter may replace
 
 Fast paths (`inlay.kernels`) are features too; `core/forward/wrappers.py` lists all of them in order.
+
+An instance may carry a forward, before we come or from then on: accelerate's hooks, mixed precision, TRL's fused head.
+Where the subclass has a forward of ours it is in one of these states (▶ calls):
+
+    state            `forward` in __dict__   host.original_forward   module(…) runs
+    plain            -                       None                    ours ▶ the class's
+    own              -                       own                     ours ▶ own ▶ the class's
+    put later        later                   None                    later ▶ ours ▶ the class's
+    own, put later   later                   own                     later ▶ ours ▶ own ▶ the class's
+    let go           later                   (no host)               later ▶ ours, which steps aside ▶ the class's, or
+                                                                     own, kept for that as `_inlay_forward`
+
+    adopt, for the first time       what the instance has becomes *own*; none: *plain*
+    adopt again                     the state stays, whatever adapters come and go
+    module.forward = f              *put later*; an earlier one is f's own affair. At the root f is entered with the
+                                    prompts (`_patched`), because it may be meant to replace the model's own
+    … = ours, or the class's        *put back*: takes away what was put later, else own; the class's at the root is
+                                    an f like any other
+    release                         own returns to `forward`; with a later one: *let go*, which adopt takes for own
+
+A subclass without a forward of ours (checkpoint, parameters, tables that are more than an `nn.Embedding`) leaves the
+instance's where it is.
 """
 
 from __future__ import annotations
@@ -48,22 +70,33 @@ def adopt(host: Host, features: frozenset[str]) -> None:
         module.__dict__["_inlay_host"] = host
     if not features - {"attention"} and not parameters:
         return
-    # A forward set on the instance before (accelerate's hooks) is called through the host; one set since calls ours.
-    if module.__dict__.get("_inlay_forward") is host.original_forward:
-        module.__dict__.pop("_inlay_forward", None)
-    later = module.__dict__.pop("forward", None)
-    if later is not None and not asked:
-        host.original_forward = later
-    if later is host.original_forward:
-        later = None
+    original: Any = host.original_class
+    made = _subclass(original, features, parameters)
+    later = None
+    if _made_here(made.forward):
+        later = _take_forward(host, asked=asked)
     if "checkpoint" in features:
         function = module.__dict__.pop(CHECKPOINTS_BY, None)
         if function is not None:
             module.__dict__["_inlay_checkpoint"] = function
-    original: Any = host.original_class
-    module.__class__ = _subclass(original, features, parameters)
+    module.__class__ = made
     if later is not None:
         module.forward = later
+
+
+def _take_forward(host: Host, *, asked: bool) -> Any:
+    """Take the instance's own forward to the host; what was put there later is returned, to be put there again.
+
+    Args:
+        asked: whether ours was there before, so that what is found was put there later, unless it is the host's.
+    """
+    held = host.module.__dict__
+    if asked and held.get("_inlay_forward") is host.original_forward:
+        held.pop("_inlay_forward", None)
+    found = held.pop("forward", None)
+    if not asked:
+        host.original_forward = found
+    return None if found is host.original_forward else found
 
 
 def release(host: Host) -> None:
@@ -72,7 +105,17 @@ def release(host: Host) -> None:
     module.__dict__.pop("_inlay_host", None)
     if not getattr(type(module), "inlay_adapted", False):
         return
+    asked = _made_here(type(module).forward)
     module.__class__ = host.original_class
+    if asked:
+        _put_forward_back(host)
+    function = module.__dict__.pop("_inlay_checkpoint", None)
+    if function is not None:
+        module.__dict__[CHECKPOINTS_BY] = function
+
+
+def _put_forward_back(host: Host) -> None:
+    module = host.module
     later: Any = module.__dict__.pop("forward", None)
     if _made_here(later):
         later = getattr(later.__func__, "given", None)  # or somebody has put the module's own forward back
@@ -80,9 +123,6 @@ def release(host: Host) -> None:
         module.__dict__["forward"] = later
     if host.original_forward is not None:
         module.__dict__["forward" if later is None else "_inlay_forward"] = host.original_forward
-    function = module.__dict__.pop("_inlay_checkpoint", None)
-    if function is not None:
-        module.__dict__[CHECKPOINTS_BY] = function
 
 
 def exchange(module: nn.Module, cls: type[nn.Module]) -> Callable[[], None]:
@@ -112,8 +152,10 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
         "__doc__": cls.__doc__,
     }
     bases: tuple[type, ...] = (cls,)
-    if features & {"forward", *wrappers.ORDER}:
-        body["forward"] = _forward(cls)
+    moves = "positions" in features and cls is nn.Embedding
+    asks = moves or bool(features & {"forward", *wrappers.ORDER})
+    if asks:
+        body["forward"] = _forward(cls, moves=moves)
         body["__setattr__"] = _set_attribute(cls, root="root" in features)
     if "root" in features and hasattr(cls, "generate"):
         body["generate"] = _generate(cls)
@@ -121,12 +163,13 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
         body["enable_input_require_grads"] = _leave_embeddings
     if "checkpoint" in features:
         body[CHECKPOINTS_BY] = property(_checkpoint_function, _set_checkpoint_function)
-    if "positions" in features:
-        # Between the class and nn.Embedding, so that an offset which a subclass adds is added first.
-        bases = (ShiftedPositions,) if cls is nn.Embedding else (cls, ShiftedPositions)
+    if "positions" in features and not moves:
+        bases = (cls, ShiftedPositions)  # between the two, so that an offset which a subclass adds is added first
     body |= {name: property(functools.partial(_parameter, name)) for name in parameters}
-    made: type[nn.Module] = type(cls.__name__, bases, body)
-    return made
+    made: Any = type(cls.__name__, bases, body)
+    if asks:  # transformers' layers wrap every subclass's forward, so that is the one to know again
+        made.forward.itself = made.forward
+    return made  # type: ignore[no-any-return]
 
 
 def _parameter(name: str, module: nn.Module) -> Tensor | None:
@@ -134,7 +177,13 @@ def _parameter(name: str, module: nn.Module) -> Tensor | None:
     return host.parameter(name)
 
 
-def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
+def _forward(cls: type[nn.Module], *, moves: bool) -> Callable[..., Any]:
+    """Ours for a class.
+
+    Args:
+        moves: whether what enters are positions, which a prompt moves for all that stands inside.
+    """
+
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         host: Host | None = self.__dict__.get("_inlay_host")
@@ -143,12 +192,13 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
             return self.__dict__.get("_inlay_forward", inner)(*args, **kwargs)
         if host.original_forward is not None:
             inner = host.call_original
+        if moves:
+            args = (_moved(host, args[0]), *args[1:])
         for name, wrap in host.wrappers:
             if name not in wrappers.OFF:
                 inner = functools.partial(wrap, host, inner)
         return host.run(inner, args, kwargs) if "forward" in host.features else inner(*args, **kwargs)
 
-    forward.itself = forward  # type: ignore[attr-defined]
     return forward
 
 
@@ -275,16 +325,24 @@ def _layer(function: Any) -> nn.Module | None:
 
 
 class ShiftedPositions(nn.Embedding):
-    """A learned position table that counts the positions of a prompt too."""
+    """What a position table that is more than an `nn.Embedding` calls as its `super().forward`."""
 
     def forward(self, positions: Tensor) -> Tensor:
-        host: Host = self.__dict__["_inlay_host"]
-        moved = prompting.shift(host, positions)
-        if moved is not positions and moved.device.type == "cpu" and not torch.compiler.is_compiling():
-            last = int(moved.max())
-            if last >= self.num_embeddings:
-                raise UnsupportedError(
-                    f"a prompt and its text reach position {last}, but {host.path} ends at {self.num_embeddings - 1}: "
-                    "shorten the text or the prompt"
-                )
-        return super().forward(moved)
+        return super().forward(_moved(self.__dict__["_inlay_host"], positions))
+
+
+def _moved(host: Host, positions: Tensor) -> Tensor:
+    """A table's positions, behind the prompt.
+
+    Raises:
+        UnsupportedError: the table is too short for them; on the CPU, where looking costs nothing.
+    """
+    moved = prompting.shift(host, positions)
+    if moved is not positions and moved.device.type == "cpu" and not torch.compiler.is_compiling():
+        last, size = int(moved.max()), host.module.num_embeddings
+        if last >= size:  # type: ignore[operator]
+            raise UnsupportedError(
+                f"a prompt and its text reach position {last}, but {host.path} ends at {size - 1}: "  # type: ignore[operator]
+                "shorten the text or the prompt"
+            )
+    return moved

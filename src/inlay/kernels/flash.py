@@ -8,9 +8,15 @@ pass in float32 over what is in half precision:
     P = softmax(scale · Q Kᵀ)      dV = Pᵀ dO      dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ))      dQ = dS K      dK = dSᵀ Q
 
 Queries before a block's last key are all that a causal block touches, so half the work is left out as in the kernel.
-It acts inside the attention modules of attached models, on calls of `scaled_dot_product_attention` that the kernel
-would have taken. Calls with dropout, which no kernel of torch's takes on a CPU, run its formula with the masks of
-`dropout.py`; every other call is torch's own.
+It acts inside the attention modules of attached models only, and there every call of `scaled_dot_product_attention`
+takes one of three ways:
+
+    `applies`    BlockedBackward   what the kernel would have taken: bfloat16 on a CPU, no dropout, gradients wanted
+    `drops`      with_dropout      its formula with the masks of `dropout.py`: no kernel for a CPU has dropout
+    neither      torch's own
+
+These two functions are the whole decision. They look at the call alone, never at the model, so a call that is allowed
+where it should not be is mended there.
 """
 
 from __future__ import annotations

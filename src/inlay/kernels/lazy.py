@@ -1,4 +1,15 @@
-"""A tensor that is computed when something looks at it."""
+"""A tensor that is computed when something looks at it.
+
+    state      `_value`             `_numbers`          who has looked, and through what
+    made       -                    -                   nobody; size, dtype, device and the like are told (`_KNOWN`)
+    numbers    -                    without a graph     code beneath Python: `__torch_dispatch__` → `numbers()`
+    value      with its own graph   -                   Python's functions: `__torch_function__` → `value()`
+
+A state is left downwards only. Beneath Python, gradients go through this tensor's own node (`_Place`), which computes
+the function again in its backward pass; a value brings its own graph and goes around that node. Numbers that somebody
+beneath Python has written in place cannot become a value: that is an error. Both are computed under the `Mode` in which
+the tensor was made, whoever looks.
+"""
 
 from __future__ import annotations
 

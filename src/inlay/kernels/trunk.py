@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.pieces import PromptPiece
 from inlay.core.errors import UnsupportedError
+from inlay.core.forward.call import cache_among
 from inlay.core.forward.host import Host
 from inlay.core.hosts import hosts_of
 from inlay.core.model.view import ModelView
 
 FEATURE = "trunk-cache"
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def trunk(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     entering = args[0] if args else next(iter(kwargs.values()))
     # Who only tries something may call the model with a part of the batch; that part is computed.
     whole = asked.states is not None and asked.states.shape[:2] == entering.shape[:2]
-    if whole and all(kwargs.get(name) is None for name in _CACHES):
+    if whole and cache_among((*args, *kwargs.values())) is None:
         beside = _BESIDE.get(host.module)
         return asked.states if beside is None else (asked.states, *[None] * beside)
     out = inner(*args, **kwargs)

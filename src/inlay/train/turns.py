@@ -3,6 +3,15 @@
 Threads are used for their stacks, not for speed: a training loop that somebody else wrote can so be left between two
 steps and gone on with later. Whatever such a loop keeps in the process instead of in itself is put away when its
 turn ends and put back when the next begins: the random states, and accelerate's state of the gradients.
+
+    order      0 1           1 0           0 1          1
+    thread 0   ═══ pass_on ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄ ═══ leave          ═ runs   ┄ waits in `take`
+    thread 1   ┄┄┄┄┄┄┄┄┄┄┄┄┄ ═══ pass_on ┄┄┄┄┄┄┄┄┄┄┄┄ ═══
+    in force   ambient 0     ambient 1     ambient 0    ambient 1
+
+The first of `order` runs and all others wait, so nothing else here needs a lock. What is in force belongs to the one
+who runs; `ambient` holds that of each of the others. Who has taken a turn must leave in a turn of its own, whatever it
+raises, or the others wait for ever (`several.py`, `_run`).
 """
 
 from __future__ import annotations

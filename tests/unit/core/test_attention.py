@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.core.prompts.prefix_attention import fused, fusible, naive
+from inlay.testing.models import ZOO
 
 
 @dataclass(frozen=True)
@@ -236,3 +237,48 @@ def test_attention_sinks_are_refused() -> None:
     inlay.attach(model, inlay.PrefixTuning(length=2, projection=None))
     with pytest.raises(inlay.UserError, match="sinks"):
         model(input_ids=torch.ones((1, 3), dtype=torch.long))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt2", "t5"])
+def test_prefixes_under_autocast(name: str, cached: bool) -> None:
+    """Where a rotary embedding widens queries and keys but not values, `fused` is as exact as `naive`."""
+    specimen = ZOO[name]
+    batch = specimen.batch(rows=2, seed=0)
+
+    def computed(*, fast: bool, casts: bool) -> list[Tensor]:
+        model: Any = specimen.build()
+        torch.manual_seed(0)
+        adapter = inlay.attach(model, inlay.PrefixTuning(length=3))
+        with inlay.fast_paths(fast), torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            out = model(**batch, use_cache=cached)
+        out.loss.backward()
+        return [out.logits.detach().float(), *(p.grad for p in adapter.parameters() if p.grad is not None)]
+
+    exact = computed(fast=False, casts=False)
+    assert len(exact) > 1
+    for one, other, true in zip(computed(fast=True, casts=True), computed(fast=False, casts=True), exact, strict=True):
+        assert float((one - true).norm()) <= 1.5 * float((other - true).norm()) + 1e-3 * float(true.norm())
+
+
+@torch.no_grad()
+def test_a_delta_at_a_table_of_positions_sees_the_moved_ones() -> None:
+    """A prompt in front of the text moves what is looked up there, whatever else stands at the table."""
+    specimen = ZOO["gpt2"]
+    batch = {k: v for k, v in specimen.batch(rows=2, seed=0).items() if k != "labels"}
+    table = "transformer.wpe"
+
+    def attach(model: Any, *names: str) -> Any:
+        for name in names:
+            torch.manual_seed(0)
+            method = inlay.LoRA(rank=2) if name == "delta" else inlay.PromptTuning(length=3)
+            adapter = inlay.attach(model, method, where=[table] if name == "delta" else None, name=name)
+            for parameter in adapter.parameters():
+                parameter.normal_(0, 0.1)
+        return model
+
+    alone = {name: attach(specimen.build(), name)(**batch).logits for name in ("delta", "prompt")}
+    model = attach(specimen.build(), "delta", "prompt")
+    for name, expected in alone.items():
+        with inlay.use(model, name):
+            torch.testing.assert_close(model(**batch).logits, expected)

@@ -146,3 +146,77 @@ def test_mixed_precision_by_accelerate(name: str) -> None:
     assert apart < 5e-3 * specimen.logits(expected).var()
     out.loss.backward()
     assert all(p.grad is not None for p in inlay.adapters(model)["default"].parameters())
+
+
+# Modules in which we have something to say by other means than a forward of ours, and position tables of both kinds.
+PLACES = [
+    ("llama", "model", LoRA(rank=2), "attention"),
+    ("llama", "model.layers.0", LoRA(rank=2), "attention"),
+    ("llama", "model.layers.1.mlp.down_proj", inlay.TopLayers(top=1), None),
+    ("gpt2", "transformer.wpe", inlay.PrefixTuning(length=3), None),
+    ("opt", "model.decoder.embed_positions", inlay.PrefixTuning(length=3), None),
+]
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["put later", "own"])
+@pytest.mark.parametrize(("name", "path", "method", "where"), PLACES, ids=[path for _, path, *_ in PLACES])
+@torch.no_grad()
+def test_a_forward_runs_in_every_host(name: str, path: str, method: Any, where: Any, before: bool) -> None:
+    specimen, called = ZOO[name], list[str]()
+    batch = {k: v for k, v in specimen.batch(rows=2, seed=0).items() if k != "labels"}
+    plain, model, expected = specimen.build(), specimen.build(), specimen.build()
+
+    def attach(to: Any) -> None:
+        for number in (0, 1):
+            torch.manual_seed(number)
+            adapter = inlay.attach(to, method, where=where, name=f"a{number}")
+            for parameter in adapter.parameters():
+                parameter.normal_(0, 0.1)
+
+    def same(route: Any, other: Any) -> None:
+        called.clear()
+        with inlay.use(model, route):
+            out = model(**batch).logits
+        assert called == ["here"]
+        torch.testing.assert_close(out, other(**batch).logits)
+
+    def put() -> None:
+        module = model.get_submodule(path)
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: (called.append("here"), forward(*args, **kwargs))[1]
+
+    if before:
+        put()
+    attach(model)
+    if not before:
+        put()
+    attach(expected)
+    for route in ("a0", "a1"):
+        with inlay.use(expected, route):
+            same(route, expected)
+    inlay.detach(model, "a1")
+    with inlay.use(expected, "a0"):
+        same("a0", expected)
+    inlay.detach(model, "a0")
+    called.clear()
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
+    assert called == ["here"]
+    held = {n: set(m.__dict__) ^ set(plain.get_submodule(n).__dict__) for n, m in model.named_modules()}
+    assert {n: names for n, names in held.items() if names} == {path: {"forward"}}
+
+
+def test_a_layers_hooks_taken_off_are_gone(model: Any, batch: dict[str, Tensor]) -> None:
+    """Transformers wraps the forward of every class of layers again, ours too."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    adapted(model)
+    expected = model(**batch).logits
+    add_hook_to_module(model.model.layers[0], ModelHook())
+    adapted(model, "other")
+    with inlay.use(model, "default"):
+        torch.testing.assert_close(model(**batch).logits, expected)
+    remove_hook_from_module(model.model.layers[0])
+    inlay.detach(model, "other")
+    torch.testing.assert_close(model(**batch).logits, expected)
+    inlay.detach(model, "default")
+    torch.testing.assert_close(model(**batch).logits, LLAMA.build()(**batch).logits)

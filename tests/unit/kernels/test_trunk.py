@@ -93,9 +93,10 @@ def test_random_parts_below_the_cut_are_named() -> None:
     assert trunk.random_parts(model, cut) == ["bert.encoder.layer.0.output.dropout"]
 
 
-def test_a_kept_cache_is_never_left_with_holes() -> None:
-    """Where the model keeps keys and values, blocks compute as ever."""
-    model, adapter, batch = attached("llama", layers=[1])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "bloom"])
+def test_a_kept_cache_is_never_left_with_holes(name: str) -> None:
+    """Where the model keeps keys and values, blocks compute as ever, however the cache is passed to them."""
+    model, adapter, batch = attached(name, layers=[1])
     cut = trunk.find_cut(model, adapter, batch)
     trunk.open_cut(model, cut)
     states = trunk.states_of(model, cut, batch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -73,3 +75,12 @@ class Call:
 def is_below(path: str, ancestor: str) -> bool:
     """Whether the module at `path` is the one at `ancestor` or inside it."""
     return ancestor == "" or path == ancestor or path.startswith(ancestor + ".")
+
+
+def cache_among(given: Iterable[Any]) -> Any | None:
+    """The cache of earlier keys and values among a forward's arguments.
+
+    Found by what it can do: architectures pass it by position and under several names, and transformers has renamed
+    it (`past_key_values` until 5.23, `cache` from 5.24).
+    """
+    return next((value for value in given if hasattr(value, "get_seq_length")), None)

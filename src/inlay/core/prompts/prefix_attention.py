@@ -122,7 +122,7 @@ def fused(
     repeat = query.shape[1] // key.shape[1]
     text = for_flash(module, query, key, value, mask, kwargs)
     rows = [r for r, *_ in prefixes]
-    pairs = [t.repeat_interleave(repeat, 0) for _, k, v, _ in prefixes for t in (k, v)]
+    pairs = [t.to(query.dtype).repeat_interleave(repeat, 0) for _, k, v, _ in prefixes for t in (k, v)]
     out = MergedAttention.apply(query, *text, scale, rows, *pairs)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2)  # type: ignore[no-any-return]
 
@@ -130,11 +130,15 @@ def fused(
 def for_flash(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """The text's keys and values, repeated for grouped heads, its additive mask, and whether it is causal."""
+    """The text's keys and values, repeated for grouped heads, its additive mask, and whether it is causal.
+
+    All have the queries' dtype, as the kernel demands: under autocast a rotary embedding widens queries and keys only.
+    """
     causal = mask is None and _is_causal(module, query.shape[2], kwargs) and kwargs.get("position_bias") is None
     added = None
     if not causal and (mask is not None or kwargs.get("position_bias") is not None):
         added = _additive(module, query, key, mask, kwargs).to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+    key, value = key.to(query.dtype), value.to(query.dtype)
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from inlay.core.errors import UnsupportedError
+from inlay.core.forward.call import cache_among
 from inlay.core.labels import IGNORED
 from inlay.core.model.site import Site
 
@@ -36,8 +37,8 @@ def span_of(given: dict[str, Any], rows: int, tokens: int, prompt: int | None = 
     Raises:
         UnsupportedError: the mask is not of shape (rows, tokens).
     """
-    mask, labels, cache = given.get("attention_mask"), given.get("labels"), given.get("past_key_values")
-    past = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
+    mask, labels, cache = given.get("attention_mask"), given.get("labels"), cache_among(given.values())
+    past = 0 if cache is None else cache.get_seq_length()
     device = next((v.device for v in given.values() if isinstance(v, Tensor)), None)
     if past:
         return torch.zeros(rows, 2, dtype=torch.long, device=device)
