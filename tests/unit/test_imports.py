@@ -151,6 +151,12 @@ def test_imports_inside_a_room_point_one_way() -> None:
     assert against == []
 
 
+def test_the_bottom_of_the_core_imports_nothing_of_it() -> None:
+    imported = files_imported()
+    core = {file: {t for t in imported[f"{file}.py"] if t.startswith("core/")} for file in sorted(BOTTOM)}
+    assert {file: targets for file, targets in core.items() if targets - {"core/errors.py"}} == {}
+
+
 def test_every_folder_of_the_core_has_a_row() -> None:
     folders = {f"core/{path.name}" for path in (SOURCE / "core").iterdir() if any(path.glob("*.py"))}
     assert folders == {folder for folder in INSIDE if folder.startswith("core/")}

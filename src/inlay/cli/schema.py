@@ -83,8 +83,7 @@ def _settings(cls: Any) -> dict[str, Any]:
 
 def _form(hint: Any) -> dict[str, Any]:
     """The schema of a type; only its outermost part where it holds methods."""
-    from pydantic import TypeAdapter
-    from pydantic.errors import PydanticSchemaGenerationError
+    from pydantic import PydanticSchemaGenerationError, TypeAdapter
 
     try:
         made = TypeAdapter(hint).json_schema()
