@@ -116,7 +116,7 @@ def test_single_files(tmp_path: Path) -> None:
     save_file({"block.v.multi_lora_b": torch.ones(4, 1)}, tmp_path / "t.safetensors")
     assert describe(tmp_path / "t.safetensors")["method"] == "ia3"
     save_file({"block.v": torch.ones(4, 1)}, tmp_path / "other.safetensors")
-    with pytest.raises(AdapterFileError, match="holds neither"):
+    with pytest.raises(AdapterFileError, match="has neither"):
         describe(tmp_path / "other.safetensors")
 
 

@@ -134,7 +134,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     cases = {
         "is missing": {f"{query}.lora_A": (2, 32)},
         "is stored, but nothing here takes it": whole | {"decoder.lora_A": (2, 32)},
-        "only a part was trained": whole | {f"{query}.bias": (32,)},
+        "only a part of": whole | {f"{query}.bias": (32,)},
         "which parts of it are adapted": {f"{query}.lora_A": (4, 32), f"{query}.lora_B": (32, 2)},
         "neither loralib's lora_A": {"classifier.weight": (3, 32)},
         "none of its layers is in this model": {"h.0.lora_A": (2, 32), "h.0.lora_B": (32, 2)},

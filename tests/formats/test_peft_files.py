@@ -175,7 +175,7 @@ def cut(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     [
         ({"target_modules": ["q_proj", "v_prj"]}, "'v_prj' matches no module of this model"),
         ({"target_modules": "nothing.*"}, "matches no module of this model"),
-        ({"target_modules": "(q_proj"}, "is no regular expression"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"exclude_modules": ["k_prj"]}, "fit this model: exclude_modules: 'k_prj'"),  # said once
         ({"layers_to_transform": [0, 7]}, "no adapted layer has the number 7"),
         ({"rank_pattern": {"up_proj": 3}}, "rank_pattern: 'up_proj' fits none of the adapted modules"),
@@ -287,7 +287,7 @@ def test_an_older_adapter_of_ours_is_not_read_in_the_place_of_a_new_one(tmp_path
     there = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
     with torch.no_grad():
         next(adapter.parameters()).add_(1)
-    with pytest.raises(OutputError, match="with other values, which loading the folder would find first"):
+    with pytest.raises(OutputError, match="with other values, which would be loaded instead of it"):
         inlay.save(model, "default", tmp_path, format="peft")
     assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == there
 

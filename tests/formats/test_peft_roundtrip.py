@@ -182,7 +182,7 @@ def test_a_prefix_in_front_of_a_tagger(tmp_path: Path) -> None:
     """PEFT counts the text's positions from the prefix's end, also in an encoder."""
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="TOKEN_CLS")
     peft.get_peft_model(tagger(), config).save_pretrained(tmp_path)
-    with pytest.raises(AdapterFileError, match="moves an encoder's text on by its length"):
+    with pytest.raises(AdapterFileError, match="shifts the positions of an encoder's text"):
         inlay.load(tagger(), tmp_path)
 
 

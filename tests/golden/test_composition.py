@@ -428,7 +428,7 @@ def test_configuration() -> None:
         build_method("stack", {"methods": [{"method": "lorra"}]})
     with pytest.raises(ConfigError, match="rank='x'"):
         build_method("stack", {"methods": [{"method": "lora", "rank": "x"}]})
-    with pytest.raises(ConfigError, match="1 methods and 2 weights"):
+    with pytest.raises(ConfigError, match="1 methods but 2 weights"):
         build_method("average", {"methods": [{"method": "lora"}], "weights": [1, 2]})
     with pytest.raises(ConfigError, match="not methods"):
         Stack(LoRA)  # type: ignore[arg-type]

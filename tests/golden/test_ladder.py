@@ -160,7 +160,7 @@ def test_tags_do_not_hide_the_tokens_they_are_for() -> None:
 
 def test_side_attention_where_it_is_not_exact() -> None:
     for name in ("llama", "llama-classifier", "t5", "deberta-v2", "bloom"):
-        with pytest.raises(UnsupportedError, match="known to read both ways"):
+        with pytest.raises(UnsupportedError, match="known to be bidirectional"):
             inlay.attach(ZOO[name].build(), LadderSideTuning(attention=True))
     alone = inlay.attach(ZOO["bert"].build(), LadderSideTuning(reduction=4, attention=False))
     assert not any(key.endswith("/query") for key in alone.tensors())

@@ -235,7 +235,7 @@ def test_refusals() -> None:
     model = ZOO["llama"].build()
     for method, words in (
         (LoftQ(bits=None), "not quantised"),
-        (LoftQ(rank=4000), "more than a side"),
+        (LoftQ(rank=4000), "larger than a side"),
         (LoftQ(bits_pattern={"no.such": 2}), "fits none"),
     ):
         with pytest.raises(UserError, match=words):

@@ -1,4 +1,4 @@
-"""Adapters in and out of files: inlay's own format here, the ecosystem's beside it."""
+"""Saving and loading adapters: inlay's own format, and those of other libraries."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ FORMATS = ("native", "peft")
 
 
 def save(model: nn.Module, name: str, folder: str | Path, *, format: str = "native") -> Path:
-    """Write adapter `name` to `folder`; the folder may hold other files, which are left alone.
+    """Write adapter `name` to `folder`; other files in the folder are left alone.
 
     Args:
         format: ``native``, or ``peft`` for Hugging Face PEFT's files.
 
     Raises:
         AdapterNameError: there is no such adapter.
-        UnsupportedError: the adapter has no counterpart in the format; it says what has none.
-        OutputError: the folder cannot be written, or would be read as another adapter that is there already; what
-            was there before is still there.
+        UnsupportedError: the adapter cannot be expressed in the format; the message says what has no counterpart.
+        OutputError: the folder cannot be written, or has another adapter that would be read in this one's place.
+            What was there before is still there.
     """
     from inlay.formats import native, peft
 
@@ -32,14 +32,14 @@ def save(model: nn.Module, name: str, folder: str | Path, *, format: str = "nati
     roster = roster_of(model)
     if roster.merged is not None:
         raise UnsupportedError(
-            f"adapter {roster.merged.name!r} is merged into the base; unmerge() before saving adapters"
+            f"adapter {roster.merged.name!r} is merged into the base; call unmerge() before saving adapters"
         )
     adapter = roster.require(name)
     if format == "native":
         return native.write(model, adapter, Path(folder))
     if native.recognises(Path(folder)) and not native.holds(Path(folder), adapter):
         raise OutputError(
-            f"{folder} holds an adapter of inlay's own with other values, which loading the folder would find first; "
+            f"{folder} has an adapter in inlay's own format with other values, which would be loaded instead of it; "
             "choose another folder, or remove it"
         )
     return peft.write(model, adapter, Path(folder))
@@ -55,29 +55,32 @@ def load(
     alpha: float | None = None,
     task: int | None = None,
 ) -> Adapter:
-    """Attach the adapter stored in `folder`; it is active, and frozen unless `trainable`.
+    """Attach the adapter stored in `folder`. It becomes the active one, and is frozen unless `trainable`.
 
     The format is recognised by the files: inlay's own, Hugging Face PEFT's, AdapterHub's; a single file
     (``.safetensors``, ``.pt``, ``.bin``) is loralib's or t-few's.
 
     Args:
-        name: the name to attach it under; the one it was saved under where None (``default`` where it had none).
-        allow_pickle: also read tensors from a foreign pickle (with `weights_only`, so that no code of it runs).
-        alpha: of a LoRA in a single file, which does not say it.
-        task: number of a multitask prompt in a file of PEFT's that holds several.
+        name: the name to attach it under; None means the name it was saved under, or ``default`` if it has none.
+        allow_pickle: also read tensors from another library's pickle (with `weights_only`, so that none of its code
+            runs).
+        alpha: alpha of a LoRA in a single file, which does not contain it.
+        task: number of a multitask prompt in one of PEFT's files that has several.
 
     Raises:
-        AdapterFileError: the file is missing, cut short, changed, or holds tensors that do not fit.
-        BaseMismatchError: it was trained on another base. In every case the model is as it was.
+        AdapterFileError: the file is missing, truncated or changed, or its tensors do not fit this model.
+        BaseMismatchError: it was trained on another base. Whatever is raised, the model is unchanged.
     """
     from inlay.formats import adapterhub, loralib, native, peft
 
     path = Path(folder)
     kind = format_of(path)
     if alpha is not None and kind != "tensors":
-        raise ConfigError("alpha is only given for a single file that does not say it; this adapter says its own")
+        raise ConfigError(
+            "alpha is only for single files, which do not contain it; leave it out, this adapter has its own"
+        )
     if task is not None and kind != "peft":
-        raise ConfigError("task is only given for PEFT's multitask prompts; this file holds one adapter")
+        raise ConfigError("task is only for PEFT's multitask prompts; this file has one adapter, so leave it out")
     match kind:
         case "tensors":
             return loralib.read(model, path, name=name, trainable=trainable, allow_pickle=allow_pickle, alpha=alpha)
@@ -92,7 +95,7 @@ def format_of(path: Path) -> str:
     """How an adapter is stored: ``native``, ``peft``, ``adapterhub``, or ``tensors`` for a single foreign file.
 
     Raises:
-        AdapterFileError: there is nothing, or a configuration that cannot be read.
+        AdapterFileError: nothing is there, or a configuration that cannot be read.
     """
     from inlay.formats import adapterhub, native, peft
 
@@ -108,5 +111,5 @@ def format_of(path: Path) -> str:
         return "adapterhub"
     below = sorted(p.parent.name for p in path.glob(f"*/{peft.FILE}")) if path.is_dir() else []
     if below and not (path / native.FILE).exists():
-        raise AdapterFileError(f"{path}: holds several adapters ({', '.join(below)}); name the folder of one of them")
+        raise AdapterFileError(f"{path}: holds several adapters ({', '.join(below)}); give the folder of one of them")
     return "native"

@@ -1,17 +1,17 @@
 """AdapterHub's files: `adapter_config.json` with the architecture under ``config``, and the tensors by module.
 
-    <layer>.attention.output.adapters.<name>.adapter_down.0.weight      BERT and its kin: behind attention,
-    <layer>.output.adapters.<name>.adapter_up.weight                    behind the feed-forward
+    <layer>.attention.output.adapters.<name>.adapter_down.0.weight      BERT and its kin: after attention,
+    <layer>.output.adapters.<name>.adapter_up.weight                    after the feed-forward
     <layer>.attention_adapters.adapters.<name>…, <layer>.output_adapters.adapters.<name>…     other models
     <linear>.loras.<name>.lora_A (r, in), lora_B (out, r)               LoRA; with ``scale``, lora_B alone: (IA)³
     …prefix_tunings.<name>.<place>.wte.weight, control_trans.0.…, .2.…  prefix tuning with its projection
     prompt_tuning.base_model.prompt_tuning.<name>.prompt_embedding.weight
 
-What is read is what inlay computes in the same way. AdapterHub's sequential adapter (`SeqBnConfig`) reads the norm of
-its input plus the residual, s + A(norm(s)) in front of that very norm, or s + A(s) at the end of the layer where the
-norm comes first: Pfeiffer at other places. Its parallel adapter reads the residual stream, and its prefix leaves a
-decoder's positions where they are; where that is not what the method computes here, it is refused by name. A
-prediction head is a file of its own there and is not read.
+Only what inlay computes in the same way is read. AdapterHub's sequential adapter (`SeqBnConfig`) reads the norm of its
+input plus the residual: s + A(norm(s)) in front of that norm, or s + A(s) at the end of the layer if the norm comes
+first. That is Pfeiffer at other places. Its parallel adapter reads the residual stream, and its prefix does not shift a
+decoder's positions; where the method here computes something else, the adapter is refused and the message names the
+difference. Prediction heads are files of their own there and are not read.
 """
 
 from __future__ import annotations
@@ -36,14 +36,20 @@ from inlay.formats.exchange import CRASHES, Entry, Reading, restore
 from inlay.formats.peft.config import FILE, Config, read_config
 
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
-POST_NORM = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")  # whose feed-forward reads the residual itself
-# What AdapterHub's forwards hand to the adapter behind the feed-forward: the norm that follows the sum, or none.
+POST_NORM = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "electra",
+    "distilbert",
+)  # their feed-forward reads the residual itself
+# What AdapterHub's forwards pass to the adapter after the feed-forward: the norm that follows the sum, or none.
 NORM_BEHIND = ("bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2", "bert-generation", "distilbert",
                "bart", "plbart")  # fmt: skip
 NO_NORM_BEHIND = ("gpt2", "gptj", "llama", "mistral", "mbart", "t5", "mt5", "whisper")
 NORMS = {"output_adapters": ("output_layer_norm", "final_layer_norm"),
          "attention_adapters": ("sa_layer_norm", "self_attn_layer_norm")}  # fmt: skip
-PROMPTED = ("llama", "mistral")  # whose prompt enters behind the embedding, so that its tokens have positions
+PROMPTED = ("llama", "mistral")  # models whose prompt enters after the embedding, so that its tokens have positions
 TRAINING = ("dropout", "init_weights", "architecture", "stochastic_depth", "dtype", "leave_out", "is_parallel")
 BOTTLENECK = {"down": "adapter_down.0.weight", "down_bias": "adapter_down.0.bias", "up": "adapter_up.weight",
               "up_bias": "adapter_up.bias"}  # fmt: skip
@@ -64,7 +70,7 @@ def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, a
     hub = Hub(config, ModelView(model), archive, str(whole.get("name", "")))
     width = whole.get("hidden_size")
     if isinstance(width, int) and width != hub.view.hidden_size:
-        config.wrong.append(f"hidden_size is {width}, and this model's is {hub.view.hidden_size}: another base")
+        config.wrong.append(f"hidden_size is {width}, but this model's is {hub.view.hidden_size}: another base")
     architecture = config.get("architecture") or "bottleneck"
     if architecture not in READERS:
         raise AdapterFileError(
@@ -85,7 +91,7 @@ def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, a
 
 @dataclass(frozen=True)
 class Hub:
-    """What a reader needs."""
+    """What every reader gets."""
 
     config: Config
     view: ModelView
@@ -94,17 +100,17 @@ class Hub:
 
     @property
     def kind(self) -> str:
-        """The model's type, as its configuration says it."""
+        """The model's type, from its configuration."""
         return str(getattr(self.view.text_config, "model_type", ""))
 
     def found(self, pattern: str) -> dict[str, tuple[str, str]]:
-        """Stored name → (place, part), of the names with this adapter's name in the middle."""
+        """Stored name → (place, part), for the names with this adapter's name in the middle."""
         regex = re.compile(rf"(.*)\.{pattern}\.{re.escape(self.name)}\.(.*)")
         hits = ((n, regex.fullmatch(n)) for n in self.archive.shapes)
         return {n: (hit[1], hit[2]) for n, hit in hits if hit}
 
     def settled(self, **expected: Any) -> None:
-        """Keys that must be absent or have this value."""
+        """Note a problem for every key that is neither absent nor has this value."""
         for key, value in expected.items():
             there = self.config.get(key, value)
             if there != value:
@@ -113,11 +119,11 @@ class Hub:
 
 @dataclass(frozen=True)
 class Bottlenecks:
-    """What the configuration and the shapes say of a bottleneck adapter.
+    """What the configuration and the shapes say about a bottleneck adapter.
 
     Attributes:
-        attention, feed_forward: behind which sublayers it stands.
-        size: of the bottleneck.
+        attention, feed_forward: whether it stands after this sublayer.
+        size: inner size of the bottleneck.
         stored: stored name → (place, part).
     """
 
@@ -131,7 +137,7 @@ class Bottlenecks:
 
     @property
     def reduction(self) -> int | None:
-        """By which the hidden size is divided; None where no whole number gives the size."""
+        """The hidden size divided by the inner size; None if that is not a whole number."""
         hidden = self.hub.view.hidden_size
         return next((r for r in (hidden // self.size,) if r and hidden // r == self.size), None)
 
@@ -140,7 +146,7 @@ class Bottlenecks:
         return sorted({at[1] for place, _ in self.stored.values() if (at := layer_of(place)) is not None})
 
     def reading(self, method: Method, places: Places, place_of: Callable[[str], str | None]) -> Reading:
-        """Every tensor of every piece, in the file's place for the site's path."""
+        """The adapter with every tensor of every piece, read from the place in the file that belongs to its site."""
 
         def entries(adapter: Adapter) -> Iterator[Entry]:
             for piece in adapter.pieces:
@@ -154,17 +160,17 @@ class Bottlenecks:
 
 
 def _bottleneck(hub: Hub) -> Reading | None:
-    """DoubleSeqBn (Houlsby), SeqBn (Pfeiffer) with and without the layer's norm in front, ParBn."""
+    """DoubleSeqBn (Houlsby), SeqBn (Pfeiffer) before or after the layer's norm, ParBn."""
     config = hub.config
     hub.settled(
         cross_adapter=False, inv_adapter=None, ln_after=False, ln_before=False, phm_layer=False, use_gating=False,
         original_ln_after=True,
     )  # fmt: skip
-    config.ignore("adapter_residual_before_ln")  # acts only with what is refused here
+    config.ignore("adapter_residual_before_ln")  # has an effect only together with options that are refused here
     config.ignore(*(k for k in config.values if "phm" in k or k.startswith(("factorized", "hypercomplex", "inv_"))))
     parallel, normed = bool(config.get("is_parallel", False)), bool(config.get("original_ln_before", False))
     found = _sizes(hub, parallel)
-    if not normed or parallel:  # a parallel adapter reads the residual stream in any case
+    if not normed or parallel:  # a parallel adapter always reads the residual stream
         config.ignore("residual_before_ln")
     if found is None:
         return None
@@ -204,7 +210,7 @@ def _parallel(found: Bottlenecks) -> Reading:
 
 
 def _serial(found: Bottlenecks) -> Reading:
-    """Behind a sublayer, in front of its residual: h ← h + A(h)."""
+    """After a sublayer, before its residual: h ← h + A(h)."""
     from inlay.methods.houlsby import Houlsby
     from inlay.methods.pfeiffer import Pfeiffer
 
@@ -218,7 +224,7 @@ def _serial(found: Bottlenecks) -> Reading:
     attention_paths = {s.path for s in view.by_role("attention_sublayer")}
     if found.attention and len(attention_paths) > len({layer_of(p) for p in attention_paths}):
         found.hub.config.wrong.append(
-            "this model's layers attend twice, and the file adapts the first alone: inlay adapts both"
+            "this model's layers have two attentions; the file adapts only the first, but inlay's method adapts both"
         )
     places = {(layer_of(p), _behind_attention(p)): p for p, _ in found.stored.values()}
     return found.reading(
@@ -227,17 +233,17 @@ def _serial(found: Bottlenecks) -> Reading:
 
 
 def _behind_residual(found: Bottlenecks) -> Reading | None:
-    """Behind the residual: s ← s + A(norm(s)) in front of the norm that the model has there, else s ← s + A(s)."""
+    """After the residual: s ← s + A(norm(s)) in front of the norm that the model has there, else s ← s + A(s)."""
     from inlay.methods.pfeiffer import Pfeiffer
 
     hub, config = found.hub, found.hub.config
     if config.get("residual_before_ln", True) is not True:
         config.wrong.append(
-            f"residual_before_ln is {config.get('residual_before_ln')!r}: the adapter's residual would start behind "
+            f"residual_before_ln is {config.get('residual_before_ln')!r}: the adapter's residual would start after "
             "the layer's, so that its input is added twice; no method of inlay computes that"
         )
     if found.reduction is None:
-        config.wrong.append(f"the inner size {found.size} is no whole fraction of the hidden size")
+        config.wrong.append(f"the inner size {found.size} does not divide the hidden size")
         return None
     method = Pfeiffer(reduction=found.reduction, nonlinearity=found.nonlinearity)
     stored = list(dict.fromkeys(place for place, _ in found.stored.values()))
@@ -245,12 +251,12 @@ def _behind_residual(found: Bottlenecks) -> Reading | None:
         norms = {_norm_behind(hub.view, place): place for place in stored}
         lost = norms.pop(None, None)
         if lost is not None:
-            config.wrong.append(f"{lost} is adapted in the file, but this model has no layer norm behind it")
+            config.wrong.append(f"{lost} is adapted in the file, but this model has no layer norm after it")
             return None
         return found.reading(method, Places.of([n for n in norms if n], None), norms.get)
     if hub.kind not in NO_NORM_BEHIND or found.attention:
         config.wrong.append(
-            f"original_ln_before is true: where the adapter reads depends on the model, and for a {hub.kind!r}"
+            f"original_ln_before is true: what the adapter reads depends on the model, and for a {hub.kind!r}"
             f"{' behind attention' if found.attention else ''} inlay knows no exact counterpart; known are "
             f"{', '.join(NORM_BEHIND)}, and behind the feed-forward alone {', '.join(NO_NORM_BEHIND)}"
         )
@@ -316,8 +322,8 @@ def _prefix(hub: Hub) -> Reading | None:
     causal = any(getattr(p.module, "is_causal", True) for p in hub.view.attention_places())
     if causal or getattr(hub.view.config, "is_encoder_decoder", False):
         config.wrong.append(
-            "AdapterHub's prefix leaves a decoder's text at its positions, and the published one moves it on by the "
-            "prefix's length: only an encoder's prefix has an exact counterpart"
+            "AdapterHub's prefix does not shift the positions of a decoder's text, but the published one shifts them "
+            "by its length: only an encoder's prefix has an exact counterpart"
         )
     stored = hub.found("prefix_tunings")
     heads = {f"{p}.prefix_tunings.{hub.name}.{part.split('.')[0]}" for p, part in stored.values()}
@@ -348,7 +354,7 @@ def _prompt(hub: Hub) -> Reading | None:
     length = config.whole("prompt_length", 10)
     if hub.kind not in PROMPTED:
         config.wrong.append(
-            f"on a {hub.kind!r} AdapterHub's prompt has no positions or stands where the head looks for its token; it "
+            f"on a {hub.kind!r} AdapterHub's prompt has no positions, or stands where the head reads its token; it "
             f"has an exact counterpart on {', '.join(PROMPTED)} only"
         )
     ending = f".{hub.name}.prompt_embedding.weight"

@@ -1,7 +1,7 @@
-"""Tensors in a file: their names and shapes first, checked against the file's own size, their values later.
+"""Tensors in a file: first names and shapes, checked against the file's size; the values later.
 
-A safetensors file says everything in its header. A pickle is read with `weights_only=True`, only on request, and
-only in PyTorch's zip form whose members are stored and not compressed, so that it cannot unfold in memory.
+A safetensors file has all names and shapes in its header. A pickle is read with `weights_only=True`, only on request,
+and only in PyTorch's zip form with uncompressed members, so that it cannot expand in memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from inlay.core.errors import AdapterFileError
 
-HEADER_LIMIT = 64 * 2**20  # bytes; a real header holds some hundred bytes a tensor
+HEADER_LIMIT = 64 * 2**20  # bytes; a real header has a few hundred for each tensor
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def header_of(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, once its sizes agree with the file's.
+    """The header of a safetensors file, checked against the file's size.
 
     Raises:
         ValueError: they do not.
@@ -35,7 +35,7 @@ def header_of(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise ValueError(f"its header claims {length} bytes of a file of {size}")
+            raise ValueError(f"its header claims {length} bytes, but the file has {size}")
         try:
             raw = json.loads(file.read(length))
         except RecursionError as error:
@@ -44,15 +44,15 @@ def header_of(path: Path) -> dict[str, Any]:
         raise ValueError("its header is not a table of tensors")
     tensors = [t for n, t in raw.items() if n != "__metadata__"]
     if not all(map(_describes, tensors)):
-        raise ValueError("its header does not say type, shape and place of every tensor")
+        raise ValueError("its header lacks the type, shape or place of some tensor")
     end = max((t["data_offsets"][1] for t in tensors), default=0)
     if 8 + length + end != size:
-        raise ValueError(f"its tensors end at byte {8 + length + end} of a file of {size}")
+        raise ValueError(f"its tensors end at byte {8 + length + end}, but the file has {size}")
     return raw
 
 
 def _describes(entry: Any) -> bool:
-    """Whether a header's entry has what every tensor's has."""
+    """Whether an entry of a header describes a tensor completely."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, place = entry.get("shape"), entry.get("data_offsets")
@@ -66,8 +66,8 @@ class Archive:
     """A file of named tensors.
 
     Attributes:
-        path: of the file.
-        pickled: whether reading its names means reading a pickle.
+        path: the file.
+        pickled: whether it is a pickle.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class Archive:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape, of every tensor."""
+        """Name → shape, for every tensor."""
         if self.pickled:
             return {name: tuple(t.shape) for name, t in self.tensors.items()}
         try:
@@ -100,7 +100,7 @@ def open_archive(folder: Path, *names: str, allow_pickle: bool) -> Archive:
     """The first of `names` that is in `folder`; safetensors before pickles.
 
     Raises:
-        AdapterFileError: there is none, or only a pickle that was not asked for.
+        AdapterFileError: there is none, or only a pickle, and pickles are not allowed.
     """
     there = sorted((n for n in names if (folder / n).is_file()), key=lambda n: n.endswith(PICKLES))
     if not there:
@@ -114,7 +114,7 @@ def archive(path: Path, *, allow_pickle: bool) -> Archive:
     if pickled and not allow_pickle:
         raise AdapterFileError(
             f"{path} is a pickle, which is read only on request: give allow_pickle=True (--allow-pickle) if you trust "
-            "where it is from; only tensors are read from it"
+            "its source; only tensors are read from it"
         )
     return Archive(path, pickled)
 
@@ -124,10 +124,10 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as parts:
             unfolded = sum(part.file_size for part in parts.infolist())
         if unfolded > path.stat().st_size:
-            raise ValueError(f"it unfolds to {unfolded} bytes from {path.stat().st_size}")
+            raise ValueError(f"it expands to {unfolded} bytes from {path.stat().st_size}")
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise AdapterFileError(f"{path}: not a whole PyTorch zip file of tensors ({error}); copy it again") from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in found.items()):
-        raise AdapterFileError(f"{path}: holds something else than tensors by name")
+        raise AdapterFileError(f"{path}: contains something other than named tensors")
     return {name: t.clone() for name, t in found.items()}

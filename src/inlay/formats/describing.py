@@ -1,8 +1,8 @@
-"""What a stored adapter says of itself, in any format: read from its configuration and header, without a base.
+"""The facts of a stored adapter in any format, read from its configuration and header, without a base.
 
-Nothing in such a file is trusted: a header must agree with the file's size and safetensors' own rules, a
-configuration is JSON of a modest size, a pickle is opened only on request and then for its tensors alone. What the
-words of a configuration would mean on a model is for loading to find out.
+Nothing in such a file is trusted: a header must agree with the file's size and with safetensors' rules, a configuration
+is JSON of a modest size, a pickle is opened only on request and only for its tensors. What a configuration means for a
+model is only found out by loading.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from inlay.formats import adapterhub, format_of, loralib, native
 from inlay.formats.archive import Archive, archive, open_archive
 from inlay.formats.peft.config import WEIGHTS, WITHOUT_EFFECT, read_config
 
-# PEFT's word → our method, of every family that is read.
+# PEFT's word → our method, for every family that is read.
 PEFT_METHODS = {
     "LORA": "lora", "IA3": "ia3", "PROMPT_TUNING": "prompt-tuning", "PREFIX_TUNING": "prefix-tuning",
     "P_TUNING": "p-tuning", "MULTITASK_PROMPT_TUNING": "multitask-prompt", "ADAPTION_PROMPT": "llama-adapter",
@@ -34,12 +34,12 @@ TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64
 def describe(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """The facts of an adapter in another library's files.
 
-    Keys: ``format, name, method`` (ours, None where none is known), ``kind`` (the format's own word),
-    ``hyper_parameters`` (of its configuration), ``where, layers, modules_to_save, parameters, bytes, types,
+    Keys: ``format, name, method`` (ours; None if unknown), ``kind`` (the format's own word),
+    ``hyper_parameters`` (from its configuration), ``where, layers, modules_to_save, parameters, bytes, types,
     base_name, task, path`` and ``tensors`` (name → type and shape).
 
     Raises:
-        AdapterFileError: there is no adapter, or it is not whole, or it is a pickle that was not asked for.
+        AdapterFileError: there is no adapter, or it is incomplete, or it is a pickle, and pickles are not allowed.
     """
     kind = format_of(path)
     match kind:
@@ -51,7 +51,7 @@ def describe(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
             file = archive(path, allow_pickle=allow_pickle)
             said = _single(file)
         case _:
-            raise AdapterFileError(f"{path} is inlay's own; read its header")
+            raise AdapterFileError(f"{path} is in inlay's own format; read its header instead")
     tensors = _tensors(file)
     return {
         "format": kind,
@@ -65,7 +65,7 @@ def describe(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
 
 
 def base_named(path: Path) -> str | None:
-    """What an adapter itself says that it was trained on: a folder or hub id, of whatever machine; None is nothing."""
+    """The base that an adapter's file names: a hub id, or a folder on some machine; None if it names none."""
     match format_of(path):
         case "native":
             named = native.read_header(path).get("base_name")
@@ -133,17 +133,17 @@ def _single(file: Archive) -> dict[str, Any]:
 
 
 def _said(values: Mapping[str, Any], shown: tuple[str, ...]) -> dict[str, Any]:
-    """What a configuration says beside what is shown elsewhere and what it leaves empty."""
+    """The entries of a configuration that are neither shown elsewhere nor empty."""
     return {key: value for key, value in values.items() if key not in shown and value not in (None, [], {})}
 
 
 def _tensors(file: Archive) -> dict[str, dict[str, Any]]:
-    """Name → type and shape, of a file that is whole."""
+    """Name → type and shape; raises if the file is incomplete."""
     if file.pickled:
         types = {name: str(t.dtype).rpartition(".")[2] for name, t in file.tensors.items()}
         return {n: {"dtype": TYPES.get(types[n], types[n]), "shape": list(s)} for n, s in file.shapes.items()}
     try:
-        _ = file.shapes  # the header is held against the file's size before it is opened
+        _ = file.shapes  # the header is checked against the file's size before the file is opened
         with safe_open(file.path, framework="pt") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             return {name: {"dtype": part.get_dtype(), "shape": list(part.get_shape())} for name, part in parts.items()}

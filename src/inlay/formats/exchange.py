@@ -1,8 +1,8 @@
-"""What reading any foreign format comes down to: a method, its places, and which tensor becomes which.
+"""The common part of reading other libraries' formats: a method, its places, and which tensor becomes which.
 
-A format says that in a `Reading`. `restore` builds the adapter beside the model, holds every tensor of the file
-against it, and installs it only where nothing is missing, left over or of another shape. Writing is the way
-back: a `Writing` holds the foreign configuration and tensors.
+A format describes these in a `Reading`. `restore` builds the adapter beside the model, compares it with every tensor of
+the file, and installs it only if nothing is missing, left over or of another shape. Writing goes the other way: a
+`Writing` holds the foreign configuration and tensors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from inlay.core.install import install
 from inlay.core.model.select import Places
 from inlay.formats.archive import Archive
 
-# What a value of a wrong type or size in a foreign configuration may end in.
+# The errors that a value of a wrong type or size in a foreign configuration may cause.
 CRASHES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, re.error)
 
 
@@ -42,9 +42,9 @@ class Entry:
     """One tensor of ours, made from tensors of theirs.
 
     Attributes:
-        ours: as `Adapter.tensors` names it.
-        theirs: name → shape that the file must hold it in.
-        make: called with theirs, in order; the result has our shape.
+        ours: its name in `Adapter.tensors`.
+        theirs: name → shape that it must have in the file.
+        make: called with their tensors, in order; returns ours.
     """
 
     ours: str
@@ -54,11 +54,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Reading:
-    """A foreign adapter, understood.
+    """A foreign adapter in our terms.
 
     Attributes:
-        entries: of the adapter that the method builds.
-        checks: tensors that are only compared: name → what is wrong with it, given all values, or None.
+        entries: given the adapter that the method builds, its tensors.
+        checks: tensors that are only compared: name → function of all values that says what is wrong, or None.
     """
 
     method: Method
@@ -79,10 +79,10 @@ class Writing:
 def restore(
     model: nn.Module, reading: Reading, archive: Archive, *, name: str, trainable: bool, wrong: Sequence[str] = ()
 ) -> Adapter:
-    """Attach what was read, or raise one error with everything that is wrong; the model is untouched then.
+    """Attach what was read, or raise one error with everything that is wrong and leave the model unchanged.
 
     Args:
-        wrong: what is already known to be wrong.
+        wrong: problems that are already known.
     """
     found = list(wrong)
 
@@ -115,7 +115,7 @@ def restore(
 def _differences(
     entries: list[Entry], checks: Mapping[str, object], stored: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """Every tensor that is missing, of another shape, or left over."""
+    """Every tensor that is missing, has another shape, or is left over."""
     shapes = {n: tuple(s) for entry in entries for n, s in entry.theirs.items()}
     found = [f"{n} is missing" for n in shapes if n not in stored]
     found += [f"{n} has shape {stored[n]}, expected {s}" for n, s in shapes.items() if stored.get(n, s) != s]
@@ -124,7 +124,7 @@ def _differences(
 
 
 class Weightless(TorchFunctionMode):
-    """What is made here has a shape and takes no memory: a file may claim any rank."""
+    """Tensors made here have a shape but take no memory, because a file may claim any rank."""
 
     MAKERS = (torch.empty,)
 
@@ -136,7 +136,7 @@ class Weightless(TorchFunctionMode):
 
 
 def store(folder: Path, writing: Writing, weights: str, config: str) -> Path:
-    """Write tensors and then the configuration, each beside its place and renamed.
+    """Write the tensors and then the configuration, each under another name first, then renamed.
 
     Raises:
         OutputError: the folder cannot be written.

@@ -1,11 +1,11 @@
 """Single files of tensors: Microsoft's loralib, and the (IA)³ vectors of t-few.
 
     <layer>.lora_A (r, in), <layer>.lora_B (out, r)      loralib; h = W x + (alpha / r) B A x
-    <layer>.multi_lora_b (out, 1)                        t-few: what leaves the layer is rescaled
+    <layer>.multi_lora_b (out, 1)                        t-few: the layer's output is rescaled
     <module>.<parameter>                                 any other tensor: a module that was trained whole
 
-Nothing in such a file says which alpha it was trained with, so it must be given. A fused matrix of loralib
-(`MergedLinear`) does not say which of its parts it adapts, so it is refused.
+Such a file does not contain the alpha it was trained with, so it must be given. A fused matrix of loralib
+(`MergedLinear`) does not record which of its parts are adapted, so it is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read(
     """Attach an adapter from one file of tensors, strictly.
 
     Raises:
-        ConfigError: it is a LoRA, and `alpha` is missing.
+        ConfigError: it is a LoRA, but `alpha` is not given.
     """
     file = archive(path, allow_pickle=allow_pickle)
     wrong: list[str] = []
@@ -50,14 +50,14 @@ def kind_of(file: Archive) -> str:
     """``loralib`` or ``t-few``, by the names of the tensors.
 
     Raises:
-        AdapterFileError: neither.
+        AdapterFileError: it is neither.
     """
     if any(n.endswith(LORA) for n in file.shapes):
         return "loralib"
     if any(n.endswith(SCALE) for n in file.shapes):
         return "t-few"
     raise AdapterFileError(
-        f"{file.path}: holds neither loralib's lora_A and lora_B nor t-few's multi_lora_b; expected the tensors of one "
+        f"{file.path}: has neither loralib's lora_A and lora_B nor t-few's multi_lora_b; expected the tensors of one "
         "adapter"
     )
 
@@ -67,8 +67,8 @@ def _lora(file: Archive, view: ModelView, alpha: float | None, wrong: list[str])
 
     if alpha is None:
         raise ConfigError(
-            f"{file.path} does not say the alpha that its LoRA was trained with: give load(..., alpha=16), as in the "
-            "training script"
+            f"{file.path} does not contain the alpha that its LoRA was trained with: give the training script's, such "
+            "as load(..., alpha=16)"
         )
     ranks = {}
     for stored, shape in file.shapes.items():
@@ -124,7 +124,7 @@ def _same(value: Tensor) -> Tensor:
 
 
 def _whole(file: Archive, view: ModelView, names: Mapping[str, str], wrong: list[str]) -> list[str]:
-    """Modules all of whose parameters are in the file; a module with only some of them is a problem."""
+    """Modules of which all parameters are in the file; notes a problem for modules with only some of them."""
     rest = [n for n in file.shapes if not n.endswith(tuple(names.values()))]
     found = []
     for path in dict.fromkeys(n.rpartition(".")[0] for n in rest):
@@ -132,7 +132,7 @@ def _whole(file: Archive, view: ModelView, names: Mapping[str, str], wrong: list
             continue
         missing = [n for n, _ in view.modules[path].named_parameters(prefix=path) if n not in rest]
         if missing:
-            wrong.append(f"of {path} only a part was trained ({', '.join(missing)} is not in the file)")
+            wrong.append(f"only a part of {path} was trained ({', '.join(missing)} is not in the file)")
         else:
             found.append(path)
     return found

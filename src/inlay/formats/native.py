@@ -1,11 +1,11 @@
-"""inlay's own format: one safetensors file whose header says everything about the adapter.
+"""inlay's own format: one safetensors file whose header describes the adapter completely.
 
     <folder>/adapter.safetensors        tensors under the names of `Adapter.tensors()`
         metadata["inlay"]               JSON: format, method, places, modules_to_save, base fingerprint, digest
 
-The file is read in three steps, each of which refuses before the next takes memory: the header (against the
-file's own size), names and shapes (against what the method builds on this model), and the values (against the
-digest). All that is wrong is said in one error, and the model is only touched when nothing is.
+The file is read in three steps, each of which may refuse it before the next one takes memory: the header (checked
+against the file's size), names and shapes (against what the method builds on this model), and the values (against the
+digest). One error lists everything that is wrong; the model is only changed if nothing is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KEYS = {"format", "name", "method", "places", "modules_to_save", "base", "base_n
 
 
 def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
-    """Write the adapter beside its final name, then rename: the folder never holds half a file."""
+    """Write the adapter under another name, then rename it, so that the folder never has half a file."""
     method, tensors = _stored(adapter)
     header = {
         "format": FORMAT,
@@ -68,7 +68,7 @@ def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
 
 
 def recognises(folder: Path) -> bool:
-    """Whether `folder` holds an adapter of ours; AdapterHub gives its file the same name."""
+    """Whether `folder` has an adapter in our format. (AdapterHub gives its file the same name.)"""
     path = folder / FILE if folder.is_dir() else folder
     try:
         return path.name == FILE and "inlay" in header_of(path).get("__metadata__", {})
@@ -77,21 +77,21 @@ def recognises(folder: Path) -> bool:
 
 
 def holds(folder: Path, adapter: Adapter) -> bool:
-    """Whether the adapter of ours in `folder` has this adapter's very values."""
+    """Whether the adapter in `folder` has the same values as this one."""
     return bool(read_header(folder)["digest"] == digest_of(_stored(adapter)[1]))
 
 
 def _stored(adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
-    """What is written: the method as it is stored, and the tensors as they lie in the file."""
+    """What is written: the method as it is stored, and the tensors as they are in the file."""
     method, tensors = adapter.method.stored(adapter)
     return method, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What a stored adapter says of itself, with ``tensors``: name → {"dtype", "shape"}; no tensor is read.
+    """The header of a stored adapter, with ``tensors``: name → {"dtype", "shape"}. No tensor is read.
 
     Raises:
-        AdapterFileError: there is no adapter, or its header is not one that inlay writes.
+        AdapterFileError: there is no adapter, or its header was not written by inlay.
     """
     path = folder / FILE if folder.is_dir() or not folder.suffix else folder
     try:
@@ -111,7 +111,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def _complete(header: Any) -> bool:
-    """Whether every entry is there and of its type; what the entries mean is found out by loading."""
+    """Whether every entry is present and has its type. What the entries mean is only found out by loading."""
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         return False
     types = {"name": str, "method": dict, "places": dict, "modules_to_save": list, "base": dict, "digest": str}
@@ -127,7 +127,7 @@ def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, c
     """Attach a stored adapter, strictly.
 
     Args:
-        copies: whether to take its `modules_to_save`, too; without them the model may have another head.
+        copies: whether to read its `modules_to_save` too; without them the model may have another head.
     """
     header = read_header(folder)
     path = Path(header["path"])
@@ -172,21 +172,21 @@ def _method(values: Mapping[str, Any]) -> Method:
 
 
 def _check_shared(path: Path, model: nn.Module, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """What attached adapters hold already is theirs, too: a file must not change it."""
+    """A file must not change values that attached adapters share with this one."""
     held = {p.data_ptr() for p in held_by_others(model, adapter)}
     wrong = [n for n, t in adapter.tensors().items() if t.data_ptr() in held and not torch.equal(t.cpu(), tensors[n])]
     if wrong:
         raise AdapterFileError(
             problems(
-                f"{path} shares values with an adapter on this model that has other ones; load the files that were "
-                "saved together, or detach that adapter first, and this one gets a copy of its own",
+                f"{path} shares values with an adapter on this model whose values differ; load the files that were "
+                "saved together, or detach that adapter first, so that this one gets a copy of its own",
                 [f"{name} differs" for name in wrong],
             )
         )
 
 
 def _check_names(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
-    """Every difference between what is stored and what the method builds here, in one error."""
+    """Raise one error with every difference between what is stored and what the method builds here."""
     wrong = [f"{n} is missing" for n in expected if n not in stored]
     wrong += [f"{n} is stored, but nothing here takes it" for n in stored if n not in expected]
     wrong += [

@@ -1,5 +1,5 @@
-"""Fast paths, each beside its naive twin, which is its oracle. Importing this package puts them into effect;
-`inlay.fast_paths(False)` leaves the twins in force. Their order is in `core/forward/wrappers.py`."""
+"""Fast paths, each tested against a naive twin that computes the same. Importing this package switches them on;
+`inlay.fast_paths(False)` runs the twins instead. Their order is in `core/forward/wrappers.py`."""
 
 from inlay.core.forward.wrappers import register, register_around_root
 from inlay.kernels import dropout, flash, gated, labelled_head, norm, packed, trunk

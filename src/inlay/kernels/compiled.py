@@ -1,11 +1,11 @@
-"""The blocks of a stack compiled one by one, for training: one graph serves all blocks of a kind.
+"""Compiling the blocks of a model one by one, for training: one graph serves all blocks of a kind.
 
     embeddings ─▶ [block] ─▶ [block] ─▶ … ─▶ norm ─▶ head, loss          [ ]: the same compiled code
 
-A block's weights and adapters are inputs of its graph, so that it is traced for the first block and found again for
-the others; torch keeps what it compiled on disk, for the next process. Sizes are symbols: batches of other rows and
-lengths do not compile again. What lies outside of the blocks keeps its fast paths (`labelled_head.py`); inside, the
-compiler takes their place. Without gradients (evaluation, generation with its caches) a block runs as it is.
+A block's weights and adapters are inputs of its graph, so the graph is traced for the first block and reused for the
+others; torch caches the compiled code on disk for the next process. Sizes are symbolic: batches with other numbers of
+rows and other lengths do not compile again. Outside of the blocks the fast paths stay (`labelled_head.py`); inside, the
+compiler replaces them. Without gradients (evaluation, generation with its caches) a block runs uncompiled.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from inlay.core.model.view import ModelView
 from inlay.core.upstream import call_of, compile_call, compiled_call_of
 
 BACKEND = "inductor"
-GRAPHS = 64  # of one kind of block: a route, a dtype, the first block (nothing flows to its input), …
+GRAPHS = 64  # limit for one kind of block: graphs differ by route, dtype, first block (no gradient to its input), …
 
 
 def compile_layers(model: nn.Module, *, first: int = 0) -> Callable[[], None]:
-    """Compile the blocks of a model; it happens when each first runs with gradients.
+    """Compile the blocks of a model. Each is compiled when it first runs with gradients.
 
     Args:
-        model: attached or not; adapters may come and go, another one is traced when it is first used.
-        first: blocks before this one stay as they are.
+        model: with adapters or without; they may come and go, and a new one is traced when it is first used.
+        first: blocks before this one are not compiled.
 
     Returns:
-        What gives the blocks their own code back.
+        A function that undoes it.
 
     Raises:
-        UnsupportedError: no numbered blocks, or an adapter that no graph of a block can serve.
+        UnsupportedError: the model has no numbered blocks, or an adapter cannot be part of a block's graph.
     """
     if why := refusal(model):
         raise UnsupportedError(f"layers cannot be compiled one by one: {why}")
@@ -55,19 +55,19 @@ def compile_layers(model: nn.Module, *, first: int = 0) -> Callable[[], None]:
 
 
 def refusal(model: nn.Module) -> str | None:
-    """What stands against it, in words."""
+    """Why a model cannot be compiled by blocks, in words; None if it can."""
     if not blocks_of(model):
-        return f"{type(model).__name__} has no list of numbered layers"
+        return f"{type(model).__name__} has no numbered layers"
     roster = find_roster(model)
     for adapter in () if roster is None else roster.adapters.values():
         name = adapter.method.name
         for piece in adapter.pieces:
             if isinstance(piece, PromptPiece):
-                return f"{name} gives every layer keys and values of its own, so each would be compiled by itself"
+                return f"{name} has other keys and values in every layer, so each layer would need a graph of its own"
             if isinstance(piece, DeltaPiece) and piece.delta.reads_span:
-                return f"{name} acts at positions that are known outside of the layers only"
+                return f"{name} acts at positions that are not known inside of a layer"
             if isinstance(piece, DeltaPiece) and any(_block(p) != _block(piece.site.path) for p in piece.site.fed_by):
-                return f"{name} reads in one layer what entered another"
+                return f"{name} reads the input of one layer in another"
     return None
 
 
@@ -88,9 +88,9 @@ def _block(path: str) -> str | None:
 
 
 def _compiled(block: nn.Module) -> Callable[..., Any]:
-    """What a block is called through: compiled code where gradients are wanted."""
+    """A function that calls the block: compiled code if gradients are needed, else the block's own."""
     own = call_of(block)
-    compile_: Any = torch.compile  # its stated types lack the limit
+    compile_: Any = torch.compile  # its declared types lack the limit
     compiled = compile_(own, dynamic=True, backend=BACKEND, recompile_limit=GRAPHS)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,11 @@
-"""The base's own dropout, its masks drawn faster and never kept.
+"""The base's own dropout, with masks that are drawn faster and never stored.
 
     y = x ∘ m / (1 − p),   m ~ Bernoulli(1 − p)        dx = dy ∘ m / (1 − p)
 
-On a CPU `F.dropout` takes 6 ns an entry, which in small encoders is a tenth of the step, and keeps its mask in the
-type of x. Here the dropped entries are drawn by a seed (`masks.py`) and drawn again for the backward pass. The masks
-are other ones than `F.dropout` would draw by the same seed of torch's; its twin is `F.dropout` all the same, by
-distribution.
+On a CPU `F.dropout` takes 6 ns for each entry, which in small encoders is a tenth of the step, and stores its mask in
+the dtype of x. Here the dropped entries are drawn from a seed (`masks.py`) and drawn again for the backward pass. For
+the same seed the masks differ from those of `F.dropout`, but their distribution is the same, so `F.dropout` is the
+twin.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def dropout(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 
 def applies(module: Any, x: Any) -> bool:
-    """Whether something is dropped on a CPU, not compiled; of tensors without values it answers as for a CPU's."""
+    """Whether entries are dropped on a CPU, outside of a compiler. Meta tensors count as on a CPU."""
     return (
         not transformed()
         and module.training
@@ -54,7 +54,7 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():  # differentiated in its turn
+        if torch.is_grad_enabled():  # the backward pass is itself differentiated
             return Dropout.apply(grads[0], ctx.share, ctx.seed), None, None  # type: ignore[no-untyped-call]
         return _kept(grads[0], ctx.share, ctx.seed), None, None
 
@@ -64,5 +64,5 @@ def _kept(x: Tensor, share: float, seed: int) -> Tensor:
 
 
 def is_dropout(module: nn.Module, view: ModelView) -> bool:
-    """torch's own; what is derived from it may compute anything."""
+    """Whether it is exactly torch's class: a subclass may compute anything."""
     return type(module) is nn.Dropout

@@ -1,22 +1,22 @@
 """A faster backward pass for the CPU's flash attention in half precision.
 
-The forward pass is torch's own kernel, bit for bit. Its backward kernel takes more than twice as long, because it
-converts and packs small tiles; here the same products run some rows of the batch and a block of queries at a time,
-large enough for the matrix unit and small enough for the cache, with torch's own softmax and its backward, each one
-pass in float32 over what is in half precision:
+The forward pass is torch's own kernel, bit for bit. Torch's backward kernel takes more than twice as long, because it
+converts and packs small tiles. Here the same products run over some rows of the batch and a block of queries at a time,
+large enough for the matrix unit and small enough for the cache, with torch's softmax and its backward, each one pass in
+float32 over half-precision data:
 
     P = softmax(scale · Q Kᵀ)      dV = Pᵀ dO      dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ))      dQ = dS K      dK = dSᵀ Q
 
-Queries before a block's last key are all that a causal block touches, so half the work is left out as in the kernel.
-It acts inside the attention modules of attached models only, and there every call of `scaled_dot_product_attention`
-takes one of three ways:
+In causal attention a block of queries only sees the keys up to its end, so half the work is left out, as in torch's
+kernel. This file acts only inside the attention modules of models with adapters. There, every call of
+`scaled_dot_product_attention` takes one of three ways:
 
-    `applies`    BlockedBackward   what the kernel would have taken: bfloat16 on a CPU, no dropout, gradients wanted
-    `drops`      with_dropout      its formula with the masks of `dropout.py`: no kernel for a CPU has dropout
+    `applies`    BlockedBackward   calls for which torch would use that kernel: bfloat16 on a CPU, no dropout, gradients
+    `drops`      with_dropout      the formula with the masks of `dropout.py`: torch has no kernel with dropout on a CPU
     neither      torch's own
 
-These two functions are the whole decision. They look at the call alone, never at the model, so a call that is allowed
-where it should not be is mended there.
+These two functions decide alone. They look at the call, never at the model, so a call that is accepted by mistake is
+to be corrected in them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from inlay.kernels.dropout import Dropout
 from inlay.kernels.masks import MOST, fresh_seed
 
 BLOCK = 128  # queries at a time
-AT_ONCE = 2**19  # scores at a time, over heads and rows: 1 MiB, twice
+AT_ONCE = 2**19  # attention scores at a time, over heads and rows: twice 1 MiB
 
 
 class FasterBackward(TorchFunctionMode):
-    """While it is on, attention that `applies` to is differentiated here."""
+    """Within it, attention for which `applies` is true gets the backward pass of this file."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
@@ -61,7 +61,7 @@ def applies(
     query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> bool:  # fmt: skip
-    """Whether torch would take its flash kernel for the CPU, and a gradient is wanted."""
+    """Whether torch would use its flash kernel for the CPU, and a gradient is needed."""
     plain = all(type(t) is Tensor and t.dtype == torch.bfloat16 and t.dim() == 4 for t in (query, key, value))
     return (
         plain
@@ -80,7 +80,7 @@ def applies(
 
 
 def drops(query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float = 0.0, **_: Any) -> bool:
-    """Whether torch would compute this by its formula, with a mask that costs more than the products."""
+    """Whether torch would compute this by the formula, with a dropout mask that costs more than the products."""
     return (
         all(type(t) is Tensor and t.dim() == 4 and t.device.type in ("cpu", "meta") for t in (query, key, value))
         and query.shape[0] == key.shape[0] == value.shape[0]
@@ -96,7 +96,7 @@ def with_dropout(
 ) -> Tensor:  # fmt: skip
     """drop(softmax(scale · Q Kᵀ + mask)) V, as `scaled_dot_product_attention` documents it.
 
-    Scores and shares are taken in float32, as in torch's kernel: bfloat16 made the error up to five times as large.
+    Scores and probabilities are in float32, as in torch's kernel: bfloat16 made the error up to five times as large.
     """
     if enable_gqa:
         key, value = (_repeated(t, query.shape[1]) for t in (key, value))
@@ -115,7 +115,7 @@ def with_dropout(
 
 
 class BlockedBackward(torch.autograd.Function):
-    """See the module; (rows, heads, tokens, size) each."""
+    """Described at the top of this file. Query, key and value are (rows, heads, tokens, size)."""
 
     @staticmethod
     def forward(
@@ -144,28 +144,28 @@ class BlockedBackward(torch.autograd.Function):
             grad, q, k, v = (t.contiguous().flatten(0, 1) for t in parts)
             for whole, part in zip(made, _gradients(grad, q, k, v, added, ctx.causal, ctx.scale), strict=True):
                 own = whole[at]
-                sharing = query.shape[1] // own.shape[1]  # heads of queries to one of keys and values
+                sharing = query.shape[1] // own.shape[1]  # query heads for each head of keys and values
                 apart = part.view(*own.shape[:2], sharing, *own.shape[2:])
                 own.copy_(apart[:, :, 0] if sharing == 1 else apart.sum(2))
         return *made, None, None, None
 
 
 def _repeated(given: Tensor, heads: int) -> Tensor:
-    """Keys or values with a head for each of the queries', as grouped attention shares them."""
+    """Keys or values repeated to as many heads as the queries have, for grouped attention."""
     return given if given.shape[1] == heads else given.repeat_interleave(heads // given.shape[1], 1)
 
 
 def _gradients(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of query, key and value: (heads, tokens, size) each, keys' and values' in float32 where blocks are summed.
+    """The gradients of query, key and value, (heads, tokens, size) each; those of key and value in float32 if summed.
 
     Args:
-        added: to the scores, (heads or 1, queries or 1, keys), in the queries' dtype or wider.
+        added: the additive mask, (heads or 1, queries or 1, keys), in the queries' dtype or wider.
     """
     heads, tokens, keys = query.shape[0], query.shape[1], key.shape[1]
     if added is not None:
-        blind = added.amax(-1, keepdim=True) == float("-inf")  # queries without a key: the kernel makes them zero
+        blind = added.amax(-1, keepdim=True) == float("-inf")  # queries that see no key: the kernel returns zero
         added, grad = added.masked_fill(blind, 0), grad.masked_fill(blind, 0)
         added = _narrowed(added, query.dtype).expand(-1, tokens, -1)
     room = query.new_empty(2, heads * min(BLOCK, tokens) * keys)
@@ -197,16 +197,16 @@ def _gradients(
 
 
 def _narrowed(added: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask in a narrower type: what is finite stays so, as a query must not lose the keys it has."""
+    """A mask in a narrower dtype. Finite values stay finite, so that no query loses its keys."""
     if added.dtype == dtype:
         return added
     return torch.where(added.isneginf(), added, added.clamp(min=torch.finfo(dtype).min)).to(dtype)
 
 
 def attention(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """An attention module's forward, with the faster backward pass where gradients are wanted.
+    """An attention module's forward, with the faster backward pass if gradients are needed.
 
-    Masks of dropout must not depend on whether they are: a reentrant checkpoint runs the forward without, then with.
+    Dropout masks must not depend on that: a reentrant checkpoint runs the forward first without gradients, then with.
     """
     if transformed() or not (torch.is_grad_enabled() or host.module.training):
         return inner(*args, **kwargs)
@@ -215,5 +215,5 @@ def attention(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 
 def is_attention(module: nn.Module, view: ModelView) -> bool:
-    """A module that computes attention itself: none of its children is one."""
+    """Whether a module computes attention itself, that is, has no attention module below it."""
     return "Attention" in type(module).__name__ and not any(is_attention(m, view) for m in module.children())

@@ -1,9 +1,9 @@
-"""A gated feed-forward that keeps what its two first matrices computed, and nothing made of that.
+"""A gated feed-forward that stores the outputs of its first two matrices, and nothing computed from them.
 
     h = f(g) ∘ u,   g = gate(x),   u = up(x),   y = down(h)
 
-Models keep f(g) as well; here it is computed again in the backward pass, which takes a pass over g. Acts on modules
-with children `gate_proj`, `up_proj`, `down_proj` and `act_fn` whose own forward is seen to be this one.
+Models store f(g) as well; here the backward pass computes it again, which takes one pass over g. This runs in modules
+with the children `gate_proj`, `up_proj`, `down_proj` and `act_fn`, if their own forward gives the same when tried.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from inlay.core.model.view import ModelView
 from inlay.kernels import gpu, second
 
 CHILDREN = ("gate_proj", "up_proj", "down_proj", "act_fn")
-# Module → whether its forward is the one of the formula.
+# Module → whether its forward is that of the formula.
 _SEEN: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -37,7 +37,7 @@ def gated(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 
 def applies(module: nn.Module, x: Any) -> bool:
-    """Whether gradients are wanted, of what lies inside or of x, and nobody trains or watches the nonlinearity."""
+    """Whether gradients are needed, inside or for x, and nobody trains the nonlinearity or has hooks on it."""
     return (
         not transformed()
         and torch.is_grad_enabled()
@@ -56,18 +56,18 @@ def compute(module: Any, x: Tensor) -> Any:
 
 
 def _agree(module: nn.Module, inner: Callable[..., Any], x: Tensor) -> bool:
-    """Whether the module's own forward gives exactly the formula's result, tried without a trace."""
+    """Whether the module's own forward gives exactly the formula's result; the trial leaves no trace."""
     outs = []
     with torch.no_grad():
         for way in (inner, functools.partial(compute, module)):
             with torch.random.fork_rng():
-                torch.manual_seed(0)  # the same masks of dropout
+                torch.manual_seed(0)  # the same dropout masks in both
                 outs.append(way(x.detach()))
     return type(outs[0]) is Tensor and torch.equal(*outs)
 
 
 class Gate(torch.autograd.Function):
-    """f(g) ∘ u for any f; keeps g and u."""
+    """f(g) ∘ u for any f; stores g and u."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -94,5 +94,5 @@ class Gate(torch.autograd.Function):
 
 
 def is_gated(module: nn.Module, view: ModelView) -> bool:
-    """A module made of the four children and nothing that is called beside them."""
+    """Whether a module consists of the four children and calls nothing else."""
     return module._modules.keys() >= set(CHILDREN) and all(module._modules[n] is not None for n in CHILDREN)

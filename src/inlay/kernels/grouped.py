@@ -1,13 +1,13 @@
-"""What the usual deltas compute, stacked: each class here stands for many deltas of one kind, one a segment.
+"""Stacked forms of the usual deltas: each class computes many deltas of one kind, one for each segment.
 
     LowRanks       y + x Aᵀ Bᵀ             A (segments, rank, in), B (segments, rank, out), scales in B
     Scales         y ∘ s, or x ∘ s before the layer
     Offsets        y + d
     Bottlenecks    y + f(z Dᵀ + c) Uᵀ + b      z is x or y
 
-Smaller ranks are filled up with zeros, which change nothing. On a CPU in half precision a decoding step spends more
-time in entering each little product than in computing it, so few tokens are multiplied in float32; the stacks stay
-in half precision, because reading them is the other half of the cost. The twins are the deltas' own `post`.
+Smaller ranks are padded with zeros, which change nothing. On a CPU in half precision, a decoding step spends more time
+on the overhead of each small product than on computing it, so few tokens are multiplied in float32. The stacks stay in
+half precision, because reading them is the other half of the cost. The twins are the deltas' own `post`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from inlay.core.contracts.delta import Grouped
 from inlay.core.model.site import Site
 
-FEW = 8  # tokens a segment, up to which float32 products are the faster ones
+FEW = 8  # up to so many tokens per segment, float32 products are faster
 
 
 def stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One tensor of many, detached, behind a leading dimension of segments; smaller ones filled up with zeros."""
+    """The tensors stacked along a new leading dimension, detached; smaller ones are padded with zeros."""
     shapes = {t.shape for t in tensors}
     if len(shapes) == 1:
         return torch.stack([t.detach() for t in tensors]).to(dtype)
@@ -37,16 +37,16 @@ def stacked(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def product(x: Tensor, right: Tensor) -> Tensor:
-    """(segments, n, k) times (segments, k, m); in float32 where that is faster."""
+    """(segments, n, k) times (segments, k, m); in float32 if that is faster."""
     if few(x):
         return torch.bmm(x.float(), right.float())
-    if right.shape[2] < x.shape[1]:  # narrow matrices first are faster by a third
+    if right.shape[2] < x.shape[1]:  # with the narrow matrix first it is faster by a third
         return torch.bmm(right.transpose(1, 2), x.transpose(1, 2)).transpose(1, 2)
     return torch.bmm(x, right)
 
 
 def few(x: Tensor) -> bool:
-    """Whether there are so few tokens that half precision costs a CPU more than it saves."""
+    """Whether there are so few tokens that half precision is slower on a CPU."""
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] <= FEW
 
 
@@ -71,7 +71,7 @@ class LowRanks(Grouped):
 
 
 class EnteringScales(Grouped):
-    """What enters is rescaled: (in) each."""
+    """Rescale the input; scales are (in) each."""
 
     def __init__(self, scales: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.scale = stacked(scales, dtype)[:, None]  # (segments, 1, in)
@@ -81,7 +81,7 @@ class EnteringScales(Grouped):
 
 
 class LeavingScales(Grouped):
-    """What leaves is rescaled: (out) each."""
+    """Rescale the output; scales are (out) each."""
 
     def __init__(self, scales: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.scale = stacked(scales, dtype)[:, None]  # (segments, 1, out)
@@ -93,7 +93,7 @@ class LeavingScales(Grouped):
 
 
 class Offsets(Grouped):
-    """Something is added to what leaves: (out) each."""
+    """Add offsets to the output; they are (out) each."""
 
     def __init__(self, offsets: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.offset = stacked(offsets, dtype)[:, None]  # (segments, 1, out)
@@ -109,8 +109,8 @@ class Bottlenecks(Grouped):
 
     Args:
         down, down_bias, up, up_bias: (size, in), (size), (out, size), (out) each.
-        function: the nonlinearity, of all; zero at zero, so that filled-up sizes add nothing.
-        beside: whether the adapters read what enters the layer.
+        function: the nonlinearity of all; zero at zero, so that padding adds nothing.
+        beside: whether the adapters read the layer's input (else its output).
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class Bottlenecks(Grouped):
 
 
 class Turned(Grouped):
-    """DoRA: (y − bias + x Aᵀ Bᵀ) ∘ g + bias, with g = m / ‖W + s B A‖ found when the stacks are made.
+    """DoRA: (y − bias + x Aᵀ Bᵀ) ∘ g + bias, with g = m / ‖W + s B A‖ computed when the stacks are made.
 
     Args:
         gains: g, (out) each.
-        bias: the layer's, or None.
+        bias: the layer's bias, or None.
     """
 
     reads_base = True

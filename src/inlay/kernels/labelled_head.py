@@ -1,15 +1,15 @@
-"""Scores over the vocabulary only where there is a label, and their gradient in the same pass.
+"""Logits at labelled positions only, with the loss and its gradient computed in the same pass.
 
-A causal model called with labels computes (rows, tokens, vocabulary) scores, converts them to float32 and throws
-away those of prompts and padding. Here the model runs without labels and its output head hands over the hidden
-states instead of scoring them; the loss of the labelled positions, and its gradient with respect to the hidden
-states, are computed a chunk of rows at a time:
+A causal model called with labels computes logits (rows, tokens, vocabulary), converts them to float32 and throws away
+those of prompts and padding. Here the model runs without labels, and its output head passes on the hidden states
+instead of computing logits. The loss at the labelled positions, and its gradient with respect to the hidden states, are
+computed one chunk of rows at a time:
 
     hidden (n, h) ── W ── z (chunk, vocabulary) ── softmax − onehot ── W ── gradient (n, h)
 
-It works by itself, for any model whose output head is a frozen linear layer: the first call with labels is
-tried both ways, and only a model whose scores and loss come out the same takes the short one. Asking for the
-logits of the short way still gives them: they are computed, with their graph, when something looks at them.
+This needs no configuration and works for any model whose output head is a frozen linear layer: the first call with
+labels is tried both ways, and only if logits and loss agree does the model take the short way from then on. The logits
+can still be asked for: they are computed, with their graph, when something uses them.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from inlay.kernels import gpu, second
 from inlay.kernels.cross_entropy import cross_entropy_
 from inlay.kernels.lazy import LazyTensor, Mode
 
-SCORES_AT_ONCE = 2**23  # numbers in a chunk's scores: 16 MiB in half precision
-FEWEST_ROWS = 256  # below, a matrix product does not reach its speed: 128 rows take 6 to 9 % longer, 512 no less
-TRIAL_TOKENS = 128  # of the row that both ways are tried on
+LOGITS_AT_ONCE = 2**23  # numbers in a chunk of logits: 16 MiB in half precision
+FEWEST_ROWS = 256  # with fewer, matrix products are slower: 128 rows take 6 to 9 % longer; 512 are not faster
+TRIAL_TOKENS = 128  # tokens of the row on which both ways are tried
 FEATURE = "loss-at-labels"
-TELLING_ROWS = 16  # whose scores are there at once where labels are made up
-SPREAD = 3.0  # of the scores of made-up hidden states
-LOSSES = losses()  # that transformers' own models take
-AGREEMENT = 2e-3  # relative, between the two losses: half precision sums in another order
+PROBE_ROWS = 16  # rows whose logits exist at once where labels are made up
+SPREAD = 3.0  # spread of the logits of made-up hidden states
+LOSSES = losses()  # the loss functions of transformers' own models
+AGREEMENT = 2e-3  # relative difference allowed between the two losses: half precision sums in another order
 
 
 @dataclass
-class Scoring:
-    """What the output head is asked to do (no scores at all, or those of `instead`), and what it saw."""
+class HeadRequest:
+    """What the output head should do (compute no logits, or those of `instead`), and the input it got."""
 
     skip: bool
     instead: Tensor | None = None
@@ -54,13 +54,13 @@ class Scoring:
     scores: list[Tensor] = field(default_factory=list)
 
 
-_SCORING: ContextVar[Scoring | None] = ContextVar("inlay_scoring", default=None)
-# Model → the forms of call that were seen to agree, or not to.
+_SCORING: ContextVar[HeadRequest | None] = ContextVar("inlay_scoring", default=None)
+# Model → form of call → whether both ways agreed.
 _SEEN: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 def head(host: Host, inner: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The output head's forward: scores, or none at all where the loss is computed elsewhere."""
+    """The output head's forward: logits, or none if the loss is computed elsewhere."""
     asked = None if transformed() else _SCORING.get()
     if asked is None:
         return inner(hidden, *args, **kwargs)
@@ -73,12 +73,12 @@ def head(host: Host, inner: Callable[..., Any], hidden: Tensor, *args: Any, **kw
 
 
 def is_head(module: nn.Module, view: ModelView) -> bool:
-    """The model's output head."""
+    """Whether a module is the model's output head."""
     return module is view.output_head
 
 
 def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The model's own forward, with the loss computed at its labels only where that is the same."""
+    """The model's own forward, with the loss computed at labelled positions only, if the result is the same."""
     layer = _head_of(host) if not transformed() else None
     labels = kwargs.get("labels")
     if layer is None or not isinstance(labels, Tensor) or labels.dim() != 2 or not _usual(host.module, kwargs):
@@ -87,18 +87,18 @@ def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
     seen = _SEEN.setdefault(host.module, {})
     if form not in seen:
         if not labels.is_meta and not bool(labels.ne(IGNORED).any()):
-            return inner(*args, **kwargs)  # nothing to compare by
+            return inner(*args, **kwargs)  # nothing to compare with
         seen[form] = _agree(host, layer, inner, args, kwargs)
     if not seen[form]:
         return inner(*args, **kwargs)
-    asked = Scoring(skip=True)
+    asked = HeadRequest(skip=True)
     out = _run(host, inner, args, kwargs, asked)
-    if _more_losses(out):  # asked for since the trial
+    if _more_losses(out):  # switched on since the trial
         seen[form] = False
         return inner(*args, **kwargs)
     hidden = asked.hidden[-1]
     loss = _loss(host, layer, hidden, labels, kwargs)
-    logits = LazyTensor.of(_scores_of(host, layer), hidden, (*hidden.shape[:-1], layer.weight.shape[0]))
+    logits = LazyTensor.of(_logits_of(host, layer), hidden, (*hidden.shape[:-1], layer.weight.shape[0]))
     if isinstance(out, tuple):
         return (loss, logits, *out[1:])
     out["logits"] = logits
@@ -111,9 +111,9 @@ def forget(model: nn.Module) -> None:
 
 
 def _usual(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the call leaves labels, scores and their order to the model, and the model its loss to transformers.
+    """Whether the call leaves labels, logits and their order to the model, and the model its loss to transformers.
 
-    A loss that somebody put in (weights of classes) may agree on the tokens of a trial and on no others.
+    A loss function of the user's (with class weights) may agree on the tokens of a trial and on no others.
     """
     loss = getattr(model, "loss_function", None)
     return (
@@ -125,8 +125,8 @@ def _usual(model: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _more_losses(out: Any) -> bool:
-    """Whether a model that was given no labels has a number to add to its loss: experts' loads, too small for a trial
-    to notice."""
+    """Whether the model adds a loss of its own even without labels: the load of experts, too small for a trial to
+    notice."""
     values = out if isinstance(out, tuple) else out.values()
     return any(isinstance(v, Tensor) and v.dim() == 0 for v in values)
 
@@ -150,13 +150,15 @@ def _head_of(host: Host) -> nn.Linear | None:
 
 
 def _bare(layer: nn.Linear, at: Host) -> bool:
-    """Whether nothing of the user's reads or changes what enters or leaves the layer, or what its weight is."""
+    """Whether the user has nothing on the layer that sees or changes its input, output or weight."""
     own = at.original_forward is None and "forward" not in layer.__dict__
     return own and "weight" in layer._parameters and not watched(layer)
 
 
-def _run(host: Host, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], asked: Scoring) -> Any:
-    """The model without labels; a decoder that would have shifted them to make its input is given that."""
+def _run(
+    host: Host, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], asked: HeadRequest
+) -> Any:
+    """Run the model without labels; a decoder that makes its input from shifted labels gets that input."""
     model: Any = host.module
     given = {**kwargs, "labels": None}
     given.pop("num_items_in_batch", None)
@@ -172,36 +174,36 @@ def _run(host: Host, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 def _agree(
     host: Host, layer: nn.Linear, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
-    """Whether the model's own way and the short one give the same, tried without a trace: no graph, no random draw.
+    """Whether the model's own way and the short one give the same; the trial leaves no graph and draws no numbers.
 
-    A few tokens are enough, and spare the memory of all scores. Of a model without values (meta) only shapes are
-    compared, so that a plan sees what a trained one does.
+    A few tokens are enough, and save the memory of all logits. On a meta model only shapes are compared, so that a plan
+    sees what training will do.
     """
     kwargs = kwargs if args else _few(host, kwargs)
     with torch.no_grad(), torch.random.fork_rng():
-        asked, out = _whole(inner, args, kwargs)
+        asked, out = _own_way(inner, args, kwargs)
         if len(asked.hidden) != 1 or not _same(host, layer, asked, out, kwargs):
             return False
-        states, labels = _telling(host, layer, asked.hidden[0], kwargs["labels"])
+        states, labels = _probe(host, layer, asked.hidden[0], kwargs["labels"])
         told = {**kwargs, "labels": labels}
         del asked, out
-        asked, out = _whole(inner, args, told, states)
+        asked, out = _own_way(inner, args, told, states)
         if not _same(host, layer, asked, out, told):
             return False
         del out
-        asked = Scoring(skip=True)
-        try:  # some models add to their scores (a bias over the vocabulary), which needs them to be there
+        asked = HeadRequest(skip=True)
+        try:  # some models add to their logits (a bias over the vocabulary), so they must exist
             out = _run(host, inner, args, kwargs, asked)
         except (RuntimeError, AttributeError, TypeError, IndexError, ValueError):
             return False
         return len(asked.hidden) == 1 and not _more_losses(out)
 
 
-def _whole(
+def _own_way(
     inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], states: Tensor | None = None
-) -> tuple[Scoring, Any]:
-    """The model's own way, and what its head saw; or `states`, which the head is given in place of that."""
-    asked = Scoring(skip=False, instead=states)
+) -> tuple[HeadRequest, Any]:
+    """Run the model's own way; returns its output and its head's input, which is `states` if these are given."""
+    asked = HeadRequest(skip=False, instead=states)
     token = _SCORING.set(asked)
     try:
         return asked, inner(*args, **kwargs)
@@ -209,42 +211,42 @@ def _whole(
         _SCORING.reset(token)
 
 
-def _same(host: Host, layer: nn.Linear, asked: Scoring, out: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the short way's scores and loss for what the head saw are the model's own."""
+def _same(host: Host, layer: nn.Linear, asked: HeadRequest, out: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the short way's logits and loss, for the input the head got, equal the model's own."""
     loss, logits = (out[0], out[1]) if isinstance(out, tuple) else (out.get("loss"), out.get("logits"))
     if loss is None or logits is None or logits.shape != asked.scores.pop().shape:
         return False
-    hidden, scores_of = asked.hidden[0], _scores_of(host, layer)
+    hidden, scores_of = asked.hidden[0], _logits_of(host, layer)
     if hidden.dtype != layer.weight.dtype and Mode.now(hidden.device).autocast is None:
-        return False  # the model casts before it scores
-    for states, row in zip(hidden, logits, strict=True):  # a row at a time: all scores again are too much
+        return False  # the model casts in front of its head
+    for states, row in zip(hidden, logits, strict=True):  # row by row: all logits once more are too much
         if not _holds(torch.isclose(scores_of(states).float(), row.float(), rtol=1e-2, atol=1e-2).all()):
             return False
     ours = _loss(host, layer, hidden, kwargs["labels"], kwargs)
     return _holds((ours - loss).abs() <= AGREEMENT * loss.abs().clamp(min=1e-3))
 
 
-def _telling(host: Host, layer: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states, and labels at the same places, by which the ways to compute a loss are told apart.
+def _probe(host: Host, layer: nn.Linear, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Made-up hidden states, and labels at the same places, that distinguish ways to compute the loss.
 
-    A model that knows nothing yet has nearly the same loss for every pairing of positions and labels. So positions get
-    states that differ, and a decoder's labels are likely for the position before them and unlikely for their own.
+    An untrained model has nearly the same loss for every pairing of positions and labels. So the states differ from
+    position to position, and a decoder's labels are likely for the position before them and unlikely for their own.
     """
     states = torch.randn_like(hidden)
     states *= SPREAD / F.linear(states[0, :1], layer.weight).float().std().clamp(min=1e-6).to(states.dtype)
     made = labels.clone()
     for row, own in zip(made, states, strict=True) if not _encoder_decoder(host) else ():
-        before_less_own = (own[:-1] - own[1:]).split(TELLING_ROWS)
+        before_less_own = (own[:-1] - own[1:]).split(PROBE_ROWS)
         better = torch.cat([F.linear(some, layer.weight).argmax(-1) for some in before_less_own]).to(row.dtype)
         row[1:] = torch.where(row[1:] == IGNORED, row[1:], better)
     return states, made
 
 
 def _few(host: Host, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The call for the row with most labels, of a decoder for some tokens from its first label on.
+    """The call reduced to the row with most labels, and in a decoder to some tokens from its first label on.
 
-    The whole call where something else than tokens and their masks is in it, or prompts and spans of its rows are
-    known already.
+    The whole call if it has inputs other than tokens and their masks, or if prompts and spans of its rows are known
+    already.
     """
     labels, roster = kwargs["labels"], host.roster
     tensors = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.dim()}
@@ -270,8 +272,8 @@ def _encoder_decoder(host: Host) -> bool:
     return bool(getattr(host.module.config, "is_encoder_decoder", False))
 
 
-def _shape_of_scores(host: Host) -> tuple[float, float | None]:
-    """What a model does to its scores: a factor, and the bound of a soft cap, by the names configurations use."""
+def _logit_scaling(host: Host) -> tuple[float, float | None]:
+    """The factor and the soft cap that a model applies to its logits, read from its configuration."""
     config: Any = host.module.config
     text = config.get_text_config()
     divided, factor = getattr(text, "logits_scaling", None), getattr(text, "logit_scale", None)
@@ -279,18 +281,18 @@ def _shape_of_scores(host: Host) -> tuple[float, float | None]:
     return (1 / divided if divided else float(factor or 1.0)), cap
 
 
-def _scores_of(host: Host, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """The naive twin's scores of hidden states, (…, vocabulary), in the model's dtype: of the head as it is now."""
+def _logits_of(host: Host, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """A function from hidden states to logits (…, vocabulary) in the model's dtype, by the head as it is now."""
     weight, bias = layer.weight, layer.bias
-    factor, cap = _shape_of_scores(host)
+    factor, cap = _logit_scaling(host)
     held = [t for t in (weight, bias) if t is not None]
     before = list(map(_state, held))
 
     def scores(hidden: Tensor) -> Tensor:
         if list(map(_state, held)) != before:
             raise UnsupportedError(
-                "the output head was changed after the model computed its loss and before something looked at the "
-                "scores (logits), which are computed only then; look at them first, or call the model without labels"
+                "the output head was changed after the model computed its loss and before its logits were used; they "
+                "are only computed then. Use them before the change, or call the model without labels"
             )
         made = F.linear(hidden, weight, bias)
         made = made if factor == 1.0 else made * factor
@@ -300,19 +302,19 @@ def _scores_of(host: Host, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """Changes with a frozen tensor's values; not, as `core.watch.stamp`, with every optimizer's step, after which a
-    training loop may look at its scores."""
+    """A value that differs if a frozen tensor's values have changed. Unlike `core.model.watch.stamp` it stays the same
+    after an optimizer's step, because a training loop may use its logits then."""
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 def _loss(host: Host, layer: nn.Linear, hidden: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Mean over the labelled positions, or their sum over ``num_items_in_batch`` where the caller counts a step's."""
+    """The mean over labelled positions, or the sum over ``num_items_in_batch`` if the caller counts those of a step."""
     if not _encoder_decoder(host):
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     at = labels.reshape(-1).ne(IGNORED).nonzero().squeeze(1)
     chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, at)  # (n, hidden)
     target = labels.reshape(-1).index_select(0, at)
-    factor, cap = _shape_of_scores(host)
+    factor, cap = _logit_scaling(host)
     items = kwargs.get("num_items_in_batch")
     total: Tensor = LabelledLoss.apply(chosen, layer.weight, layer.bias, target, factor, cap)  # type: ignore[no-untyped-call]
     return total / (at.numel() if items is None else items)
@@ -321,14 +323,14 @@ def _loss(host: Host, layer: nn.Linear, hidden: Tensor, labels: Tensor, kwargs: 
 def naive(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: float, cap: float | None
 ) -> Tensor:
-    """Summed cross-entropy with all scores at once: the oracle of `LabelledLoss`."""
+    """Summed cross-entropy with all logits at once: the oracle of `LabelledLoss`."""
     scores = F.linear(hidden, weight, bias) * factor
     scores = scores if cap is None else torch.tanh(scores / cap) * cap
     return F.cross_entropy(scores.float(), target, reduction="sum")
 
 
 def _cross_entropy_of(scores: Tensor) -> Callable[..., Tensor]:
-    """The function that fits the device."""
+    """The cross-entropy kernel for the device."""
     if gpu.serves(scores):
         from inlay.kernels.gpu.labelled_head import cross_entropy_ as on_gpu
 
@@ -337,8 +339,8 @@ def _cross_entropy_of(scores: Tensor) -> Callable[..., Tensor]:
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> Tensor:
-    """Scores (rows, vocabulary), in the memory of the chunk before: fresh pages cost a tenth of the product."""
-    if before is None or not before.dtype == hidden.dtype == weight.dtype:  # autocast computes in a third
+    """Logits (rows, vocabulary), in the memory of the chunk before: new pages cost a tenth of the product."""
+    if before is None or not before.dtype == hidden.dtype == weight.dtype:  # autocast computes in a third dtype
         return F.linear(hidden, weight, bias)
     out = before[: hidden.shape[0]]
     if bias is None:
@@ -347,7 +349,7 @@ def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor
 
 
 class LabelledLoss(torch.autograd.Function):
-    """Summed cross-entropy of chosen positions; keeps its gradient, (n, hidden), and no score."""
+    """Summed cross-entropy of chosen positions; stores its gradient, (n, hidden), and no logits."""
 
     @staticmethod
     def forward(
@@ -357,15 +359,15 @@ class LabelledLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         scores: Tensor | None = None
-        rows = max(FEWEST_ROWS, SCORES_AT_ONCE // weight.shape[0])
-        rows = -(-hidden.shape[0] // max(1, -(-hidden.shape[0] // rows))) or 1  # chunks of one size
+        rows = max(FEWEST_ROWS, LOGITS_AT_ONCE // weight.shape[0])
+        rows = -(-hidden.shape[0] // max(1, -(-hidden.shape[0] // rows))) or 1  # chunks of equal size
         for start in range(0, hidden.shape[0], rows):
             piece, labels = hidden[start : start + rows], target[start : start + rows, None]
             scores = _product(piece, weight, bias, scores)
             loss += _cross_entropy_of(scores)(scores, labels, factor, cap, writes=wanted).sum()
             if gradient is not None and gradient.dtype == weight.dtype:
                 torch.mm(scores.to(weight.dtype), weight, out=gradient[start : start + rows])
-            elif gradient is not None:  # autocast: half of a layer in front of a head in float32
+            elif gradient is not None:  # autocast: half-precision states in front of a head in float32
                 gradient[start : start + rows] = torch.mm(scores.to(weight.dtype), weight)
         ctx.gradient = gradient
         return loss

@@ -1,14 +1,14 @@
-"""A tensor that is computed when something looks at it.
+"""A tensor that is computed when something uses it.
 
-    state      `_value`             `_numbers`          who has looked, and through what
-    made       -                    -                   nobody; size, dtype, device and the like are told (`_KNOWN`)
+    state      `_value`             `_numbers`          who has used it
+    made       -                    -                   nobody; size, dtype, device and the like are known (`_KNOWN`)
     numbers    -                    without a graph     code beneath Python: `__torch_dispatch__` → `numbers()`
-    value      with its own graph   -                   Python's functions: `__torch_function__` → `value()`
+    value      with its own graph   -                   torch's Python functions: `__torch_function__` → `value()`
 
-A state is left downwards only. Beneath Python, gradients go through this tensor's own node (`_Place`), which computes
-the function again in its backward pass; a value brings its own graph and goes around that node. Numbers that somebody
-beneath Python has written in place cannot become a value: that is an error. Both are computed under the `Mode` in which
-the tensor was made, whoever looks.
+States only change downwards. Beneath Python, gradients go through this tensor's own node (`_Place`), which computes the
+function again in its backward pass; a value has its own graph and bypasses that node. Numbers that code beneath Python
+has overwritten in place cannot become a value: that is an error. Both are computed under the `Mode` in which the tensor
+was made, whoever uses it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from inlay.core.errors import UnsupportedError
 from inlay.core.upstream import NoTorchFunction, make_wrapper_subclass, tree_map_only
 from inlay.kernels import second
 
-# What can be told without computing.
+# What can be answered without computing the tensor.
 _KNOWN: set[Any] = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,  # type: ignore[attr-defined]
     Tensor.requires_grad.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex,  # type: ignore[attr-defined]
@@ -35,7 +35,7 @@ _KNOWN: set[Any] = {
 
 @dataclass(frozen=True)
 class Mode:
-    """Whether gradients are recorded and what is computed in which precision, as it was where this was made."""
+    """The grad mode and autocast settings at the time this was made."""
 
     grad: bool
     inference: bool
@@ -50,7 +50,7 @@ class Mode:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """That mode; a checkpoint around it neither keeps nor counts what is saved."""
+        """Restore these settings for a block; a checkpoint around it neither stores nor counts what is saved."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
@@ -61,16 +61,16 @@ class Mode:
 
 
 class LazyTensor(Tensor):
-    """Stands for ``function(source)``, in every operation and with its graph; the result is kept.
+    """Stands for ``function(source)`` in every operation, with its graph; the result is computed once and kept.
 
-    It is computed as it would have been when this was made: with its graph also where the first to look records none.
-    Python's functions on tensors are given the result. What takes tensors beneath Python (`torch.autograd.Function`)
-    is given its numbers, and this tensor's own place in the graph.
+    It is computed as it would have been when this object was made, with its graph even if the first use records none.
+    Torch's Python functions get the result. Code beneath Python (`torch.autograd.Function`) gets its values, and this
+    tensor's own place in the graph.
 
     Args:
-        function: gives the tensor.
-        source: what its gradient goes to.
-        shape: that it will have.
+        function: computes the tensor.
+        source: the tensor to which its gradient flows.
+        shape: the shape that the result will have.
     """
 
     _function: Callable[[Tensor], Tensor]
@@ -81,7 +81,7 @@ class LazyTensor(Tensor):
 
     @staticmethod
     def of(function: Callable[[Tensor], Tensor], source: Tensor, shape: tuple[int, ...]) -> LazyTensor:
-        """See the class."""
+        """Make one; arguments as in the class."""
         made: LazyTensor = _Place.apply(source, function, shape, Mode.now(source.device))  # type: ignore[no-untyped-call]
         return made
 
@@ -89,13 +89,13 @@ class LazyTensor(Tensor):
         """The tensor itself.
 
         Raises:
-            UnsupportedError: something beneath Python has written the numbers, which this cannot follow.
+            UnsupportedError: code beneath Python has overwritten the values, which cannot be tracked here.
         """
         if self._value is None:
             if self._numbers is not None and not self._numbers.is_inference() and self._numbers._version:
                 raise UnsupportedError(
-                    "these scores were changed in place by a function with a gradient of its own "
-                    "(torch.autograd.Function) and are looked at again; give it a copy: logits.clone()"
+                    "these logits were changed in place by a function with its own gradient (torch.autograd.Function) "
+                    "and then used again; give that function a copy: logits.clone()"
                 )
             with self._mode.again():
                 self._value = self._function(self._source)
@@ -103,7 +103,7 @@ class LazyTensor(Tensor):
         return self._value
 
     def numbers(self) -> Tensor:
-        """Its values without a graph, for what has its own; there, one would not be recorded."""
+        """Its values without a graph, for code that has its own backward pass, where no graph would be recorded."""
         if self._value is not None:
             return self._value.detach()
         if self._numbers is None:
@@ -129,7 +129,7 @@ class LazyTensor(Tensor):
 
 
 class _Place(torch.autograd.Function):
-    """A lazy tensor's own place in the graph, behind its source."""
+    """A lazy tensor's own node in the graph, after its source."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, function: Any, shape: tuple[int, ...], mode: Mode) -> Tensor:

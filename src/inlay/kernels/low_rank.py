@@ -1,15 +1,15 @@
-"""A low-rank update added to what a frozen layer computes, in place and with little kept for the backward pass.
+"""A low-rank update added to a frozen layer's output, in place and with little stored for the backward pass.
 
     y += scale · drop(x) Aᵀ Bᵀ         x (n, in)   A (rank, in)   B (out, rank)   y (n, out)
 
-    forward    low = drop(x) Aᵀ                       kept: x (the layer's own input), low
+    forward    low = drop(x) Aᵀ                       stored: x (the layer's own input), low
     backward   dlow = scale · dy B                    dB = scale · dyᵀ low     dA = dlowᵀ drop(x)
-               dx   = drop(dlow A)                    dy goes on unchanged
+               dx   = drop(dlow A)                    dy is passed on unchanged
 
-One product writes into y, casts are of A and B only, and the dropped positions are drawn again from a seed instead
-of being kept (`masks.py`). Where the layer is a plain matrix W, its own product is made here too: y = x Wᵀ, and
-dx = dy W, into which the update's is added by the product that computes it instead of by a pass over both. The twins
-are `LowRank.post` in `inlay.methods._low_rank` and the layer's own forward.
+One product writes into y, only A and B are cast, and the dropped positions are drawn again from a seed instead of being
+stored (`masks.py`). If the layer is a plain matrix W, its own product is computed here too: y = x Wᵀ and dx = dy W; the
+update's share of dx is added by the product that computes it, not in a separate pass. The twins are `LowRank.post` in
+`inlay.methods._low_rank` and the layer's own forward.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def applies(x: Tensor, y: Tensor, dropout: float) -> bool:
-    """Whether `add_low_rank` computes this: not compiled, in autocast or sharded; masks where a kernel draws them.
+    """Whether `add_low_rank` can compute this: not compiled, in autocast or sharded, and dropout only where masks
+    exist.
 
-    Of tensors without values (meta) it answers as for the CPU, so that a plan counts what a CPU's step allocates.
+    Meta tensors count as on the CPU, so that a plan counts what a step on the CPU allocates.
     """
     return type(y) is Tensor and _suits(x, y.dtype, dropout)
 
 
 def applies_to_layer(x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> bool:
-    """Whether `linear_with_low_rank` computes this: gradients are wanted, and none of the layer's own parameters."""
+    """Whether `linear_with_low_rank` can compute this: gradients are needed, but none of the layer's own parameters."""
     return (
         torch.is_grad_enabled()
         and type(weight) in PLAIN
@@ -59,14 +60,14 @@ def _suits(x: Tensor, dtype: torch.dtype, dropout: float) -> bool:
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, *, owned: bool) -> Tensor:
-    """The sum.
+    """y plus the update.
 
     Args:
-        y: (…, out); written where `owned` and no view of something else.
-        x: (…, in), of y's dtype.
-        a, b: in any dtype; gradients come back in it.
-        dropout: share of x's entries left out of the update.
-        owned: whether nobody else holds y.
+        y: (…, out); overwritten if `owned` and not a view.
+        x: (…, in), with y's dtype.
+        a, b: in any dtype; their gradients have the same.
+        dropout: probability with which an entry of x is dropped from the update.
+        owned: whether nothing else uses y.
     """
     in_place = owned and y.is_contiguous() and not is_view(y)
     seed = fresh_seed() if dropout else 0
@@ -79,12 +80,12 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropo
 def linear_with_low_rank(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: float
 ) -> Tensor:
-    """A frozen linear layer and the update.
+    """The output of a frozen linear layer plus the update.
 
     Args:
         x: (…, in).
-        weight, bias: (out, in) and (out), of x's dtype.
-        a, b, dropout: as above.
+        weight, bias: (out, in) and (out), with x's dtype.
+        a, b, dropout: as in `add_low_rank`.
     """
     seed = fresh_seed() if dropout else 0
     made: Tensor = LowRankSum.apply(None, x, a, b, (weight, bias), scale, dropout, seed, True)  # type: ignore[no-untyped-call]
@@ -92,16 +93,16 @@ def linear_with_low_rank(
 
 
 def _low(x: Tensor, a: Tensor, seed: int, dropout: float) -> Tensor:
-    """drop(x) Aᵀ, (n, rank), unscaled, for a in x's dtype."""
+    """drop(x) Aᵀ, (n, rank), unscaled; `a` must have x's dtype."""
     if dropout and gpu.serves(x):
         from inlay.kernels.gpu import low_rank as kernel
 
         return kernel.narrowed(x, a, seed, dropout)
-    return (a @ _dropped(x, seed, dropout).reshape(-1, x.shape[-1]).t()).t()  # narrow matrices first are faster
+    return (a @ _dropped(x, seed, dropout).reshape(-1, x.shape[-1]).t()).t()  # faster with the narrow matrix first
 
 
 def _sum(y: Tensor, low: Tensor, b: Tensor, scale: float, in_place: bool) -> Tensor:
-    """y + scale · low Bᵀ, for b in y's dtype."""
+    """y + scale · low Bᵀ; `b` must have y's dtype."""
     flat = y.reshape(-1, y.shape[-1])
     if in_place:
         flat.addmm_(low, b.t(), alpha=scale)
@@ -110,7 +111,7 @@ def _sum(y: Tensor, low: Tensor, b: Tensor, scale: float, in_place: bool) -> Ten
 
 
 class LowRankSum(torch.autograd.Function):
-    """See the module. `layer` is the weight and bias that y is made of, or None where y is given."""
+    """Described at the top of this file. `layer` is the weight and bias to compute y from; None if y is given."""
 
     @staticmethod
     def forward(
@@ -124,7 +125,7 @@ class LowRankSum(torch.autograd.Function):
             ctx.mark_dirty(y)
         assert y is not None
         low = _low(x, a.to(x.dtype), seed, dropout)
-        # A frozen A needs no input.
+        # If A is frozen, x is not needed.
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, low, a, b, layer and layer[0])
         ctx.scale, ctx.dropout, ctx.seed, ctx.shape = scale, dropout, seed, x.shape
         return _sum(y, low, b.to(x.dtype), scale, in_place)
@@ -132,7 +133,7 @@ class LowRankSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         grad = grads[0]
-        if not grad.is_meta and torch.is_autocast_enabled(grad.device.type):  # the forward ran without
+        if not grad.is_meta and torch.is_autocast_enabled(grad.device.type):  # the forward ran without autocast
             with torch.autocast(grad.device.type, enabled=False):
                 return LowRankSum.backward(ctx, *grads)
         saved = ctx.saved_tensors
@@ -148,15 +149,15 @@ class LowRankSum(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, saved: Any, flat: Tensor, into: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of x, A and B.
+    """The gradients of x, A and B.
 
     Args:
-        saved: by the forward; `ctx` gives it once.
-        flat: of y, (n, out).
-        into: what x's is added to, (n, in); written.
+        saved: the tensors that the forward saved; `ctx` returns them only once.
+        flat: the gradient of y, (n, out).
+        into: a tensor (n, in) to which the gradient of x is added in place.
     """
     x, low, a, b, _ = saved
-    low_t = (b.to(flat.dtype).t() @ flat.t()).mul_(ctx.scale)  # (rank, n): narrow matrices first are faster
+    low_t = (b.to(flat.dtype).t() @ flat.t()).mul_(ctx.scale)  # (rank, n): faster with the narrow matrix first
     d_x = d_a = d_b = None
     dropped = drawn(ctx.shape.numel(), ctx.seed, ctx.dropout) if ctx.dropout else None
     if ctx.needs_input_grad[1]:
@@ -176,14 +177,14 @@ def _gradients(ctx: Any, saved: Any, flat: Tensor, into: Tensor | None) -> tuple
 
 
 def _with_graph(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Of x, A and B, for a backward pass that is differentiated itself."""
+    """The gradients of x, A and B for a backward pass that is itself differentiated."""
     x, _, a, b, weight = saved
     _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
     if ctx.dropout and gpu.serves(grad):
         second.refuse("dropout in a fused low-rank update on a GPU", "set the method's dropout to 0")
     if x is None and wants_b:
-        second.refuse("a low-rank update whose A is frozen", "train A, too")
-    if x is None:  # the update is linear in it, so any will do
+        second.refuse("a low-rank update whose A is frozen", "train A too")
+    if x is None:  # the update is linear in x, so any value will do
         x = grad.new_zeros(ctx.shape).requires_grad_(wants_x)
     kept = without_(torch.ones_like(x).contiguous(), drawn(x.numel(), ctx.seed, ctx.dropout)) if ctx.dropout else None
 
@@ -196,7 +197,7 @@ def _with_graph(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 def _gradients_on_gpu(ctx: Any, saved: Any, flat: Tensor, into: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The same, with the mask drawn inside the products."""
+    """The same on a GPU, where the products draw the mask themselves."""
     from inlay.kernels.gpu import low_rank as kernel
 
     x, low, a, b, _ = saved

@@ -1,8 +1,8 @@
-"""Which entries dropout drops, drawn again from a seed instead of being kept.
+"""Which entries dropout drops, drawn again from a seed instead of being stored.
 
-Where few are dropped, only they are drawn, by the gaps between them (which are geometric); else the mask takes 16
-random bits an entry. Both come from a generator that one draw of torch's own has seeded and are an order of magnitude
-faster on a CPU than `F.dropout`, whose masks cost more than a narrow layer's product.
+If few are dropped, only these are drawn, by the gaps between them, which are distributed geometrically; else the mask
+takes 16 random bits for each entry. The generator is seeded by one draw of torch's own. Both ways are an order of
+magnitude faster on a CPU than `F.dropout`, whose masks cost more than a narrow layer's product.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 BITS = 16
-FEW = 0.2  # share of dropped entries from which a dense mask is faster
-MOST = 0.9  # above, 16 bits no longer say the share of those that stay to a ten-thousandth
+FEW = 0.2  # from this share of dropped entries on, a dense mask is faster
+MOST = 0.9  # above, 16 bits do not give the share of kept entries to a ten-thousandth
 
 
 def fresh_seed() -> int:
-    """Drawn by torch's own generator, whose seed and saved states so decide about masks, too."""
+    """A seed drawn by torch's own generator, so that its seed and saved states determine the masks too."""
     return int(torch.randint(2**62, (), device="cpu"))
 
 
@@ -29,7 +29,7 @@ def without(x: Tensor, dropped: Tensor) -> Tensor:
 
 
 def without_(x: Tensor, dropped: Tensor) -> Tensor:
-    """x, contiguous and written, with zeros where `dropped` is: indices, or a mask of bits."""
+    """Set x (contiguous) to zero, in place, where `dropped` says: indices, or a bit mask."""
     if dropped.dtype == torch.int64:
         x.view(-1).index_fill_(0, dropped, 0)
     elif x.element_size() == dropped.element_size():
@@ -41,19 +41,19 @@ def without_(x: Tensor, dropped: Tensor) -> Tensor:
 
 @functools.cache
 def _gaps(share: float) -> Tensor:
-    """By 16 random bits, how far it is from one dropped entry to the next: quantiles of the geometric distribution.
+    """Table from 16 random bits to the distance to the next dropped entry: quantiles of the geometric distribution.
 
-    To look them up takes half the time of computing logarithms of uniform numbers.
+    A look-up takes half the time of computing the logarithm of a uniform number.
     """
     middles = (torch.arange(2**BITS, dtype=torch.float64, device="cpu") + 0.5) / 2**BITS
     return (torch.log1p(-middles) / math.log1p(-share)).floor().long() + 1
 
 
 def drawn(count: int, seed: int, share: float) -> Tensor:
-    """Which of `count` entries are dropped, each with probability `share` (at most `MOST`), the same by the same seed.
+    """Which of `count` entries are dropped, each with probability `share` (at most `MOST`); determined by the seed.
 
     Returns:
-        (dropped) their indices, int64, where they are few; else (count) int16, 0 where dropped and all ones elsewhere.
+        If they are few, their indices, int64; else a bit mask (count), int16: 0 if dropped, all ones if kept.
     """
     generator = torch.Generator().manual_seed(seed)
     if share >= FEW:
@@ -62,7 +62,7 @@ def drawn(count: int, seed: int, share: float) -> Tensor:
         return words.view(torch.int16)[:count].ge_(round(share * 2**BITS) - 2 ** (BITS - 1)).neg_()
     expected = count * share
     at = torch.empty(0, dtype=torch.int64, device="cpu")
-    while at.numel() == 0 or int(at[-1]) < count:  # a second round is needed once in 10⁹ times
+    while at.numel() == 0 or int(at[-1]) < count:  # a second round is needed once in 10⁹ calls
         wanted = int(expected + 6 * math.sqrt(expected)) + 16
         words = torch.empty(-(-wanted * BITS // 64), dtype=torch.int64, device="cpu")
         words.random_(-(2**63), None, generator=generator)

@@ -1,10 +1,10 @@
-"""Root-mean-square norms that keep nothing but their input for the backward pass.
+"""RMS norms that store nothing but their input for the backward pass.
 
     y = w ∘ x · r,   r = (mean(x²) + ε)^(−1/2)          dx = r · (g − x · r² · mean(g ∘ x)),   g = w ∘ dy
 
-Models write these norms as a chain of operations in float32, which keeps two float32 copies of x. Here the forward
-pass is the model's own, bit for bit, without a graph; the backward pass is the formula. It is used for modules named
-like a norm whose own backward pass gives the same on the first input that comes along (their weight is w or 1 + w).
+Models compute these norms as a chain of float32 operations, which stores two float32 copies of x. Here the forward pass
+is the model's own, bit for bit, without a graph, and the backward pass is the formula. It is used for modules that are
+named like a norm and whose own backward pass gives the same for their first input (their weight is w or 1 + w).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from inlay.core.model.view import ModelView
 from inlay.kernels import gpu, second
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the gradient's norm
-# Norm → ε and what is added to its weight; None where the formula is not its own.
+# Norm → ε and the offset of its weight; None if the formula does not fit it.
 _SEEN: weakref.WeakKeyDictionary[nn.Module, tuple[float, float] | None] = weakref.WeakKeyDictionary()
 
 
@@ -39,7 +39,7 @@ def norm(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def applies(host: Host, x: Any) -> bool:
-    """Whether a gradient is wanted for x alone, and nothing changes the weight."""
+    """Whether a gradient is needed for x only, and nothing changes the weight."""
     return (
         not transformed()
         and torch.is_grad_enabled()
@@ -48,13 +48,13 @@ def applies(host: Host, x: Any) -> bool:
         and x.dtype in AGREEMENT
         and not torch.is_autocast_enabled(x.device.type)
         and not host.replaced
-        and type(weight := host.module._parameters.get("weight")) is nn.Parameter  # or something computes it
+        and type(weight := host.module._parameters.get("weight")) is nn.Parameter  # not computed by something
         and not weight.requires_grad
     )
 
 
 def _formula(module: nn.Module, inner: Callable[..., Any], x: Tensor) -> tuple[float, float] | None:
-    """The ε and the offset with which the formula gives this norm's gradient, tried on x without a trace."""
+    """The ε and offset for which the formula gives this norm's gradient, found by a trial that leaves no trace."""
     epsilon: Any = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), 0.0)
     weight, tried = module._parameters["weight"], x.detach().requires_grad_()
     assert weight is not None, "`is_norm` looks for one"
@@ -74,7 +74,7 @@ def _formula(module: nn.Module, inner: Callable[..., Any], x: Tensor) -> tuple[f
 
 
 def gradient(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
-    """With respect to x: (…, features), in its dtype; sums are taken in float32."""
+    """The gradient with respect to x: (…, features), in its dtype; sums are in float32."""
     if gpu.serves(x):
         from inlay.kernels.gpu import norm as kernel
 
@@ -89,7 +89,7 @@ def gradient(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, offset: fl
 
 
 class RootMeanSquare(torch.autograd.Function):
-    """See the module."""
+    """Described at the top of this file."""
 
     @staticmethod
     def forward(
@@ -108,7 +108,7 @@ class RootMeanSquare(torch.autograd.Function):
 
 
 def is_norm(module: nn.Module, view: ModelView) -> bool:
-    """A norm with a vector of weights and nothing else; torch's own layer norm is one kernel already."""
+    """Whether a module is a norm with only a weight vector. (torch's layer norm is a single kernel already.)"""
     weight = module._parameters.get("weight")
     return (
         type(module).__name__.endswith("Norm")

@@ -1,11 +1,11 @@
-"""Normal-float codes: weights in 4 or 2 bits whose levels are quantiles of the normal distribution.
+"""Normal-float codes: weights in 4 or 2 bits, with quantiles of the normal distribution as levels.
 
-Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, section 3 and appendix E; the 2-bit levels are made by the same rule in
+Dettmers et al. 2023 (QLoRA), arXiv:2305.14314, section 3 and appendix E; the 2-bit levels follow the same rule in
 Li et al. 2023 (LoftQ), arXiv:2310.08659, as in its authors' code. A weight, row by row, is cut into blocks of 64:
 
     constants[i] = max |block i|        codes = number of the level nearest to weight / constants[i]
 
-Codes lie in bytes, the first in the highest bits, as bitsandbytes stores NF4; a block at the end may be shorter.
+Codes are packed into bytes, the first in the highest bits, as bitsandbytes stores NF4; the last block may be shorter.
 The levels of k bits: 2^(k-1) quantiles below zero, zero, and 2^(k-1) - 1 above, divided by the largest.
 """
 
@@ -29,11 +29,11 @@ LEVELS = {
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
 }  # fmt: skip
-TINY = 1e-38  # stands for the constant of a block of zeros
+TINY = 1e-38  # replaces the constant of a block of zeros
 
 
 def sizes(numbers: int, bits: int) -> tuple[int, int]:
-    """Bytes of codes and number of constants that so many numbers take."""
+    """Bytes of codes, and number of constants, for so many numbers."""
     blocks = -(-numbers // BLOCK)
     return blocks * BLOCK * bits // 8, blocks
 
@@ -51,7 +51,7 @@ def quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, constants: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The weight that codes and constants stand for, in float32."""
+    """The weight given by codes and constants, in float32."""
     levels = torch.tensor(LEVELS[bits], device=codes.device)
     every = torch.arange(256, device=codes.device, dtype=torch.int32)
     table = levels[(every[:, None] >> _shifts(bits, codes.device).int()) & (2**bits - 1)]  # (256, codes a byte)
@@ -63,11 +63,11 @@ def dequantise(codes: Tensor, constants: Tensor, bits: int, shape: tuple[int, ..
 
 
 def made_again_linear(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """x · make()ᵀ for a frozen matrix that is made anew for the backward pass and never kept.
+    """x · make()ᵀ for a frozen matrix that is made again for the backward pass and never stored.
 
     Args:
         x: (..., in).
-        make: gives (out, in) in x's dtype, the same each time.
+        make: returns the matrix (out, in) in x's dtype, the same each time.
     """
     if transformed() or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
         return F.linear(x, make())

@@ -1,14 +1,14 @@
-"""Several texts in one sequence, each as if it were alone.
+"""Packing: several texts in one sequence, each computed as if it were alone.
 
     padded   a a a · ·        packed   a a a b b c c c c c        positions   0 1 2 0 1 0 1 2 3 4
              b b · · ·                 └─┬─┘ └┬┘ └───┬───┘
-             c c c c c                 attention a text at a time, without a mask
+             c c c c c                 attention one text at a time, without a mask
 
-Everything but attention sees tokens one by one, so packing is exact where attention is: a registered attention
-function takes each text's queries, keys and values by themselves and gives them to the model's own implementation,
-and no mask is ever made: texts of like length share a call, the shorter ones filled up at their ends, which nothing
-before an end sees. On a GPU, in half precision, torch's variable-length kernel takes all texts in one call (its speed
-here was never measured). The naive twin is the padded batch; `isolates` tries both on the model at hand.
+Everything but attention treats tokens one by one, so packing is exact if attention is. A registered attention function
+separates the queries, keys and values of each text and passes them to the model's own implementation. No mask is
+needed: texts of similar length share a call, and the shorter ones are padded at their ends, which no token before the
+end sees. On a GPU, in half precision, torch's variable-length kernel takes all texts in one call (its speed here was
+never measured). The naive twin is the padded batch; `isolates` tries both on the model at hand.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from inlay.core.prompts.interface import (
 )
 
 NAME = "packed_"
-WASTE = 1.25  # slots to tokens, at most, of texts that share a call
+WASTE = 1.25  # texts share a call if it has at most so many slots per token
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
-class Run:
-    """Neighbouring texts of one length: where they begin, how many, how long."""
+class TextRun:
+    """Neighbouring texts of equal length: where they begin, how many, how long."""
 
     start: int
     count: int
@@ -53,23 +53,23 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Neighbouring texts as rows of one length, that of the longest.
+class PaddedRows:
+    """Neighbouring texts as rows of equal length, that of the longest text.
 
     Attributes:
         runs: the texts.
-        take: the token of each slot, counted from the first text's first; a slot behind a text's end holds its last.
+        take: the token in each slot, counted from the first text's first token; padding slots repeat a text's last.
         back: the slot of each token.
-        ends: the slots behind texts' ends.
+        ends: the padding slots.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[TextRun, ...]
     take: Tensor
     back: Tensor
     ends: Tensor
 
     @staticmethod
-    def of(runs: tuple[Run, ...], device: torch.device) -> Rows:
+    def of(runs: tuple[TextRun, ...], device: torch.device) -> PaddedRows:
         lengths = torch.tensor([run.length for run in runs for _ in range(run.count)])
         slots = torch.arange(int(lengths.max()))
         inside = slots < lengths[:, None]  # (texts, slots)
@@ -77,31 +77,31 @@ class Rows:
         take = starts[:, None] + torch.minimum(slots, lengths[:, None] - 1)
         flat = inside.flatten()
         made = (take.flatten(), flat.nonzero().squeeze(1), (~flat).nonzero().squeeze(1))
-        return Rows(runs, *(t.to(device) for t in made))
+        return PaddedRows(runs, *(t.to(device) for t in made))
 
     @property
     def texts(self) -> int:
         return sum(run.count for run in self.runs)
 
-    def apart(self, packed: Tensor) -> Tensor:
+    def split(self, packed: Tensor) -> Tensor:
         """(1, heads, tokens, size) → (texts, heads, length, size)."""
         start = self.runs[0].start
         own = packed[0].transpose(0, 1)[start : start + self.back.numel()]  # (tokens, heads, size)
         if self.ends.numel():
-            own = Filled.apply(own, self.take, self.back)  # type: ignore[no-untyped-call]
+            own = TokensToSlots.apply(own, self.take, self.back)  # type: ignore[no-untyped-call]
         rows: Tensor = own.unflatten(0, (self.texts, -1)).transpose(1, 2)
         return rows
 
-    def together(self, apart: Tensor) -> Tensor:
+    def join(self, apart: Tensor) -> Tensor:
         """(texts, length, heads, size) → (1, tokens, heads, size)."""
         own = apart.flatten(0, 1)
         if self.ends.numel():
-            own = Cut.apply(own, self.take, self.back, self.ends)  # type: ignore[no-untyped-call]
+            own = SlotsToTokens.apply(own, self.take, self.back, self.ends)  # type: ignore[no-untyped-call]
         return own.unsqueeze(0)
 
 
-class Filled(torch.autograd.Function):
-    """Tokens in slots. Nobody reads what slots behind an end become, so no gradient comes back from there."""
+class TokensToSlots(torch.autograd.Function):
+    """Tokens to slots. The padding slots are not read by anyone, so no gradient comes back from them."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, take: Tensor, back: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Filled(torch.autograd.Function):
         return grads[0].flatten(1).index_select(0, back).view(-1, *grads[0].shape[1:]), None, None
 
 
-class Cut(torch.autograd.Function):
+class SlotsToTokens(torch.autograd.Function):
     """Slots back to tokens."""
 
     @staticmethod
@@ -128,12 +128,12 @@ class Cut(torch.autograd.Function):
         return grads[0].index_select(0, take).index_fill(0, ends, 0), None, None, None
 
 
-_RUNS: ContextVar[tuple[Run, ...] | None] = ContextVar("inlay_packed", default=None)
+_RUNS: ContextVar[tuple[TextRun, ...] | None] = ContextVar("inlay_packed", default=None)
 
 
 @contextmanager
 def serving(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """What to call the model with for a batch, packed or not; the block must last until its backward pass is over."""
+    """Yields the arguments for the model's call, packed or not; must stay open until the backward pass is over."""
     positions = batch.get("position_ids")
     if positions is None:
         yield batch
@@ -143,7 +143,7 @@ def serving(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _among(runs: tuple[Run, ...] | None) -> Iterator[None]:
+def _among(runs: tuple[TextRun, ...] | None) -> Iterator[None]:
     token = _RUNS.set(runs)
     try:
         yield
@@ -152,8 +152,8 @@ def _among(runs: tuple[Run, ...] | None) -> Iterator[None]:
 
 
 def around(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The model's own forward, called with a part of the packed batch by who only tries something."""
-    if torch.compiler.is_compiling():  # nothing is packed then, and a graph cannot ask
+    """The model's own forward. A trial may call it with a part of the packed batch, which is not packed then."""
+    if torch.compiler.is_compiling():  # under a compiler nothing is packed, and the question cannot be traced
         return inner(*args, **kwargs)
     runs, positions = _RUNS.get(), kwargs.get("position_ids")
     if runs is None or positions is None or sum(r.count * r.length for r in runs) == positions.shape[1]:
@@ -162,42 +162,42 @@ def around(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         return inner(*args, **kwargs)
 
 
-def runs_of(positions: Tensor) -> tuple[Run, ...]:
-    """The texts in packed positions, (1, tokens); one may begin at another position than zero, where it was cut."""
+def runs_of(positions: Tensor) -> tuple[TextRun, ...]:
+    """The texts in packed positions, (1, tokens); a text that was cut may begin at a position other than zero."""
     breaks = (positions[0].diff() != 1).nonzero().squeeze(1) + 1
     starts = [0, *breaks.tolist(), positions.shape[1]]
     texts = [(a, b - a) for a, b in pairwise(starts)]
     grouped = [list(group) for _, group in groupby(texts, key=lambda text: text[1])]
-    return tuple(Run(group[0][0], len(group), group[0][1]) for group in grouped)
+    return tuple(TextRun(group[0][0], len(group), group[0][1]) for group in grouped)
 
 
 def prepare(model: nn.Module) -> Callable[[], None]:
-    """Give a model the attention that takes texts apart; the function returned takes it back.
+    """Install the attention that separates texts; the returned function removes it.
 
     Raises:
-        UnsupportedError: attention outside of transformers' interface, or of a kind that is not known here.
+        UnsupportedError: the model's attention does not use transformers' interface, or is of an unknown kind.
     """
     view = ModelView(model)
     places = view.attention_places()
     for config in configurations(view, places):
         layers = set(getattr(config, "layer_types", None) or _KNOWN_LAYERS)
         if layers - _KNOWN_LAYERS:
-            raise UnsupportedError(f"packing does not know the layers {', '.join(sorted(layers - _KNOWN_LAYERS))}")
+            raise UnsupportedError(f"packing does not know the layer types {', '.join(sorted(layers - _KNOWN_LAYERS))}")
     return partial(put_back, swapped(view, places, _implementation))
 
 
 def _implementation(original: str) -> str:
-    """The registered name of the attention that takes texts apart before `original`."""
+    """The registered name of the attention that separates texts in front of `original`."""
     if NAME in original:
         return original
-    if original.removeprefix(NAMESPACE) not in ("sdpa", "eager"):  # prompts of other adapters stand before it
+    if original.removeprefix(NAMESPACE) not in ("sdpa", "eager"):  # prompts of other adapters may stand in front of it
         raise UnsupportedError(f"packing works with the attention implementations sdpa and eager, not {original!r}")
     masks = MASKS[original]
     return registered(NAME, original, partial(_attention, original), partial(_mask, masks))
 
 
 def _mask(masks: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The model's own mask; none where texts are taken apart."""
+    """The model's own mask; none if texts are separated."""
     return masks(*args, **kwargs) if _RUNS.get() is None else None
 
 
@@ -208,21 +208,21 @@ def _attention(
     if runs is None:
         return base(module, query, key, value, mask, **kwargs)
     if kwargs.get("position_bias") is not None:
-        raise UnsupportedError("attention with a bias by position cannot be packed")
+        raise UnsupportedError("attention with a position bias cannot be packed")
     window, needed = kwargs.get("sliding_window"), original.endswith("eager")
     if not needed and _takes_all(query, value, kwargs):
         return at_once(query, key, value, runs, window, kwargs.get("scaling")), None
     parts = []
     for rows in _rows(runs, query.device):
-        q, k, v = (rows.apart(t) for t in (query, key, value))
+        q, k, v = (rows.split(t) for t in (query, key, value))
         length = q.shape[2]
         own = _causal(length, window, q) if needed or (window and length > window) else None
-        parts.append(rows.together(base(module, q, k, v, own, **kwargs)[0]))
+        parts.append(rows.join(base(module, q, k, v, own, **kwargs)[0]))
     return torch.cat(parts, 1), None
 
 
 def _takes_all(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether the variable-length kernel computes this."""
+    """Whether the variable-length kernel can compute this."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -235,9 +235,9 @@ def _takes_all(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
 
 
 def at_once(
-    query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], window: int | None, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, runs: tuple[TextRun, ...], window: int | None, scale: float | None
 ) -> Tensor:
-    """Causal attention of every text to itself, in one call: (1, heads, tokens, size) → (1, tokens, heads, size)."""
+    """Causal attention within each text, in one call: (1, heads, tokens, size) → (1, tokens, heads, size)."""
     starts, longest = _starts(runs, query.device)
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     seen = (-1 if window is None else window - 1, 0)
@@ -250,31 +250,31 @@ def at_once(
 
 
 @lru_cache(maxsize=8)
-def _starts(runs: tuple[Run, ...], device: torch.device) -> tuple[Tensor, int]:
-    """Where the texts begin and the last one ends, for all layers of a batch; and the longest text."""
+def _starts(runs: tuple[TextRun, ...], device: torch.device) -> tuple[Tensor, int]:
+    """Where the texts begin and the last one ends, and the length of the longest; the same for all layers."""
     lengths = [run.length for run in runs for _ in range(run.count)]
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
 
 
 @lru_cache(maxsize=8)
-def _rows(runs: tuple[Run, ...], device: torch.device) -> tuple[Rows, ...]:
-    """The calls that a batch's texts take, for all its layers: as few as waste allows."""
-    shared: list[list[Run]] = []
+def _rows(runs: tuple[TextRun, ...], device: torch.device) -> tuple[PaddedRows, ...]:
+    """The texts of a batch divided into calls, as few as `WASTE` allows; the same for all layers."""
+    shared: list[list[TextRun]] = []
     for run in runs:
         if shared and _waste([*shared[-1], run]) <= WASTE:
             shared[-1].append(run)
         else:
             shared.append([run])
-    return tuple(Rows.of(tuple(some), device) for some in shared)
+    return tuple(PaddedRows.of(tuple(some), device) for some in shared)
 
 
-def _waste(runs: list[Run]) -> float:
-    """Slots to tokens, were these texts one call's."""
+def _waste(runs: list[TextRun]) -> float:
+    """Slots per token if these texts shared a call."""
     return max(r.length for r in runs) * sum(r.count for r in runs) / sum(r.count * r.length for r in runs)
 
 
 def _causal(length: int, window: int | None, like: Tensor) -> Tensor:
-    """A causal mask to add, (1, 1, length, length), that ends `window` tokens back where there is one."""
+    """An additive causal mask, (1, 1, length, length), limited to `window` tokens back if there is one."""
     at = torch.arange(length, device=like.device)
     back = at[:, None] - at[None, :]
     seen = (back >= 0) if window is None else (back >= 0) & (back < window)
@@ -283,18 +283,18 @@ def _causal(length: int, window: int | None, like: Tensor) -> Tensor:
 
 
 def pack(texts: list[list[int]]) -> dict[str, Tensor]:
-    """Texts behind one another: ``input_ids``, ``attention_mask`` and ``position_ids``, (1, tokens)."""
+    """Texts one after another: ``input_ids``, ``attention_mask`` and ``position_ids``, (1, tokens)."""
     ids = torch.tensor([[token for text in texts for token in text]])
     positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
 
 
 def isolates(model: nn.Module, texts: list[list[int]], tolerance: float) -> bool:
-    """Whether packed texts have the scores they have alone, and none of them changes when another does.
+    """Whether packed texts have the same logits as alone, and no text changes when another one does.
 
     Args:
-        texts: two at least, each of two tokens at least.
-        tolerance: between packed and alone, relative; what a text does to another is measured bit for bit.
+        texts: at least two, each of at least two tokens.
+        tolerance: relative difference allowed between packed and alone; the effect of a text on others must be zero.
     """
     device = next(model.parameters()).device
 

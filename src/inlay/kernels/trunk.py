@@ -1,13 +1,13 @@
-"""Blocks below the lowest trained piece are passed over where what leaves them is known already.
+"""Skipping the blocks below the lowest trained piece when their output is known already.
 
     embeddings → block 0 → … → block d−1 ─┬─▶ block d (trained) → … → head → loss
                                           └─ hidden states: the same in every epoch, as nothing below learns
 
 The stack is cut by class exchange: the blocks below the cut are hosts with the feature ``trunk``. Outside of the
-contexts here they are as they were. Inside of `recording` the states behind the last of them are noted; inside of
-`replaying` all of them hand over given states instead of computing. The model itself is called as ever, so
-masks, positions, heads and losses stay its own. Where states are kept, for which rows, and that a model does give
-the same on this way (`agrees`), is the caller's matter.
+contexts in this file they run as before. Within `recording`, the hidden states after the last of them are recorded;
+within `replaying`, all of them return given states instead of computing. The model itself is called as usual, so masks,
+positions, heads and losses stay its own. The caller decides where states are cached and for which rows, and checks that
+the model gives the same this way (`agrees`).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Cut:
     """Where a model's stack is cut.
 
     Attributes:
-        blocks: paths of the blocks below.
-        total: blocks of the whole stack.
+        blocks: paths of the blocks below the cut.
+        total: number of blocks in the whole stack.
     """
 
     blocks: tuple[str, ...]
@@ -54,13 +54,13 @@ class Cut:
 
 @dataclass
 class Asked:
-    """What the blocks below the cut are to do.
+    """What the blocks below the cut should do.
 
     Attributes:
-        cut: says which blocks.
-        states: what they hand over, (rows, tokens, hidden); None is to compute.
-        enough: whether the forward ends behind the last of them.
-        seen: the states that left the last one.
+        cut: the blocks.
+        states: the states to return, (rows, tokens, hidden); None means to compute.
+        enough: whether the forward ends after the last of them.
+        seen: the states after the last of them.
     """
 
     cut: Cut
@@ -70,13 +70,13 @@ class Asked:
 
 
 class _Enough(Exception):
-    """Ends a forward whose upper part nobody needs."""
+    """Ends a forward whose upper part is not needed."""
 
 
 _ASKED: ContextVar[Asked | None] = ContextVar("inlay_trunk", default=None)
-# Model → how many cuts a block listens for.
+# Model → number of open cuts.
 _LISTEN: weakref.WeakKeyDictionary[nn.Module, Counter[str]] = weakref.WeakKeyDictionary()
-# How many things a block was seen to return beside hidden states; what they were (attention weights) is left out.
+# Block → how many values it returns besides hidden states (attention weights), which are left out.
 _BESIDE: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
 
 
@@ -87,17 +87,17 @@ def find_cut(model: nn.Module, adapter: Adapter, batch: dict[str, Any]) -> Cut:
         batch: any inputs of the model.
 
     Raises:
-        UnsupportedError: a model or an adapter that cannot be cut; it says why.
+        UnsupportedError: the model or the adapter cannot be cut; the message says why.
     """
     if any(isinstance(piece, PromptPiece) for piece in adapter.pieces):
-        raise UnsupportedError(f"{adapter.method.name} puts a prompt in front of every layer, the lowest included")
+        raise UnsupportedError(f"{adapter.method.name} has a prompt at every layer, even the lowest")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UnsupportedError(f"{type(model).__name__} has two stacks; a trunk is cut in models that have one")
+        raise UnsupportedError(f"{type(model).__name__} has two stacks of layers; only models with one can be cut")
     blocks = ModelView(model).stack().blocks
     trained = {host.path for host in hosts_of(model) if _acts(host, adapter.name)}
     started, first = _order(model, batch, blocks, trained)
     if tuple(started) != blocks:
-        raise UnsupportedError(f"{type(model).__name__} does not run its blocks once each, one after another")
+        raise UnsupportedError(f"{type(model).__name__} does not run each of its blocks once, one after another")
     inside = next((i for i, b in enumerate(blocks) if first is not None and f"{first[0]}.".startswith(f"{b}.")), None)
     depth = len(blocks) if first is None else first[1] if inside is None else min(inside, first[1])
     if depth == 0:
@@ -114,7 +114,7 @@ def _acts(host: Host, name: str) -> bool:
 def _order(
     model: nn.Module, batch: dict[str, Any], blocks: tuple[str, ...], trained: set[str]
 ) -> tuple[list[str], tuple[str, int] | None]:
-    """The blocks as they start, and the first trained module with the number of blocks started before it."""
+    """The blocks in the order they start, and the first trained module with the number of blocks before it."""
     started: list[str] = []
     first: list[tuple[str, int]] = []
     modules = ModelView(model).modules
@@ -130,7 +130,7 @@ def _order(
 
     handles = [modules[path].register_forward_pre_hook(hook(path)) for path in {*trained, *blocks}]
     try:
-        with quietly(model):  # without labels, which a model may be called twice for (`labelled_head`)
+        with quietly(model):  # without labels, for which a model may be called twice (`labelled_head`)
             model(**{name: value for name, value in batch.items() if name != "labels"})
     finally:
         for handle in handles:
@@ -140,7 +140,7 @@ def _order(
 
 @contextmanager
 def quietly(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Run a model, in evaluation unless told otherwise, without a graph and without a trace in the random state."""
+    """For a block: the model in eval mode (or `training`), no graph, and the random state restored afterwards."""
     before = model.training
     with torch.no_grad(), torch.random.fork_rng():
         model.train(training)
@@ -151,7 +151,7 @@ def quietly(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 
 def random_parts(model: nn.Module, cut: Cut) -> list[str]:
-    """What draws random numbers below the cut while training: dropouts and skipped layers, by path."""
+    """Paths of what draws random numbers below the cut in training: dropouts and randomly skipped layers."""
     above = ModelView(model).stack().blocks[cut.depth :]
     beside = {n for n, child in model.named_children() if child is not getattr(model, "base_model", model)}
     found = []
@@ -165,7 +165,7 @@ def random_parts(model: nn.Module, cut: Cut) -> list[str]:
 
 
 def open_cut(model: nn.Module, cut: Cut) -> None:
-    """Make the blocks below the cut listen to the contexts here."""
+    """Make the blocks below the cut obey `recording` and `replaying`."""
     for path in cut.blocks:
         _LISTEN.setdefault(model, Counter())[path] += 1
         hosts_of(model).grant(path, FEATURE)
@@ -181,7 +181,7 @@ def close_cut(model: nn.Module, cut: Cut) -> None:
 
 @contextmanager
 def recording(cut: Cut) -> Iterator[Asked]:
-    """Note the states that leave the last block below the cut."""
+    """Record the states after the last block below the cut."""
     asked = Asked(cut)
     with _asking(asked):
         yield asked
@@ -189,15 +189,15 @@ def recording(cut: Cut) -> Iterator[Asked]:
 
 @contextmanager
 def replaying(cut: Cut, states: Tensor) -> Iterator[None]:
-    """Let the blocks below the cut hand over `states`, (rows, tokens, hidden), in the place of their own."""
+    """Let the blocks below the cut return `states`, (rows, tokens, hidden), instead of computing them."""
     with _asking(Asked(cut, states=states)):
         yield
 
 
 def states_of(model: nn.Module, cut: Cut, batch: dict[str, Tensor], *, training: bool = False) -> Tensor:
-    """The states behind the cut, (rows, tokens, hidden), without running what lies above it."""
+    """The states at the cut, (rows, tokens, hidden), without running what lies above it."""
     asked = Asked(cut, enough=True)
-    texts = {name: value for name, value in batch.items() if name != "labels"}  # no loss, and no trial of its paths
+    texts = {name: value for name, value in batch.items() if name != "labels"}  # no loss, and no trial of a fast path
     with quietly(model, training=training), _asking(asked):
         try:
             model(**texts)
@@ -207,7 +207,7 @@ def states_of(model: nn.Module, cut: Cut, batch: dict[str, Tensor], *, training:
 
 
 def agrees(model: nn.Module, cut: Cut, batch: dict[str, Tensor]) -> bool:
-    """Whether a model's outputs come out bit for bit the same where its blocks below the cut are passed over."""
+    """Whether the model's outputs are the same to the bit if the blocks below the cut are skipped."""
     try:
         with quietly(model):
             with recording(cut) as asked:
@@ -231,10 +231,10 @@ def _asking(asked: Asked) -> Iterator[None]:
 def trunk(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a block below the cut."""
     asked = None if torch.compiler.is_compiling() else _ASKED.get()
-    if asked is None or host.path not in asked.cut.blocks:  # another run on the same base has another cut
+    if asked is None or host.path not in asked.cut.blocks:  # it belongs to another run on the same base
         return inner(*args, **kwargs)
     entering = args[0] if args else next(iter(kwargs.values()))
-    # Who only tries something may call the model with a part of the batch; that part is computed.
+    # A trial may call the model with a part of the batch; that part is computed.
     whole = asked.states is not None and asked.states.shape[:2] == entering.shape[:2]
     if whole and cache_among((*args, *kwargs.values())) is None:
         beside = _BESIDE.get(host.module)

@@ -1,6 +1,6 @@
-"""What LoftQ puts at a layer: another backbone Q than the base's own weight, and a low-rank pair beside it.
+"""LoftQ's delta: a backbone Q that replaces the base's own weight, and a low-rank pair beside it.
 
-h = W x + (Q − W) x + s B A x          Q from packed codes, made when needed and never kept
+h = W x + (Q − W) x + s B A x          Q is unpacked from codes when needed, never stored
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Alternation:
     """How Q, A and B are found at a layer.
 
     Attributes:
-        scale: of the product B A.
-        bits: of Q; None where it is what the quantised base holds.
-        iterations: 0 is plain quantisation, with LoRA's own start.
-        niter: power iterations of a randomised decomposition; exact where None.
+        scale: factor on the product B A.
+        bits: bits of Q; None takes the codes of the quantised base as Q.
+        iterations: rounds of the alternation; 0 is plain quantisation, with LoRA's own start.
+        niter: power iterations of a randomised decomposition; None computes it exactly.
     """
 
     rank: int
@@ -38,17 +38,17 @@ class Alternation:
 class Backbone(LowRank):
     """At a linear layer.
 
-    Buffers: ``codes`` (bytes) and ``constants`` (blocks) of Q, none where it is the base's own; ``errors`` (2):
-    ‖W − q(W)‖ and ‖W − Q − s B A‖ at the start, as shares of ‖W‖.
+    Buffers: ``codes`` (bytes) and ``constants`` (blocks) of Q, absent if Q is the base's own; ``errors`` (2):
+    ‖W − q(W)‖ and ‖W − Q − s B A‖ at the start, divided by ‖W‖.
     """
 
     def __init__(self, site: Site, plan: Alternation, dropout: float) -> None:
         super().__init__(site, plan.rank, plan.scale, dropout)
         wrong = []
         if plan.rank > min(site.in_features, site.out_features):
-            wrong.append(f"rank is {plan.rank}, more than a side of {site.key}: lower it, or leave the layer out")
+            wrong.append(f"rank is {plan.rank}, larger than a side of {site.key}: lower it, or leave the layer out")
         if plan.bits is None and stored_whole(site.module):
-            wrong.append(f"bits is None, but {site.key} is not quantised, so nothing is missing: give bits 4 or 2")
+            wrong.append(f"bits is None, but {site.key} is not quantised, so it has no codes to take: give bits 4 or 2")
         if wrong:
             raise ConfigError(problems("method 'loftq'", wrong))
         self.site, self.plan = site, plan
@@ -112,7 +112,9 @@ class Backbone(LowRank):
         return super().post(x, self._moved(x, y), site)
 
     def post_into(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        if not applies(x, y, self.dropout if self.training else 0.0):  # then it would call `post`, which moves too
+        if not applies(
+            x, y, self.dropout if self.training else 0.0
+        ):  # then the parent calls `post`, which adds the shift too
             return self.post(x, y, site)
         return super().post_into(x, self._moved(x, y), site)
 

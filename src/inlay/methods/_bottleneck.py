@@ -1,4 +1,4 @@
-"""What the bottleneck adapters share: two projections with a nonlinearity between them."""
+"""Shared by the bottleneck adapters: two projections with a nonlinearity between them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class BottleneckDelta(Delta):
     """y + scale · W_up f(W_down input + b_down) + b_up, where the input is the sublayer's output or its input.
 
     Args:
-        size: of the bottleneck.
-        beside: whether the adapter reads what enters the sublayer (parallel) or what leaves it (serial).
-        fill: the paper's initialisation of (down, up); biases start at zero.
+        size: inner size of the bottleneck.
+        beside: True if the adapter reads the sublayer's input (parallel), False if it reads its output (serial).
+        fill: initialises (down, up) as the paper does; biases start at zero.
     """
 
     merges: ClassVar[bool] = False
@@ -63,7 +63,7 @@ class BottleneckDelta(Delta):
         return y.add(self.added(x if self.beside else y), alpha=self.scale)
 
     def added(self, entering: Tensor) -> Tensor:
-        """What the bottleneck makes of its input: (..., in) → (..., out)."""
+        """The bottleneck's output for its input: (..., in) → (..., out)."""
         inner = self.function(F.linear(entering, cast(self.down, entering), cast(self.down_bias, entering)))
         return F.linear(inner, cast(self.up, inner), cast(self.up_bias, inner))
 

@@ -1,8 +1,8 @@
-"""What the compositions share: methods inside a method.
+"""Shared by the compositions: methods inside a method.
 
 The members' pieces stay pieces of their own, each labelled with its member's number (`_member.py`), so that files,
-counts, initialisation from data and learning rates work as they do for the member alone. How deltas at one module
-act on one another is in `core/forward/chain.py`; prompts stand behind one another; differences to a parameter add.
+counts, initialisation from data and learning rates work as they do for the member alone. How several deltas at one
+module combine is in `core/forward/chain.py`; prompts stand one after another; differences to one parameter add up.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from inlay.methods._member import Clocks, Member, pieces_of
 
 @dataclass(frozen=True, init=False)
 class Composition(Method, ABC):
-    """Methods that make one adapter. Abstract.
+    """Several methods that make one adapter. Abstract.
 
-    The recipe is that of the member with the smallest learning rate: one rate serves all of them.
+    The recipe is that of the member with the smallest learning rate, because all of them are trained at one rate.
 
     Attributes:
-        methods: its members; each keeps its own default places, and the user's `where` holds for all that take it.
+        methods: the members. Each keeps its own default places; the user's `where` applies to all that take one.
     """
 
     family: ClassVar[str] = "composition"
@@ -50,8 +50,8 @@ class Composition(Method, ABC):
 
     def _hold(self, methods: Sequence[Method]) -> None:
         wrong = [m for m in methods if not isinstance(m, Method)]
-        self.require((not wrong, f"{wrong} are not methods; give instances like LoRA(rank=4)"))
-        self.require((len(methods) >= 1, "there are no methods in it"))
+        self.require((not wrong, f"{wrong} are not methods; give instances such as LoRA(rank=4)"))
+        self.require((len(methods) >= 1, "it has no methods; give at least one"))
         failures: dict[str, str] = {}
         for method in methods:
             failures = {**method.expected_failures, **failures}
@@ -61,15 +61,15 @@ class Composition(Method, ABC):
             "needs_data": any(m.needs_data for m in methods),
             "expected_failures": failures,
         }
-        for name, value in facts.items():  # facts of the instance, where a plain method has them on its class
+        for name, value in facts.items():  # set on the instance; a plain method has them on its class
             object.__setattr__(self, name, value)
 
     def with_members(self, methods: Sequence[Method]) -> Self:
-        """The same composition of other members."""
+        """The same composition with other members."""
         return type(self)(*methods)
 
     def branch(self, number: int) -> Branch | None:
-        """Where a member's deltas stand; None where each wraps what the former left."""
+        """The branch on which a member's deltas stand; None if each wraps the ones before it."""
         return None
 
     @classmethod
@@ -94,7 +94,7 @@ class Composition(Method, ABC):
         return found
 
     def _placed(self, places: Places) -> Iterator[tuple[Method, Places]]:
-        """Each member with the places that hold for it."""
+        """Each member with the places that apply to it."""
         if callable(places.where):
             raise SelectionError(
                 f"method {self.name!r}: a predicate cannot be stored for several methods; give names or a pattern"
@@ -114,13 +114,13 @@ class Composition(Method, ABC):
         found = [m.inherit(model) for m in self.methods]
         if any(measured.places is not None for measured in found):
             raise UnsupportedError(
-                f"method {self.name!r}: a method that is made of attached adapters has their places, so it cannot be "
+                f"method {self.name!r}: a method made of attached adapters stands at their places, so it cannot be "
                 "a member of a composition; attach it by itself"
             )
         return self._measured(found)
 
     def _measured(self, found: Sequence[Measured]) -> Measured:
-        """What the members found, as one."""
+        """The members' findings combined."""
         values = {f"{i}/{key}": state for i, measured in enumerate(found) for key, state in measured.values.items()}
         return Measured(self.with_members([measured.method for measured in found]), values)
 
@@ -140,14 +140,14 @@ class Composition(Method, ABC):
 
 
 def takes_where(method: Method) -> bool:
-    """Whether the user's `where` means anything to a method: to a prompt it does not."""
+    """Whether the user's `where` applies to a method; it does not to a prompt."""
     if isinstance(method, Composition):
         return any(takes_where(m) for m in method.methods)
     return not isinstance(method, PromptMethod)
 
 
 def restored(values: Sequence[Any]) -> list[Method]:
-    """Methods from the plain data of a file."""
+    """Methods made from the plain data in a file."""
     from inlay.methods import method_named
 
     return [v if isinstance(v, Method) else method_named(str(v["method"])).from_dict(v) for v in values]

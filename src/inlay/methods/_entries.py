@@ -1,6 +1,6 @@
-"""A difference at few entries of a parameter, and dense differences of an adapter cut down to that.
+"""A sparse difference to a parameter, and reducing an adapter's dense differences to sparse ones.
 
-θ' = θ + d          d is zero but at k entries: indices (k) into the flattened parameter, values (k)
+θ' = θ + d          d is zero except at k entries: indices (k) into the flattened parameter, values (k)
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from inlay.authoring import Adapter, Difference, SubsetPiece
 
 
 class SparseDifference(Difference):
-    """A difference at some entries. In the forward the whole parameter is formed, as the layer needs it.
+    """A difference at some entries. The forward forms the whole parameter, because the layer needs it.
 
     Args:
         like: the parameter.
-        count: of entries.
+        count: number of entries.
     """
 
     indices: Tensor
@@ -35,7 +35,7 @@ class SparseDifference(Difference):
 
 
 def index_type(like: Tensor) -> torch.dtype:
-    """The narrowest type that counts the tensor's entries."""
+    """The narrowest integer type that can index the tensor's entries."""
     return torch.int32 if like.numel() < 2**31 else torch.int64
 
 
@@ -45,7 +45,7 @@ def differences(adapter: Adapter) -> dict[str, Difference]:
 
 
 def thinned(adapter: Adapter, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors with each dense difference as the entries `kept` of it, and copies as they are."""
+    """An adapter's tensors with each dense difference reduced to the entries in `kept`; copies stay as they are."""
     left = {name: tensor for name, tensor in adapter.tensors().items() if name.startswith("copy/")}
     for name, difference in differences(adapter).items():
         if len(kept[name]):

@@ -1,4 +1,4 @@
-"""What AdapterFusion builds at a site: frozen members and the attention over what they add.
+"""AdapterFusion's delta: frozen members, and attention over what they add.
 
 y ── member₀ … memberₙ ── c₀ … cₙ ── K, V          s = softmaxₙ((Q y)ᵀ (K cₙ)),  y + Σₙ sₙ V cₙ
  └── Q ─────────────────────────────
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Fused(Delta):
-    """Frozen members, kept as buffers, and the attention over them."""
+    """Frozen members, held as buffers, and the attention over them."""
 
     merges: ClassVar[bool] = False
 
@@ -59,7 +59,7 @@ class Fused(Delta):
 
 
 def _frozen(delta: Delta) -> Delta:
-    """The same delta with its parameters as buffers: stored, moved and copied with it, never trained."""
+    """The same delta with its parameters turned into buffers: stored, moved and copied, but never trained."""
     for module in delta.modules():
         for name, value in list(module._parameters.items()):
             if value is not None:

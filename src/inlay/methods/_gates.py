@@ -17,7 +17,7 @@ LOW, HIGH = -1.5, 1.5  # l and r
 
 
 def hard_concrete(alpha: Tensor, draw: bool) -> Tensor:
-    """Gates between 0 and 1, of which many are exactly one of them."""
+    """Gates between 0 and 1, many of them exactly 0 or 1."""
     if draw:
         u = torch.rand_like(alpha).clamp(1e-4, 1 - 1e-4)
         alpha = u.log() - (-u).log1p() + alpha
@@ -31,7 +31,7 @@ def closing_slope(alpha: Tensor) -> Tensor:
 
 
 class GatedDifference(DenseDifference):
-    """A difference and its gates; a gate at ±∞ is open or closed for good and costs no mask."""
+    """A difference and its gates. A gate at ±∞ is open or closed for good, so no mask is needed for it."""
 
     steps: Steps
 

@@ -1,4 +1,4 @@
-"""What LoRA and its relatives share: two narrow matrices beside a frozen layer.
+"""Shared by LoRA and its relatives: two narrow matrices beside a frozen layer.
 
 x ── dropout ── A ── B ── · scale ── + y          A (rank, in), B (out, rank)
 """
@@ -29,7 +29,7 @@ def check_sizes(method: Any, *more: tuple[bool, str]) -> None:
 
 
 def low_rank(site: Site, rank: int, scale: float, dropout: float = 0.0) -> Delta:
-    """The pair that fits the layer's kind."""
+    """The low-rank pair for the layer's kind."""
     if site.kind == "conv":
         return ConvLowRank(site, rank, scale, dropout)
     return (EmbeddingLowRank if site.kind == "embedding" else LowRank)(site, rank, scale, dropout)
@@ -39,8 +39,8 @@ class LowRank(Delta):
     """At a linear layer.
 
     Args:
-        scale: of the update, alpha / rank where the paper has no other.
-        dropout: on the update's input, in training.
+        scale: factor on the update, alpha / rank unless the paper has another.
+        dropout: dropout of the update's input, in training.
     """
 
     def __init__(self, site: Site, rank: int, scale: float, dropout: float = 0.0) -> None:
@@ -79,15 +79,15 @@ class LowRank(Delta):
 
 
 class EmbeddingLowRank(LowRank):
-    """At an embedding: A holds a column an entry."""
+    """At an embedding: A has a column for each entry of the vocabulary."""
 
     def __init__(self, site: Site, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(site, rank, scale, dropout)
         layer: Any = site.module
         if site.original_class.forward is not nn.Embedding.forward:
             raise UnsupportedError(
-                f"{site.path} ({site.original_class.__name__}) scales or moves what it looks up, so LoRA there has no "
-                "weights of the same effect; name the embedding in modules_to_save"
+                f"{site.path} ({site.original_class.__name__}) scales or shifts what it looks up, so no weight has the "
+                "effect of LoRA there; name the embedding in modules_to_save"
             )
         self.padding = layer.padding_idx
 
@@ -99,7 +99,7 @@ class EmbeddingLowRank(LowRank):
         low = F.embedding(x, self.a.t(), self.padding)  # (..., rank)
         return y.add(F.linear(cast(low, y), cast(self.b, y)), alpha=self.scale)
 
-    post_into = Delta.post_into  # ids enter, so there is no product to make
+    post_into = Delta.post_into  # the input is ids, so there is no product to fuse
 
 
 class ConvLowRank(Delta):

@@ -1,9 +1,9 @@
-"""A member of a composition: its pieces among the whole adapter's, and its part of the adapter.
+"""A member of a composition: its pieces within the whole adapter, and its share of the adapter.
 
     member 1's piece      label "…"      parameters' names "…"
     in the composition    label "1/…"    parameters' names "1/…"     the branch of a chain that it stands on, if any
 
-A member's clock, and what it stores, know an adapter with its own method and pieces, under the names they have
+A member's clock, and what it stores, see an adapter with the member's own method and pieces, under the names they have
 when the method is used alone.
 """
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def pieces_of(method: Method, number: int, branch: Branch | None, view: ModelView, places: Places) -> list[Piece]:
-    """The pieces of a composition's member, as the composition's own."""
+    """A member's pieces, labelled as pieces of the composition."""
     inside = method.pieces(view, places)
     for shared in _shared(inside):
         shared.key = f"{number}/{shared.key}"
@@ -49,7 +49,7 @@ def _shared(pieces: Sequence[Piece]) -> list[Shared]:
 
 
 def _labelled(piece: Piece, number: int, branch: Branch | None) -> Piece:
-    """A member's piece as one of the composition's."""
+    """A member's piece, labelled as a piece of the composition."""
     label = f"{number}/"
     match piece:
         case DeltaPiece():
@@ -70,7 +70,7 @@ def _bare(piece: Piece, label: str) -> Piece:
 
 
 class Member(Adapter):
-    """One member's part of an adapter, as its clock knows it: its own method and its own pieces."""
+    """One member's share of an adapter, as its clock sees it: its own method and its own pieces."""
 
     def __init__(self, whole: Adapter, number: int) -> None:
         label = f"{number}/"
@@ -84,16 +84,16 @@ class Member(Adapter):
 
     @property
     def method(self) -> Method:
-        """As the whole adapter has it now: a run may fill in the number of its steps later."""
+        """The member's method as it is in the adapter now: a run may fill in the number of steps later."""
         return cast("Composition", self._whole.method).methods[self._number]
 
     @method.setter
     def method(self, value: Method) -> None:
-        pass  # the dataclass sets its field
+        pass  # only here because the dataclass sets its field
 
 
 class Clocks(Clock):
-    """Keeps the members' clocks; each is told of the steps by itself."""
+    """Holds the members' clocks; each one is called around the steps by itself."""
 
     def __init__(self, adapter: Adapter, clocks: Sequence[Clock]) -> None:
         super().__init__(adapter)

@@ -1,11 +1,11 @@
-"""What PiSSA and OLoRA share: a low-rank pair that starts as a part of the frozen weight itself.
+"""Shared by PiSSA and OLoRA: a low-rank pair that starts as a part of the frozen weight itself.
 
     h = W x + s (B A − B₀ A₀) x          A₀, B₀: a factorisation of part of W; A, B start as A₀, B₀
 
-The papers write W − s B₀ A₀ into the base and train B A beside it. Here the base is never written: A₀ and B₀ are
-kept in the adapter, frozen, stored and not counted. The function and its gradients are the same, the base serves
-other adapters (or none) as it was, and nothing is lost by rounding the rest of W to the base's type. The two
-products are formed apart and in the same way, so that their difference starts at exactly zero.
+The papers write W − s B₀ A₀ into the base and train B A beside it. Here the base is never written: the adapter keeps A₀
+and B₀, frozen, stored and not counted. The function and its gradients are the same, the base can serve other adapters
+(or none) unchanged, and nothing is lost by rounding W − s B₀ A₀ to the base's dtype. The two products are computed
+separately and in the same way, so that their difference starts at exactly zero.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Offset(Delta):
 
     Args:
         scale: s.
-        factors: the weight, (out, in) in float32 → A₀ (rank, in) and B₀ (out, rank).
+        factors: maps the weight, (out, in) in float32, to A₀ (rank, in) and B₀ (out, rank).
     """
 
     def __init__(self, site: Site, rank: int, scale: float, factors: Callable[[Tensor], Factors]) -> None:

@@ -1,4 +1,4 @@
-"""What OFT and BOFT share: skew matrices, their Cayley transform, and a layer whose input is turned.
+"""Shared by OFT and BOFT: skew matrices, their Cayley transform, and a layer whose input is rotated.
 
 R = (I − Q)(I + Q)⁻¹,  Qᵀ = −Q          y = W Rᵀ x, that is x R as rows; W' = W Rᵀ
 """
@@ -18,21 +18,23 @@ from inlay.authoring import Delta, SelectionError, Site, problems, stamp, transf
 
 
 class TurnedDelta(Delta):
-    """A rotation of what enters a whole layer. Abstract; subclasses hold the upper triangles as `skew`."""
+    """A rotation of a whole layer's input. Abstract; subclasses hold the upper triangles as `skew`."""
 
     skew: Parameter
-    kept: tuple[tuple[int, int, int], Tensor] | None = None  # the last rotations made without a graph, and from what
+    kept: tuple[tuple[int, int, int], Tensor] | None = (
+        None  # the last rotations made without a graph, and the stamp of `skew` then
+    )
 
     @abstractmethod
     def blocks(self) -> Tensor:
-        """The small rotations, in the parameter's precision."""
+        """The small rotation matrices, in the parameter's precision."""
 
     @abstractmethod
     def turn(self, x: Tensor, *, back: bool = False) -> Tensor:
         """``x R`` along the last dimension, or ``x Rᵀ``."""
 
     def rotations(self) -> Tensor:
-        """`blocks`, made again only when the parameter is another: generation needs them once a token."""
+        """`blocks`, computed again only when the parameter has changed: generation needs them for every token."""
         if torch.is_grad_enabled() or transformed():
             return self.blocks()
         which = stamp(self.skew)
@@ -41,7 +43,7 @@ class TurnedDelta(Delta):
         return self.kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None}  # a copy's parameter lies elsewhere
+        return {**self.__dict__, "kept": None}  # the copy's parameter is another tensor
 
     def pre(self, x: Tensor) -> Tensor:
         return self.turn(x)
@@ -51,7 +53,7 @@ class TurnedDelta(Delta):
 
 
 class TurnedPart(TurnedDelta):
-    """The same for a part of a fused layer, whose other parts see the input as it is. Abstract."""
+    """The same for a part of a fused layer, whose other parts get the input unchanged. Abstract."""
 
     pre = Delta.pre
 
@@ -93,7 +95,7 @@ def check_divisible(name: str, what: str, sites: list[Site], unit: Callable[[Sit
     """Raise one error that lists every site whose input cannot be cut into equal blocks.
 
     Args:
-        what: the hyper-parameters that a block comes from, in words.
+        what: the hyper-parameters that determine the block, in words.
         unit: the number by which a site's input size must be divisible.
     """
     wrong = []

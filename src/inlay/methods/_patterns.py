@@ -1,4 +1,4 @@
-"""What methods with a rank and an alpha share: values that differ by site (`core/contracts/site_pattern.py`)."""
+"""Shared by methods with a rank and an alpha: values that differ by site (`core/contracts/site_pattern.py`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Ranked(Protocol):
 
 
 def settle(method: Ranked) -> None:
-    """Make a frozen method's patterns tuples, and check its ranks; for `__post_init__`."""
+    """Turn a frozen method's patterns into tuples and check its ranks; for `__post_init__`."""
     for name in ("rank_pattern", "alpha_pattern"):
         object.__setattr__(method, name, frozen(getattr(method, name)))
     assert isinstance(method, Method)
@@ -33,13 +33,13 @@ def settle(method: Ranked) -> None:
 
 
 def rank_and_alpha(method: Ranked, site: Site) -> tuple[int, float]:
-    """The values that hold at `site`."""
+    """The rank and alpha at `site`."""
     rank = value_at(site.key, frozen(method.rank_pattern), method.rank)
     return rank, value_at(site.key, frozen(method.alpha_pattern), method.alpha)
 
 
 def check_used(method: Ranked, pieces: Sequence[Piece]) -> None:
-    """Raise where an entry of a pattern fits none of the sites: a name that was mistyped."""
+    """Raise if an entry of a pattern fits none of the sites, which is a mistyped name."""
     keys = [piece.key for piece in pieces if isinstance(piece, DeltaPiece)]
     wrong = [
         f"rank_pattern: {end!r} fits none of the chosen sites" for end in unused(frozen(method.rank_pattern), keys)

@@ -1,7 +1,7 @@
-"""Principal components of what streams past, batch by batch, without keeping it.
+"""Principal components of a stream of batches, which are not kept.
 
 Ross et al. 2008, "Incremental Learning for Robust Visual Tracking": the components so far, scaled by their singular
-values, stand for all earlier rows, and one more row stands for the shift of the mean.
+values, represent all earlier rows, and one more row represents the shift of the mean.
 
     [ S V ; X − mean(X) ; √(n m / (n + m)) (mean − mean(X)) ]  =  U S' V'        n rows so far, m new ones
 """
@@ -23,8 +23,8 @@ class Principal:
     Attributes:
         components: (found, features), orthonormal rows, each with its largest entry positive.
         singular: (found), of the centred rows.
-        spread: the centred rows' squared length, all features together.
-        likeness: (found), |cosine| of each component and what it was before the last batch; None after the first.
+        spread: sum of squares of the centred rows, over all features.
+        likeness: (found), |cosine| between each component and itself before the last batch; None after the first.
     """
 
     def __init__(self, most: int) -> None:
@@ -33,7 +33,7 @@ class Principal:
         self.likeness: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
-        """Take in more rows, (rows, features)."""
+        """Add more rows, (rows, features)."""
         rows = rows.float()
         if not len(rows):
             return
@@ -54,12 +54,12 @@ class Principal:
         self.count = total
 
     def explained(self) -> Tensor:
-        """(found): each component's share of the rows' variance; what is only rounding is 0."""
+        """(found): each component's share of the rows' variance; 0 where it is rounding only."""
         share = self.singular.square() / self.spread.clamp(min=torch.finfo(torch.float32).tiny)
         return share * (share > 1e-10) if self.count else self.singular
 
     def settled(self, rank: int, least: float) -> bool:
-        """Whether the first `rank` components hardly turned with the last batch."""
+        """Whether the last batch hardly turned the first `rank` components."""
         if self.likeness is None or len(self.likeness) < rank:
             return False
         return bool((self.likeness[:rank] >= least).all())
@@ -71,7 +71,7 @@ class Principal:
 
 
 class Inputs:
-    """Principal components of what enters several modules; modules with one and the same input share theirs."""
+    """Principal components of the inputs of several modules; modules with the same input share theirs."""
 
     def __init__(self, most: Sequence[int]) -> None:
         self.parts = [Principal(n) for n in most]
@@ -82,7 +82,7 @@ class Inputs:
     def see(self, index: int, x: Tensor, rows: Tensor) -> None:
         """Add `rows`, taken from the input `x` of module `index`."""
         if index not in self.owners:
-            # The tensor seen last is held, so no other can lie in its memory.
+            # The tensor seen last is held, so that no other tensor can take its address.
             again = self.last is not None and _same(self.last[0], x)
             self.owners[index] = self.last[1] if self.last is not None and again else index
             self.last = (x, self.owners[index])
@@ -90,12 +90,12 @@ class Inputs:
             self.parts[index].add(rows)
 
     def keep(self, parts: Sequence[Principal]) -> None:
-        """From now on look only at the inputs of `parts`."""
+        """From now on consider only the inputs of `parts`."""
         self.open = [any(part is p for p in parts) for part in self.parts]
 
     @property
     def done(self) -> bool:
-        """Whether nothing that was ever seen is looked at any longer."""
+        """Whether none of the inputs seen so far is considered any longer."""
         return not any(self.open[i] for i in set(self.owners.values()))
 
     def of(self, index: int) -> Principal:

@@ -1,9 +1,9 @@
-"""What ladder side tuning builds: the whole side network, at the end of the stack (`ladder.py` has its equations).
+"""Ladder side tuning's delta: the whole side network, at the end of the stack (`ladder.py` has its equations).
 
-D (1 + rungs, side, hidden) with biases, U (hidden, side); W_in (rungs, expansion · side, side), W_out its converse;
-with attention Q, K, V, O (rungs, side, side) in heads of equal size. Initialisation as in the official code: D and U
-PyTorch's, gates zero, norms one, blocks normal with σ = 1/√fan-in (its T5, whose attention is not divided by √size,
-draws Q smaller by as much).
+D (1 + rungs, side, hidden) with biases, U (hidden, side); W_in (rungs, expansion · side, side), W_out the other way
+round; with attention Q, K, V, O (rungs, side, side) in heads of equal size. Initialisation as in the official code: D
+and U PyTorch's, gates zero, norms one, blocks normal with σ = 1/√fan-in (its T5, whose attention scores are not divided
+by √size, draws Q smaller by that factor).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def heads_of(view: ModelView) -> int | None:
-    """Attention heads of a base that is known to read both ways; None of others, an encoder-decoder's decoder too."""
+    """Attention heads of a base known to be bidirectional; None for others, including an encoder–decoder's decoder."""
     generates = getattr(view.model, "can_generate", None)
     if getattr(view.config, "is_encoder_decoder", False) or (generates is not None and generates()):
         return None
@@ -35,7 +35,7 @@ def heads_of(view: ModelView) -> int | None:
 
 
 class SideNetwork(Delta):
-    """Gated rungs and feed-forward blocks, a token at a time."""
+    """Gated rungs and feed-forward blocks, which treat each token by itself."""
 
     merges: ClassVar[bool] = False
 
@@ -74,7 +74,7 @@ class SideNetwork(Delta):
         return out if self.method.output == "side" else shares[-1] * out + (1 - shares[-1]) * y
 
     def seen(self, y: Tensor, site: Site) -> Tensor | None:
-        """Which tokens each token may see; None where blocks look at no other."""
+        """Which tokens each token may attend to; None if blocks do not attend."""
         return None
 
     def block(self, rung: int, side: Tensor, seen: Tensor | None) -> Tensor:
@@ -88,9 +88,9 @@ class SideNetwork(Delta):
 
 
 class SideTransformer(SideNetwork):
-    """Gated rungs and whole transformer blocks, beside a base that reads both ways."""
+    """Gated rungs and whole transformer blocks, beside a bidirectional base."""
 
-    reads_span: ClassVar[bool] = True  # of an encoder: its rows without their padding
+    reads_span: ClassVar[bool] = True  # in an encoder, the rows without their padding
 
     def __init__(self, site: Site, rungs: int, method: LadderSideTuning, heads: int) -> None:
         super().__init__(site, rungs, method)

@@ -1,4 +1,4 @@
-"""What soft prompts are initialised from: the base's table of embeddings, common words, words of a text."""
+"""Sources from which soft prompts are initialised: the base's embeddings, common words, words of a text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def empty(view: ModelView, *shape: int) -> Tensor:
 def embedded(view: ModelView, ids: Sequence[int]) -> Tensor:
     """The base's embeddings of some tokens, (tokens, hidden), whatever adapter is active.
 
-    Through the layer and not its table, because some models scale what they look up.
+    They go through the layer, not directly to its table, because some models scale what they look up.
     """
     embedding: Any = view.input_embedding
     with bare(view.model):
@@ -42,7 +42,7 @@ def embedded(view: ModelView, ids: Sequence[int]) -> Tensor:
 
 
 def common_words(view: ModelView, count: int) -> list[int]:
-    """Tokens drawn from the 5,000 most common: a subword vocabulary is ordered by frequency, special tokens apart."""
+    """Tokens drawn from the 5,000 most common: a subword vocabulary is ordered by frequency, after special tokens."""
     special = {i for n in ("bos", "eos", "pad") if isinstance(i := getattr(view.config, f"{n}_token_id", None), int)}
     common = [i for i in range(min(COMMON + len(special), table(view).shape[0])) if i not in special]
     return [common[i] for i in torch.randint(len(common), (count,)).tolist()]
@@ -52,12 +52,12 @@ def words(view: ModelView, text: str) -> list[int]:
     """The tokens of a text, by the model's own tokenizer."""
     ids: list[int] = _tokenizer(view)(text, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ConfigError(f"the text {text!r} holds no token")
+        raise ConfigError(f"the text {text!r} contains no token")
     return ids
 
 
 def repeated(ids: Sequence[int], length: int) -> list[int]:
-    """The tokens, from the start again where there are too few."""
+    """The tokens, repeated from the start if there are too few."""
     return [ids[i % len(ids)] for i in range(length)]
 
 
@@ -70,5 +70,5 @@ def _tokenizer(view: ModelView) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"init from words needs the model's tokenizer, but none was found at {path!r}: load the model from a "
-            "folder that holds its tokenizer, or choose another init"
+            "folder that has its tokenizer, or choose another init"
         ) from error

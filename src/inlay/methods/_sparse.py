@@ -1,4 +1,4 @@
-"""What sparse methods share: their checks, which parameters they look at, and the largest entries of all of these."""
+"""Shared by sparse methods: checks, which parameters they consider, and the largest entries over all of these."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class Sparse(Protocol):
 
 
 def settle(method: Sparse, *checks: tuple[bool, str]) -> None:
-    """Make a frozen method's `chosen` a tuple, and check its share and more; for `__post_init__`."""
+    """Turn a frozen method's `chosen` into a tuple and check its share and more; for `__post_init__`."""
     object.__setattr__(method, "chosen", frozen(method.chosen))
     assert isinstance(method, Method)
     method.require((0 < method.share <= 1, f"share is {method.share}, expected above 0 and at most 1"), *checks)
 
 
 def candidates(view: ModelView, places: Places, *, norms: bool = True) -> list[str]:
-    """Names of the parameters that a sparse method chooses entries of.
+    """Names of the parameters of which a sparse method chooses entries.
 
-    All of the numbered layers by default; where the user says so, those of the layers named, or parameters by
-    their full names.
+    By default all parameters of the numbered layers; else those of the layers that the user names, or the parameters
+    that the user names in full.
 
     Args:
-        norms: whether those of norms are among them.
+        norms: whether to include those of norms.
 
     Raises:
         SelectionError: there are none.
@@ -63,8 +63,8 @@ def candidates(view: ModelView, places: Places, *, norms: bool = True) -> list[s
     left = [n for n in found if norms or not _of_norm(view, n)]
     if not left:
         raise SelectionError(
-            "no parameters to choose entries of: this model has no numbered layers, or they hold none, or those named "
-            "are tied to others; name layers in `where` (inlay's `layers` counts from 0)"
+            "no parameters to choose entries from: this model has no numbered layers, or they have none, or the ones "
+            "named are tied to others; name layers in `where` (inlay's `layers` counts from 0)"
         )
     return left
 
@@ -75,14 +75,14 @@ def _of_norm(view: ModelView, name: str) -> bool:
 
 
 def how_many(share: float, parameters: Mapping[str, Tensor]) -> int:
-    """Entries that `share` of all is, at least one."""
+    """The number of entries in a `share` of all, at least one."""
     return max(1, int(share * sum(t.numel() for t in parameters.values())))
 
 
 def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Name → flat indices, in rising order, of the `count` largest of all scores together.
+    """Name → flat indices, ascending, of the `count` largest scores over all tensors.
 
-    Works from each tensor's own best, so that no tensor as long as all of them is formed.
+    First takes each tensor's own largest, so that no tensor as long as all of them together is formed.
     """
     best = {name: score.flatten().topk(min(count, score.numel())) for name, score in scores.items()}
     together = torch.cat([b.values.cpu() for b in best.values()])
@@ -94,16 +94,16 @@ def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def end_of_first_phase(name: str, share: float, total_steps: int | None) -> int:
-    """The step after which the mask is chosen; at least one comes before and one behind it."""
+    """The step after which the mask is chosen; at least one step comes before and one after it."""
     total = length_of_run(name, total_steps, 2)
     return min(max(1, round(share * total)), total - 1)
 
 
 def counts(indices: Mapping[str, Tensor]) -> Pattern[int]:
-    """Parameter → how many entries of it are chosen, without those that have none."""
+    """Parameter → number of its chosen entries, without parameters that have none."""
     return frozen({name: len(at) for name, at in indices.items() if len(at)})
 
 
 def chosen_in(view: ModelView, chosen: Pattern[int]) -> list[str]:
-    """The names that a finished method has entries of, in the order of the model."""
+    """The names of the parameters of which a finished method has entries, in the order of the model."""
     return [name for name in parameter_names(view) if name in dict(chosen)] if chosen else []

@@ -1,4 +1,4 @@
-"""What methods with a schedule share: the number of steps made, stored with the adapter, and the run's length."""
+"""Shared by methods with a schedule: the number of steps made, stored with the adapter, and the run's length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEDULE = "schedule"  # the key under which the counter is stored
 
 
 class Steps(Shared):
-    """Optimizer steps made so far. A buffer, so that a run that is taken up again goes on counting."""
+    """Optimizer steps made so far. A buffer, so that a resumed run continues counting."""
 
     done: Tensor
 
@@ -29,7 +29,7 @@ class Steps(Shared):
 
 
 def counted(pieces: list[Piece], over: object) -> list[Piece]:
-    """The pieces, with a counter in common as their child `steps`, unless the schedule is over."""
+    """The pieces with a shared counter as their child `steps`, unless the schedule is over."""
     modules = [p.delta if isinstance(p, DeltaPiece) else p.difference for p in pieces if not isinstance(p, PromptPiece)]
     if modules and not over:
         steps = Steps(next(modules[0].parameters()).device)
@@ -39,7 +39,7 @@ def counted(pieces: list[Piece], over: object) -> list[Piece]:
 
 
 def steps_of(adapter: Adapter) -> int | None:
-    """How many steps the adapter has made; None where it counts none."""
+    """How many steps the adapter has made; None if it does not count."""
     done = adapter.tensors().get(f"shared/{SCHEDULE}/done")
     return None if done is None else int(done)
 
@@ -52,7 +52,7 @@ def length_of_run(name: str, total_steps: int | None, least: int) -> int:
     """
     if total_steps is None:
         raise ConfigError(
-            f"method {name!r} follows a schedule over the whole run and does not know how long it is; give total_steps="
+            f"method {name!r} follows a schedule over the whole run and needs the run's length; give total_steps="
             "<number of optimizer steps> (`inlay train` fills it in)"
         )
     if total_steps < least:
@@ -61,6 +61,6 @@ def length_of_run(name: str, total_steps: int | None, least: int) -> int:
 
 
 def forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Drop what the optimizer remembers of these parameters: they start a new run."""
+    """Drop the optimizer's state for these parameters, which start anew."""
     for parameter in parameters:
         optimizer.state.pop(parameter, None)

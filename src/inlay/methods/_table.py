@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from inlay.methods.unipelt import UniPELT as UniPELT
     from inlay.methods.vera import VeRA as VeRA
 
-DECLARED = "49c12cae4250fa5e9ab8b4642d899a06ef35ebd5b2ae633cd15628cdf502394f"
+DECLARED = "511cc6d00cb7853900c921b4c2e191e948a1677f85c2d2c5618ea4c3e1f204f8"
 METHODS: dict[str, Row] = {
     "lora": Row(
         cls="LoRA",

@@ -1,4 +1,4 @@
-"""A low-rank update in singular triplets, and how much each of them matters (AdaLoRA).
+"""A low-rank update in singular triplets, and the importance of each (AdaLoRA).
 
 x ── dropout ── Q ── · λ ── P ── · scale ── + y          Q (rank, in), λ (rank), P (out, rank)
 """
@@ -23,7 +23,7 @@ class Triplets(Delta):
     """At a linear layer.
 
     Args:
-        averages: whether it keeps averages of sensitivity and uncertainty, in buffers beside each tensor.
+        averages: whether it keeps moving averages of sensitivity and uncertainty, in buffers beside each tensor.
     """
 
     steps: Steps
@@ -62,7 +62,7 @@ class Triplets(Delta):
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """Take this step's weights and gradients into the averages."""
+        """Update the averages with this step's weights and gradients."""
         for name in TENSORS:
             p, sensitivity, uncertainty = self._averaged(name)
             importance = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
@@ -80,7 +80,7 @@ class Triplets(Delta):
 
 
 def without_pruned(adapter: Adapter) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Each site's rank without the triplets whose λ is zero, and the adapter's tensors without them and averages."""
+    """Each site's rank, and the adapter's tensors, without the triplets whose λ is zero and without averages."""
     tensors, ranks = adapter.tensors(), {}
     left = {name: tensor for name, tensor in tensors.items() if not name.startswith(("delta/", "shared/"))}
     for piece in adapter.pieces:

@@ -1,7 +1,7 @@
 """A twin of a base layer: the layer's own forward, computing with other parameters.
 
-Every model family has its norm and its scaled embedding (Gemma multiplies by 1 + w and by √d). A twin runs the
-very class of the layer, so a method that trains such parameters is exact without knowing any of them.
+Model families differ in their norms and scaled embeddings (Gemma multiplies by 1 + w and by √d). A twin runs the
+layer's own class, so a method that trains such parameters is exact without knowing any of them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def twin(site: Site, owner: nn.Module, names: Mapping[str, str], dtype: torch.dt
     It has no parameters and no stored buffers itself, and may be a child of `owner`.
 
     Args:
-        names: the layer's name of a parameter → the owner's; the layer sees None for the others.
-        dtype: in which the layer sees them.
+        names: the layer's name of a parameter → the owner's name; for all others the layer sees None.
+        dtype: the dtype in which the layer sees them.
     """
     layer = site.module
     original: Any = site.original_class

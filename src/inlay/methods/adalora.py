@@ -12,10 +12,10 @@ Initialisation: λ zero, P and Q N(0, 0.02). b(t) falls from rank to target_rank
 1 − (t − t_i) / (T − t_i − t_f); from t = T − t_f on the same triplets are kept. Pruned ones stay trainable until then.
 Paper and official code differ: the budget is the code's (equation 14 would start above the initial one); the
 regulariser is the code's mean of norms, not the paper's sum of squares, as the published γ belong to it; scores pair
-a step's weights with its gradients, as in the paper (the code takes the weights after the step). The regulariser comes
-behind gradient clipping, outside the reported loss. Where left open, t_i, t_f and Δ are a tenth, half and a thousandth
-of T, as in the paper's tables. Places: all matrices of attention and feed-forward. A finished adapter is written
-without pruned triplets and averages; `rank_pattern` says what is left.
+a step's weights with its gradients, as in the paper (the code takes the weights after the step). The regulariser's
+gradient is added after gradient clipping, so it is not part of the reported loss. Where left open, t_i, t_f and Δ are a
+tenth, half and a thousandth of T, as in the paper's tables. Places: all matrices of attention and feed-forward. A
+finished adapter is written without pruned triplets and averages; `rank_pattern` says what is left.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class AdaLoRA(DeltaMethod):
     """Triplets under a budget.
 
     Attributes:
-        rank, target_rank: of every matrix at first, and on average at the end.
-        alpha, dropout: as LoRA's.
+        rank, target_rank: rank of every matrix at first, and mean rank at the end.
+        alpha, dropout: as in LoRA.
         warmup_steps, final_steps, interval: t_i, t_f and Δ.
         beta1, beta2, orthogonality: β₁ and β₂ of the averages; γ.
         total_steps: T; `inlay train` fills it in.
-        rank_pattern: ranks left of a finished schedule, by the end of their sites' names.
+        rank_pattern: ranks that are left after a finished schedule, by the end of the sites' names.
     """
 
     name: ClassVar[str] = "adalora"
@@ -98,7 +98,7 @@ class AdaLoRA(DeltaMethod):
         return first, total - last, self.interval or max(1, total // 1000)
 
     def budget(self, step: int, matrices: int) -> int:
-        """Triplets that are kept at a step, counted from 1."""
+        """The number of triplets kept at a step, counted from 1."""
         first, end, _ = self.schedule()
         left = min(1.0, max(0.0, 1 - (step - first) / (end - first)))
         return matrices * self.target_rank + int(matrices * (self.rank - self.target_rank) * left**3)

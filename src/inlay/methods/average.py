@@ -26,8 +26,8 @@ class Average(Composition):
     """``Average({LoRA(rank=4): 0.5, LoRA(rank=8): 0.5})``; pairs where two methods are equal.
 
     Attributes:
-        methods: its members.
-        weights: one a member.
+        methods: the members.
+        weights: one for each member.
     """
 
     name: ClassVar[str] = "average"
@@ -43,7 +43,12 @@ class Average(Composition):
         pairs = list(members.items() if isinstance(members, Mapping) else members)
         pairs = pairs or [(LoRA(), 0.5), (LoRA(rank=16), 0.5)]
         weights = tuple(float(weight) for _, weight in pairs)
-        self.require((all(math.isfinite(w) and w for w in weights), f"weights are {weights}, expected numbers but 0"))
+        self.require(
+            (
+                all(math.isfinite(w) and w for w in weights),
+                f"weights are {weights}, expected finite numbers other than 0",
+            )
+        )
         object.__setattr__(self, "weights", weights)
         self._hold([method for method, _ in pairs])
 
@@ -58,7 +63,7 @@ class Average(Composition):
         if any(isinstance(piece, PromptPiece) for piece in found):
             raise UnsupportedError(
                 "method 'average': a prompt has no average, because attention normalises over all its positions; "
-                "use Parallel, where prompts stand behind one another"
+                "use Parallel, where prompts stand one after another"
             )
         return found
 
@@ -66,7 +71,9 @@ class Average(Composition):
     def _of(cls, fields: Mapping[str, Any]) -> Self:
         methods, weights = restored(fields.get("methods", ())), fields.get("weights", ())
         if len(methods) != len(weights):
-            cls().require((False, f"there are {len(methods)} methods and {len(weights)} weights"))
+            cls().require(
+                (False, f"there are {len(methods)} methods but {len(weights)} weights; give one weight for each")
+            )
         return cls(list(zip(methods, weights, strict=True)))
 
     @classmethod

@@ -9,8 +9,8 @@ Liu et al. 2023, "Parameter-Efficient Orthogonal Finetuning via Butterfly Factor
 
 Each block is an exact Cayley transform (I − Q)(I + Q)⁻¹ of a skew Q, stored as the rows of its upper triangle: `skew`
 (factors, blocks, b (b − 1) / 2). The official code trains all b² numbers of a matrix and takes their skew part: the
-same rotations with twice the numbers. Q starts at zero, so R = I. One factor is OFT with blocks of b; the peer
-computes one factor wherever its CUDA extension is missing, whatever was asked for.
+same rotations with twice the numbers. Q starts at zero, so R = I. One factor is OFT with blocks of b. PEFT
+computes one factor wherever its CUDA extension is missing, however many were asked for.
 
 The official code also trains a factor for each output, which the paper does not have: `scaled=True`, starting at
 one; biases are not scaled.
@@ -32,9 +32,9 @@ class BOFT(DeltaMethod):
     """Butterfly rotation of a layer's inputs.
 
     Attributes:
-        block_size: side of each block; even where there are several factors.
-        factors: sparse rotations; the layer's inputs must be divisible by block_size · 2^(factors − 1).
-        scaled: train a factor for each output as well.
+        block_size: side of each block; must be even if there are several factors.
+        factors: number of sparse rotations; the layer's inputs must be divisible by block_size · 2^(factors − 1).
+        scaled: also train a factor for each output.
     """
 
     name: ClassVar[str] = "boft"
@@ -100,7 +100,7 @@ class BOFTDelta(TurnedDelta):
             return y
         bias = site.read_weight()[1]
         plain = y if bias is None else y - bias
-        return y.addcmul(plain, cast(self.scale - 1, y))  # exactly y at the start, where the factor is one
+        return y.addcmul(plain, cast(self.scale - 1, y))  # exactly y at the start, when the factor is one
 
     def weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         turned, bias = super().weight(weight, bias)
@@ -116,6 +116,6 @@ def turn_pairs(x: Tensor, blocks: Tensor, distance: int, *, back: bool) -> Tenso
     if distance == 1:
         return turn_blocks(x, blocks, back=back)
     runs: Tensor = x.unflatten(-1, (-1, 2, distance, blocks.shape[-1] // 2))
-    together = runs.transpose(-3, -2)  # (..., group, distance, 2, b / 2): the two runs of a block side by side
-    turned = turn_blocks(together.flatten(-4), blocks, back=back).reshape(together.shape)
+    pairs = runs.transpose(-3, -2)  # (..., group, distance, 2, b / 2): the two runs of a block side by side
+    turned = turn_blocks(pairs.flatten(-4), blocks, back=back).reshape(pairs.shape)
     return turned.transpose(-3, -2).flatten(-4)

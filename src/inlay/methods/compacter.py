@@ -1,4 +1,4 @@
-"""Compacter: Houlsby's adapters with hypercomplex, low-rank matrices whose small half all layers share.
+"""Compacter: Houlsby's adapters with hypercomplex, low-rank matrices, of which all layers share the small half.
 
 Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", arXiv:2106.04647,
 equations 4 to 6 and section 4.
@@ -85,7 +85,7 @@ class Compacter(DeltaMethod):
             sites = [s for s in sites if not CROSS_ATTENTION.match(s.path)]
         wrong = [
             f"{s.key} has {s.out_features} outputs, a bottleneck of {s.out_features // self.reduction}: both must be "
-            f"multiples of divisions = {self.divisions}; choose another reduction than {self.reduction}, or divisions"
+            f"multiples of divisions = {self.divisions}; change reduction = {self.reduction}, or divisions"
             for s in sites
             if s.out_features < self.reduction
             or s.out_features % self.divisions

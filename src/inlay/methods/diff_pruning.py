@@ -1,4 +1,4 @@
-"""Diff pruning: a difference to every parameter, behind gates that a penalty closes; then the largest, alone.
+"""Diff pruning: a difference to every parameter, behind gates that a penalty closes; then the largest entries alone.
 
 Guo et al. 2021, "Parameter-Efficient Transfer Learning with Diff Pruning", arXiv:2012.07463.
 
@@ -8,13 +8,14 @@ Guo et al. 2021, "Parameter-Efficient Transfer Learning with Diff Pruning", arXi
     at the end of the first phase:  δ = z ⊙ w, drawn once; the `share` of all entries with the largest |δ| is kept
     second phase:  θ' = θ + m ⊙ w, from w = δ, m fixed, the optimizer starting anew
 
-w starts at zero, α at 5. Where the paper's structured penalty is the product of two probabilities, the official code
-adds them; we follow the code, whose λ the published ones are. Gates are drawn at every look at a parameter in
-training, and have their most likely value else. The penalty is added behind gradient clipping, outside the loss.
-Gates learn at 10,000 times the rate (the scripts: 0.1 beside 1e-5): train with `Adapter.parameter_groups`.
+w starts at zero, α at 5. The paper's structured penalty is the product of two probabilities; the official code adds
+them. We follow the code, for which the λ were published. In training, gates are drawn each time a parameter is used;
+otherwise they have their most likely value. The penalty's gradient is added after gradient clipping, so the loss does
+not show it. Gates learn at 10,000 times the rate (the scripts: 0.1 beside 1e-5): train with `Adapter.parameter_groups`.
 
-Places: all parameters of the numbered layers. Two float32 numbers an entry, their gradients and moments are
-unavoidable in training; from the second phase on the adapter is written as the kept entries alone.
+Places: all parameters of the numbered layers. In training, two float32 numbers for each entry, their gradients and
+    moments
+are unavoidable; from the second phase on, only the kept entries are stored.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ class DiffPruning(SubsetMethod):
     """A difference under an L0 penalty.
 
     Attributes:
-        share: of all entries that are kept.
-        structured: whether each parameter tensor has a gate of its own besides, as in the paper's better variant.
+        share: share of all entries that is kept.
+        structured: whether each parameter tensor also has a gate of its own, as in the paper's better variant.
         penalty: λ.
-        gate_start: α at first.
+        gate_start: α at the start.
         gate_rate: the gates' learning rate, as a multiple of the run's.
         first_phase: share of the run's steps before the projection.
-        total_steps: of the run; `inlay train` fills it in.
+        total_steps: steps of the run; `inlay train` fills it in.
         chosen: parameter → number of its entries; filled in when a finished adapter is written.
     """
 

@@ -9,7 +9,7 @@ The rows' norms are found without forming the dense sum:
 
     ‖W + sBA‖² = ‖W‖² + 2s ⟨W Aᵀ, B⟩ + s² ⟨B A Aᵀ, B⟩      per row; ‖W‖² is computed once
 
-Dropout acts on what enters base and update alike, as in the authors' code: m multiplies both.
+Dropout acts on the input of both base and update, as in the authors' code, because m multiplies both.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class DoRA(DeltaMethod):
     """Weight-decomposed low-rank update.
 
     Attributes:
-        rank: of the direction's update; the paper starts at half of what LoRA would get.
+        rank: rank of the direction's update; the paper uses half of LoRA's.
         alpha: numerator of the scale alpha / rank.
-        dropout: on the layer's input, base path included, in training.
-        rank_pattern: ranks of single sites, by the end of their names.
-        alpha_pattern: alphas of single sites, likewise.
+        dropout: dropout of the layer's input, for the base too, in training.
+        rank_pattern: ranks for single sites, by the end of their names.
+        alpha_pattern: alphas for single sites, likewise.
     """
 
     name: ClassVar[str] = "dora"
@@ -95,12 +95,14 @@ class DoRADelta(Delta):
         self.a = nn.Parameter(site.empty(rank, site.in_features))  # (rank, in)
         self.b = nn.Parameter(site.empty(site.out_features, rank))  # (out, rank)
         self.magnitude = nn.Parameter(site.empty(site.out_features))  # (out)
-        self.squares: tuple[tuple[int, int, int], Tensor] | None = None  # the frozen weight's, and which weight's
+        self.squares: tuple[tuple[int, int, int], Tensor] | None = (
+            None  # row norms of the frozen weight, and the weight's stamp
+        )
 
     def initialise(self, site: Site) -> None:
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         nn.init.zeros_(self.b)
-        # The very expression that `post` divides by, so that the quotient starts at exactly 1.
+        # The same expression by which `post` divides, so that the quotient starts at exactly 1.
         self.magnitude.copy_(self.norm(site.read_weight()[0]))
 
     def norm(self, weight: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class DoRADelta(Delta):
         return (self.base_squares(weight) + squares).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
 
     def base_squares(self, weight: Tensor) -> Tensor:
-        """‖W‖² of each row, computed again only when the base's weight is another."""
+        """‖W‖² of each row, computed again only when the base's weight has changed."""
         if transformed():
             return weight.float().square().sum(1)
         which = stamp(weight)

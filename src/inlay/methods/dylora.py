@@ -5,14 +5,14 @@ Adaptation", arXiv:2210.07558, algorithm 1.
 
     each step     b ~ {lowest, …, rank}, the same at every site
     forward       h = W x + (alpha / b) B[:, :b] A[:b] x          A (rank, in), B (out, rank)
-    backward      rows and columns up to b learn; with `frozen` the b-th alone, those before it are constants
+    backward      rows and columns up to b learn; with `frozen` only the b-th, those before it are constants
 
-Truncating at random orders the rows by what they are worth, as nested dropout does. Afterwards the adapter serves at
-any rank: `serve_rank`, or the full one. The scale goes with the rank in force, as in the paper's equation; the
-official code, which multiplies alpha / rank by √(rank / b) twice, computes the same.
-Ranks are drawn from the seed and the number of steps made. Both are stored with the adapter, so a stopped run goes
-on as if it had not stopped, and checkpointed layers recompute what they computed; all micro-batches of a step share
-their b. Rows beyond b get gradients of zero, not none. Initialisation is LoRA's. Places: query and value.
+Random truncation orders the rows by importance, as nested dropout does. Afterwards the adapter can be used at any rank:
+`serve_rank`, or the full one. The scale depends on the current rank, as in the paper's equation; the official code,
+which multiplies alpha / rank by √(rank / b) twice, computes the same. Ranks are drawn from the seed and the number of
+steps made. Both are stored with the adapter, so a resumed run continues as if it had not stopped, and checkpointed
+layers recompute what they computed; all micro-batches of a step use the same b. Rows beyond b get gradients of zero,
+not None. Initialisation is LoRA's. Places: query and value.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class DyLoRA(DeltaMethod):
     """Low-rank update that works at every rank.
 
     Attributes:
-        rank: the largest.
-        lowest: the smallest rank that is trained for.
-        alpha: numerator of the scale alpha / (rank in force).
-        dropout: on the update's input, in training.
-        frozen: only the last row and column in force learn at a step: the paper's faster, slightly worse variant.
-        serve_rank: the rank outside training and when merging; the largest where None.
-        seed: of the drawn ranks.
+        rank: the largest rank.
+        lowest: the smallest rank that is trained.
+        alpha: numerator of the scale alpha / (current rank).
+        dropout: dropout of the update's input, in training.
+        frozen: at each step only the last row and column learn: the paper's faster, slightly worse variant.
+        serve_rank: the rank outside of training and for merging; None is the largest.
+        seed: seed of the drawn ranks.
     """
 
     name: ClassVar[str] = "dylora"
@@ -67,7 +67,7 @@ class DyLoRA(DeltaMethod):
         )
 
     def draw(self, step: int) -> int:
-        """The rank in force at a step, counted from 0."""
+        """The rank used at a step, counted from 0."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         return int(torch.randint(self.lowest, self.rank + 1, (), generator=generator))
 
@@ -90,7 +90,7 @@ class DyLoRA(DeltaMethod):
 
 
 class Drawn(Shared):
-    """Steps made, and the rank in force at the next one."""
+    """The number of steps made, and the rank for the next one."""
 
     def __init__(self, method: DyLoRA, site: Site) -> None:
         super().__init__("drawn")
@@ -108,21 +108,21 @@ class Drawn(Shared):
 
 
 class Truncated(LowRank):
-    """A pair of which the first rows and columns are in force."""
+    """A pair of which only the first rows and columns are used."""
 
-    drawn: Drawn  # of all sites
+    drawn: Drawn  # shared by all sites
 
     def __init__(self, site: Site, method: DyLoRA) -> None:
         super().__init__(site, method.rank, method.alpha / method.rank, method.dropout)
         self.alpha, self.frozen, self.served = method.alpha, method.frozen, method.serve_rank or method.rank
 
-    post_into = Delta.post_into  # the fast path knows whole pairs only
+    post_into = Delta.post_into  # the fast path computes whole pairs only
 
     def post(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         if not self.training:
             low = F.linear(x, cast(self.a[: self.served], x))
             return y.add(F.linear(low, cast(self.b[:, : self.served], x)), alpha=self.alpha / self.served)
-        # A mask and not a slice: the shapes of every step are the same, for compiled graphs and for the gradients.
+        # A mask, not a slice: shapes stay the same at every step, for compiled graphs and for the gradients.
         rank = self.drawn.rank.to(x.device)
         place = torch.arange(1, len(self.a) + 1, device=x.device)
         a, b = cast(self.a, x), cast(self.b, x)
@@ -136,7 +136,7 @@ class Truncated(LowRank):
 
 
 class Redraw(Clock):
-    """Draws the next step's rank when a step was made."""
+    """Draws the rank of the next step after each step."""
 
     def after_step(self, optimizer: Optimizer) -> None:
         piece: Any = self.adapter.pieces[0]

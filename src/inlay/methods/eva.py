@@ -1,4 +1,4 @@
-"""EVA: LoRA whose first matrix spans what enters the layer, with more rank where more of that is explained.
+"""EVA: LoRA whose first matrix spans the layer's inputs, with higher ranks where that explains more variance.
 
 Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation"
 (later "Parameter Efficient Fine-tuning via Explained Variance Adaptation"), arXiv:2410.07170, algorithm 1.
@@ -8,11 +8,11 @@ Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Expl
 The base runs over batches of the fine-tuning data; an incremental decomposition (`_principal.py`, centred, as in the
 authors' code) keeps the components of each layer's inputs until they turn by less than `tau` allows. Then
 rank · (number of layers) components, those that explain the largest share of their layer's variance, are handed
-out, at most rho · rank a layer; a layer that gets none is left out. The ranks end up in `rank_pattern`.
+out, at most rho · rank to a layer; a layer that gets none is left out. The ranks are stored in `rank_pattern`.
 
-As in the authors' code in PEFT: positions that are padding or have no label are not looked at; the scale is
-alpha / rank with the rank asked for, not with the one found, so that all layers learn at one pace. Unlike there, data
-is read once: where it ends before everything has settled, what was seen is used. Places: every linear layer.
+As in the authors' code in PEFT, positions that are padding or have no label are ignored, and the scale is alpha / rank
+with the rank asked for, not the one found, so that all layers learn at one pace. Unlike there, the data is read once:
+if it ends before all components have settled, what was seen is used. Places: every linear layer.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class EVA(DeltaMethod):
     """Low-rank update from the principal components of the inputs; attach with ``data=``.
 
     Attributes:
-        rank: mean over the sites.
+        rank: mean rank of the sites.
         alpha: numerator of the scale alpha / rank.
-        dropout: on the update's input, in training.
-        rho: largest rank of a site divided by the mean; 1 gives every site the same.
-        tau: |cosine| of a component with itself one batch earlier from which it counts as settled.
-        labelled: look at positions with a label only.
+        dropout: dropout of the update's input, in training.
+        rho: largest rank of a site divided by the mean; 1 gives every site the same rank.
+        tau: a component counts as settled once its |cosine| with itself one batch earlier reaches this.
+        labelled: consider positions with a label only.
         whiten: divide the components by the root of their singular values, as the authors do for vision.
-        rank_pattern: the ranks that were found; not to be given.
+        rank_pattern: the ranks that were found; do not give it.
     """
 
     name: ClassVar[str] = "eva"
@@ -121,12 +121,12 @@ class EVA(DeltaMethod):
         found = {site.key: inputs.of(order[site.path]) for site in sites}
         ranks = self.share(found)
         if not any(ranks.values()):
-            raise ConfigError("method 'eva' saw no input that varies: `data` has too few positions with a label")
+            raise ConfigError("method 'eva' found no input that varies: `data` has too few positions with a label")
         values = {key: {"a": found[key].directions(n, whiten=self.whiten)} for key, n in ranks.items()}
         return Measured(dataclasses.replace(self, rank_pattern=ranks), values)
 
     def share(self, found: Mapping[str, Principal]) -> dict[str, int]:
-        """Site → rank: the components that explain most of their site's variance, as many as `rank` a site gives."""
+        """Site → rank: chooses the components that explain most of their site's variance, on average `rank` a site."""
         shares = [(share, key) for key, part in found.items() for share in part.explained().tolist() if share > 0]
         best = sorted(shares, key=lambda pair: -pair[0])[: self.rank * len(found)]
         counts = Counter(key for _, key in best)
@@ -138,7 +138,7 @@ class EVA(DeltaMethod):
 
 
 def _positions(model: nn.Module, batch: Mapping[str, Any], labelled: bool) -> list[Tensor]:
-    """Masks of the positions to look at, (rows, tokens): one, or one for each side of an encoder–decoder."""
+    """Masks of the positions to consider, (rows, tokens): one, or one for each side of an encoder–decoder."""
     named = {"attention_mask": batch.get("attention_mask"), "labels": batch.get("labels") if labelled else None}
     masks = {k: v.bool() if k == "attention_mask" else v != IGNORED for k, v in named.items() if v is not None}
     flat = [m for m in masks.values() if m.dim() == 2]
@@ -149,6 +149,6 @@ def _positions(model: nn.Module, batch: Mapping[str, Any], labelled: bool) -> li
 
 
 def _rows(x: Tensor, masks: list[Tensor]) -> Tensor:
-    """The looked-at vectors of an input, (rows, features): all, where no mask or more than one has its shape."""
+    """The vectors of an input to consider, (rows, features); all of them if not exactly one mask has its shape."""
     fitting = [m for m in masks if m.shape == x.shape[:-1]]
     return x[fitting[0].to(x.device)] if len(fitting) == 1 else x.flatten(0, -2)

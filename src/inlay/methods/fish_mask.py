@@ -1,14 +1,14 @@
-"""FISH mask: the parameters that the loss is most sensitive to are trained, all others keep their values.
+"""FISH mask: only the parameters to which the loss is most sensitive are trained.
 
 Sung et al. 2021, "Training Neural Networks with Fixed Sparse Masks", arXiv:2111.09839.
 
     F̂ = 1/N Σ_rows (∇ log p(y | x))²          per entry, y the labels of the data ("empirical" Fisher information)
     θ' = θ + d                                d trained at the `share` of all entries that have the largest F̂
 
-The mask is found once, before training, and never changes. Gradients are taken of one row at a time, in eval mode; of
-log p the model's own loss is used, which is the mean over a row's tokens, as in the authors' code. d starts at zero.
-Places: all parameters of the numbered layers; entries are ranked over all of them together. Finding the mask takes a
-float32 copy of these parameters and their gradients; training then takes the entries alone.
+The mask is found once, before training, and never changes. Gradients are computed one row at a time, in eval mode, from
+the model's own loss (the mean over a row's tokens, as in the authors' code). d starts at zero. Places: all parameters
+of the numbered layers; entries are ranked over all of them. Finding the mask takes the memory of a float32 copy of
+these parameters and of their gradients; training takes that of the chosen entries only.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class FishMask(SubsetMethod):
     """A fixed sparse mask by Fisher information.
 
     Attributes:
-        share: of all entries that are trained.
-        samples: rows of the data that F̂ is taken over, at most.
+        share: share of all entries that is trained.
+        samples: largest number of data rows over which F̂ is taken.
         chosen: parameter → number of its entries in the mask; filled in when the mask is found.
     """
 
@@ -100,8 +100,8 @@ def fisher_information(
             loss = getattr(model(**row), "loss", None)
             if loss is None:
                 raise ConfigError(
-                    "the model returned no loss for a batch of `data`, so no gradients can be taken of it; the batches "
-                    "need `labels`, and the model one of the heads of transformers that compute a loss"
+                    "the model returned no loss for a batch of `data`, so it has no gradients; the batches need "
+                    "`labels`, and the model must be one of transformers' with a head that computes a loss"
                 )
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, found, strict=True):
@@ -115,7 +115,7 @@ def fisher_information(
 
 @contextmanager
 def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """While gradients flow to these parameters and to no others."""
+    """Within the block, gradients flow to these parameters and to no others."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     model.requires_grad_(False)
     try:
@@ -129,7 +129,7 @@ def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[
 
 
 def rows(data: Batches) -> Iterator[dict[str, Any]]:
-    """The rows of the batches, each as a batch of one."""
+    """The rows of the batches, each as a batch of one row."""
     for batch in data:
         size = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 0)
         for i in range(size):

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter of the base, the baseline that others are judged by.
+"""Full fine-tuning: every parameter of the base is trained; the baseline for all other methods.
 
 θ' = θ + d          d starts at zero, for all θ; a tied matrix is trained once
 """

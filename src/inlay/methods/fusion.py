@@ -3,7 +3,7 @@
 Pfeiffer et al. 2020, "AdapterFusion: Non-Destructive Task Composition for Transfer Learning", arXiv:2005.00247,
 section 3.2, equations 2–4.
 
-    cₙ = adapterₙ(y) − y                       what each frozen adapter adds, a token
+    cₙ = adapterₙ(y) − y                       what each frozen adapter adds, for each token
     s = softmaxₙ((Q y)ᵀ (K cₙ))                Q, K (d, d) with biases
     y ← y + Σₙ sₙ V cₙ                          V (d, d) without; starts at the identity, 1e-6 off its diagonal
 
@@ -12,8 +12,8 @@ which is added to V's gradient before every optimizer step. The paper draws each
 the authors' code, which produced its results, fuses what the adapters add and puts the residual on afterwards. We
 follow the code, whose dropout and temperature are off by default.
 
-The adapters are copied when the fusion is attached: it is one artefact that loads on the bare base. Their
-`modules_to_save` are not taken over; a head for the new task is the fusion's own.
+The adapters are copied when the fusion is attached, so that its file loads on the bare base. Their `modules_to_save`
+are not taken over; a head for the new task is the fusion's own.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ class AdapterFusion(Method):
     """``AdapterFusion(adapters=("mnli", "qqp"))``: a mixture of adapters that the model has already.
 
     Attributes:
-        adapters: their names, for `inlay train` their folders; all at the same places, which become the fusion's.
-        methods: theirs, found out when the fusion is attached; given without `adapters`, fresh ones are fused.
+        adapters: names of attached adapters, or in `inlay train` their folders; all must be at the same places, which
+            become the fusion's.
+        methods: the adapters' methods, filled in when the fusion is attached; if given without `adapters`, new
+            adapters of these methods are fused.
         regularisation: λ; the paper uses 0.01.
     """
 
@@ -91,7 +93,7 @@ class AdapterFusion(Method):
         members = [there[name] for name in self.adapters]
         if any(m.places != members[0].places for m in members):
             raise SelectionError(
-                "method 'fusion': the adapters are at different places; it fuses those at the same ones"
+                "method 'fusion': the adapters are at different places; give adapters that are at the same ones"
             )
         values: dict[str, dict[str, Tensor]] = {}
         for number, member in enumerate(members):
@@ -110,7 +112,7 @@ class AdapterFusion(Method):
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
         if len(self.methods) < 2:
             raise SelectionError(
-                "method 'fusion' needs at least two trained adapters in `adapters`: names of attached ones, or for "
+                "method 'fusion' needs at least two trained adapters in `adapters`: names of attached ones, or in "
                 "inlay train their folders, --set adapters=PATH,PATH"
             )
         found: dict[str, dict[int, DeltaPiece]] = {}

@@ -1,13 +1,13 @@
-"""Houlsby adapters: a bottleneck behind attention and another behind the feed-forward.
+"""Houlsby adapters: a bottleneck after attention and another after the feed-forward.
 
 Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751, section 2.1, figure 2.
 
     attention ── projection ── adapter ── + residual ── norm          h ← h + W_up f(W_down h)
     feed-forward ───────────── adapter ── + residual ── norm
 
-The paper says a Gaussian of σ = 0.01 truncated at 2σ; the official code, which produced its results, truncates
-at σ = 0.001, with zero biases and GELU. We follow the code: the start is near the identity, not on it. The
-paper also trains layer norms and the head: give the head in `modules_to_save`.
+The paper says a Gaussian of σ = 0.01 truncated at 2σ; the official code, which produced its results, uses σ = 0.001,
+with zero biases and GELU. We follow the code; the adapter starts near the identity, not on it. The paper also trains
+layer norms and the head: name the head in `modules_to_save`.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class IA3(DeltaMethod):
     """Infused Adapter by Inhibiting and Amplifying Inner Activations.
 
     Attributes:
-        entering: ends of the names of sites whose input is rescaled and not their output; None is the paper's:
-            the second feed-forward matrices.
+        entering: ends of the names of the sites whose input is rescaled instead of their output; None means those of
+            the paper, the second feed-forward matrices.
     """
 
     name: ClassVar[str] = "ia3"
@@ -52,7 +52,7 @@ class IA3(DeltaMethod):
 
 
 class InputDelta(Delta):
-    """What enters the layer is rescaled: the feed-forward's second matrix."""
+    """Rescales the layer's input: at the feed-forward's second matrix."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class InputDelta(Delta):
 
 
 class OutputDelta(Delta):
-    """What leaves the layer is rescaled: keys and values."""
+    """Rescales the layer's output: keys and values."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()

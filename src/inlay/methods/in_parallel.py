@@ -6,9 +6,9 @@ designs are combined by adding what each contributes.
     y + Σᵢ (postᵢ(x, y) − y)          all read the base's own x and y          W + Σᵢ (Wᵢ − W)
     x + Σᵢ (preᵢ(x) − x)              for those that change what enters a linear layer
 
-A method that changes what enters a layer cannot stand beside one that reads what leaves it: the second would
-see the first's work, and the two views would differ. That is refused; `Stack` is the order for it. Prompts stand
-behind one another in front of the text; differences to the same parameter add. It merges where all its methods do.
+A method that changes a layer's input cannot be combined with one that reads its output: the second would see the effect
+of the first, and the two views would differ. That is refused; use `Stack`. Prompts stand one after another in front of
+the text; differences to the same parameter add up. It merges if all its methods do.
 
 Not to be confused with ``--method parallel``, the class `ParallelAdapter` (`methods/parallel.py`): a bottleneck.
 """

@@ -1,7 +1,7 @@
 """Ladder side tuning: a small network beside the frozen one, so that no gradient passes through the base.
 
 Sung et al. 2022, "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", arXiv:2206.06522,
-section 3.2. h_0 is what enters the first block, h_i what leaves block i; the side network is d / reduction wide.
+section 3.2. h_0 is the input of the first block, h_i the output of block i; the side network is d / reduction wide.
 
     s_0 = D_0 h_0                 s_i = block_i( μ_i s_{i-1} + (1 − μ_i) D_i h_i ),  μ_i = σ(α_i / T)     the rungs
     base ── frozen blocks ──╳     output head( U norm(s_L) )                         D (side, d), U (d, side)
@@ -11,15 +11,16 @@ have biases and PyTorch's initialisation, α starts at zero, and the head reads 
 "side"``) or, the code's `merge_last`, its gated sum with the base's last state (``"both"``).
 
 Side block i (`_side.py`) is a pre-norm transformer layer of the side width, the code's T5 scheme without its relative
-positions: s + attention(norm(s)), then s + W_out f(W_in norm(s)). Where the base reads both ways (an encoder), the
-attention is as published. A decoder's side blocks are their feed-forward half alone: attention there would need keys
-and values of its own in every cache and its base's masks, which a delta is not given; so what mixes tokens is the
-base, and caches, padding and mixed batches stay exact. An encoder-decoder's side network stands beside the decoder
-alone; beside the encoder it could act only through the base's cross-attention. The paper starts side blocks from the
-base's weights pruned by Fisher information; these are drawn anew (its ablation's random start).
+positions: s + attention(norm(s)), then s + W_out f(W_in norm(s)). If the base is bidirectional (an encoder), the
+attention is as published. In a decoder the side blocks are the feed-forward half only: attention would need keys and
+values of its own in every cache, and the base's masks, which a delta does not get. So only the base mixes tokens, and
+caches, padding and mixed batches stay exact. In an encoder–decoder the side network stands beside the decoder only;
+beside the encoder it could act only through the base's cross-attention. The paper starts side blocks from the base's
+weights pruned by Fisher information; these are drawn anew (its ablation's random start).
 
-Place: the norm behind the last block or, where there is none, its output. All of it runs when the base is done, and
-the base, where nothing else is trained, records nothing for a backward pass.
+Place: the norm after the last block or, if there is none, the block's output. The side network runs after the base,
+    which
+records nothing for a backward pass unless something else in it is trained.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class LadderSideTuning(Method):
     Attributes:
         reduction: the side network is hidden / reduction wide.
         expansion: inner size of a side block, in side widths.
-        temperature: of the gates.
-        nonlinearity: of the side blocks: relu, gelu or silu.
-        dropout: on what the side network reads and on its output, in training.
-        attention: of the side blocks; None where the base reads both ways, True refuses a base where it does not.
+        temperature: temperature of the gates.
+        nonlinearity: activation of the side blocks: relu, gelu or silu.
+        dropout: dropout of what the side network reads and of its output, in training.
+        attention: whether side blocks attend; None means if the base is bidirectional, True refuses other bases.
         output: whether the head reads the side network alone or its gated sum with the base.
     """
 
@@ -69,7 +70,10 @@ class LadderSideTuning(Method):
             (self.reduction >= 1, f"reduction is {self.reduction}, expected at least 1"),
             (self.expansion >= 1, f"expansion is {self.expansion}, expected at least 1"),
             (self.temperature > 0, f"temperature is {self.temperature}, expected above 0"),
-            (self.nonlinearity in FUNCTIONS, f"nonlinearity is {self.nonlinearity!r}, expected of {sorted(FUNCTIONS)}"),
+            (
+                self.nonlinearity in FUNCTIONS,
+                f"nonlinearity is {self.nonlinearity!r}, expected one of {sorted(FUNCTIONS)}",
+            ),
             (0 <= self.dropout < 1, f"dropout is {self.dropout}, expected at least 0 and below 1"),
             (self.output in ("side", "both"), f"output is {self.output!r}, expected 'side' or 'both'"),
         )
@@ -82,16 +86,16 @@ class LadderSideTuning(Method):
         numbers = range(len(stack.blocks)) if places.layers is None else sorted(set(places.layers))
         if not numbers or not set(numbers) <= set(range(len(stack.blocks))):
             raise SelectionError(f"layers are {places.layers}, expected some of 0 to {len(stack.blocks) - 1}")
-        behind = (*stack.blocks[1:], stack.end.path)  # what leaves block i is what enters the module behind it
+        behind = (*stack.blocks[1:], stack.end.path)  # the output of block i is the input of the module after it
         read = [stack.blocks[0], *(behind[n] for n in numbers)]
         if stack.end.kind == "output" and numbers[-1] == len(stack.blocks) - 1:
-            read.pop()  # nothing stands behind the last block: its output is the site's own
+            read.pop()  # nothing comes after the last block: its output is the site's own
         site = replace(stack.end, sources=tuple(read))
         heads = None if self.attention is False else heads_of(view)
         if heads is None and self.attention:
             raise UnsupportedError(
-                f"method 'ladder': side attention is for bases that are known to read both ways, and "
-                f"{type(view.model).__name__} is not; leave `attention` out, and side blocks are feed-forwards there"
+                f"method 'ladder': side attention needs a base that is known to be bidirectional, and "
+                f"{type(view.model).__name__} is not; leave `attention` out, and side blocks have no attention"
             )
         if heads is None:
             return [DeltaPiece(site, SideNetwork(site, len(numbers), self))]

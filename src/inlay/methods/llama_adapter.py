@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: adaption prompts in the top layers' attention, behind a gate that starts at zero.
+"""LLaMA-Adapter: adaption prompts in the top layers' attention, multiplied by a gate that starts at zero.
 
 Zhang et al. 2023, "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention",
 arXiv:2303.16199, equations 4–7.
@@ -7,8 +7,8 @@ arXiv:2303.16199, equations 4–7.
     out = softmax(q K_textᵀ / √d) V_text + g · softmax(q K_Pᵀ / √d) V_P                   g one a head, zero at first
 
 The two softmaxes are separate, so a fresh adapter changes nothing. Queries carry their rotary positions, the
-prompts' keys none; a norm on the keys (Qwen3, Gemma 3), a cap on the scores (Gemma 2) and dropout on the shares
-act on the prompts' as on the text's.
+prompts' keys none; a norm on the keys (Qwen3, Gemma 3), a cap on the scores (Gemma 2) and attention dropout act on
+the prompts as on the text.
 
 The gate: equation 7 and the authors' inference code multiply by g, their training code, which made the published
 weights, by tanh(g), and their later code does so in both. So ``tanh`` is the default; PEFT trains with ``raw``.
@@ -48,9 +48,9 @@ class LLaMAAdapter(PromptMethod):
     """Adaption prompts with zero-init attention.
 
     Attributes:
-        length: prompts a layer.
-        depth: number of layers, counted from the top; None for all but the first two.
-        gate: what multiplies the prompts' attention: tanh(g) or g itself.
+        length: prompts in each layer.
+        depth: number of layers, counted from the top; None means all but the first two.
+        gate: factor on the prompts' attention: tanh(g), or g itself (``raw``).
     """
 
     name: ClassVar[str] = "llama-adapter"
@@ -75,7 +75,7 @@ class LLaMAAdapter(PromptMethod):
     def build(self, view: ModelView, layers: tuple[int, ...] | None) -> KeyValuePrompt:
         own = [p for p in view.attention_places() if not p.cross]
         if layers is not None and self.depth is not None:
-            raise SelectionError("`depth` and `layers` both say which layers take part; give one of them")
+            raise SelectionError("`depth` and `layers` both choose the layers; give only one of them")
         counts = {p.stack: 1 + p.layer for p in own}
         lowest = {s: n - (max(n - 2, 1) if self.depth is None else self.depth) for s, n in counts.items()}
         chosen = [p for p in own if (p.layer >= lowest[p.stack] if layers is None else p.layer in layers)]
@@ -136,7 +136,7 @@ def _projected(site: Site, prompts: Tensor) -> Tensor:
 
 
 def _key_norm(view: ModelView, place: AttentionPlace) -> Site | None:
-    """The norm that the attention module lays over its keys; whatever else it does to them is refused."""
+    """The norm that the attention module applies to its keys; anything else it does to them is refused."""
     inside = {p.removeprefix(place.path + "."): m for p, m in view.modules.items() if p.startswith(place.path + ".")}
     norms = [n for n, m in inside.items() if "norm" in type(m).__name__.lower() and n not in QUERY_NORMS]
     site = view.layers.get(f"{place.path}.{norms[0]}") if len(norms) == 1 and norms[0] in KEY_NORMS else None
@@ -144,13 +144,13 @@ def _key_norm(view: ModelView, place: AttentionPlace) -> Site | None:
     if getattr(view.text_config, "clip_qkv", None) is not None or (norms and not fits):
         raise UnsupportedError(
             f"{place.path} ({type(place.module).__name__}) changes its keys by {', '.join(norms) or 'clip_qkv'}, which "
-            "is not known here, so the keys of adaption prompts could not follow; use prefix-tuning instead"
+            "inlay cannot apply to the keys of adaption prompts; use prefix-tuning instead"
         )
     return site
 
 
 def _normalised(norm: Site | None, keys: Tensor) -> Tensor:
-    """Keys (length, key heads, head size) behind the frozen norm, over each head or over all of them."""
+    """Keys (length, key heads, head size) after the frozen norm, applied to each head or to all at once."""
     if norm is None:
         return keys
     whole = keys if norm.out_features == keys.shape[-1] else keys.flatten(1)

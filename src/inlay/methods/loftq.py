@@ -1,17 +1,17 @@
-"""LoftQ: a quantised weight and a low-rank pair that together start near the full one.
+"""LoftQ: a quantised weight and a low-rank pair whose sum starts near the full weight.
 
 Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv:2310.08659, algorithm 1.
 
     Q₀ = q(W);  for t = 1 … T:   Q_t = q(W − s B_{t−1} A_{t−1})        s B_t A_t = SVD_rank(W − Q_t)
     h = Q x + s B A x            A (rank, in), B (out, rank): √σ each; Q in 4 or 2 bits, blocks of 64
 
-Q is kept in the adapter, as packed codes and a constant a block; the base is never written and serves others as it
-was. What the layer computed is moved by (Q − W) x, with Q made from its codes anew in each pass, also the backward
-one, so no full matrix is kept. The iterate with the least ‖W − Q − s B A‖ is taken (the paper: the last), so the start
-is never worse than plain quantisation. The paper has s = 1, which alpha left open gives; the factors are divided
-by another s (the authors' code and PEFT's ignore it, so they start elsewhere). On a base that is quantised already, W
-is read from its files; `bits` None takes the base's own codes as Q: W − Q is decomposed once, and nothing is added
-to the base's memory. `iterations` 0 is the paper's comparison, QLoRA: Q = q(W), B zero. Places: every linear layer.
+The adapter stores Q as packed codes with one constant for each block; the base is never written and can serve other
+adapters. The layer's output is shifted by (Q − W) x, with Q unpacked from its codes in each pass, forward and backward,
+so that no full matrix is kept. The iterate with the smallest ‖W − Q − s B A‖ is taken (the paper takes the last), so
+the start is never worse than plain quantisation. The paper has s = 1, which is what alpha=None gives; for another s the
+factors are divided by it (the authors' code and PEFT ignore s, so they start elsewhere). On a base that is quantised
+already, W is read from its files; bits=None takes the base's own codes as Q: W − Q is decomposed once, and the base's
+memory does not grow. iterations=0 is the paper's comparison, QLoRA: Q = q(W), B zero. Places: every linear layer.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ class LoftQ(DeltaMethod):
     """Low-rank update beside a backbone of 4 or 2 bits that is chosen together with it.
 
     Attributes:
-        rank: of the update; at most the smaller side of every adapted weight.
-        alpha: numerator of the scale alpha / rank; the rank where None, as in the paper.
-        dropout: on the update's input, in training.
+        rank: rank of the update; at most the smaller side of every adapted weight.
+        alpha: numerator of the scale alpha / rank; None is the rank, as in the paper.
+        dropout: dropout of the update's input, in training.
         bits: 4 or 2; None takes the codes of a quantised base as they are.
-        bits_pattern: bits of single sites, by consecutive names of their paths: ``{"layers.0": 4, "down_proj": 2}``.
+        bits_pattern: bits for single sites, by consecutive names of their paths: ``{"layers.0": 4, "down_proj": 2}``.
         iterations: T; 0 is plain quantisation beside LoRA's start.
-        niter: power iterations of a randomised decomposition (large matrices: seconds, not minutes); exact where None.
+        niter: power iterations of a randomised decomposition (seconds instead of minutes for large matrices); None
+            computes it exactly.
     """
 
     name: ClassVar[str] = "loftq"
@@ -102,7 +103,7 @@ class LoftQ(DeltaMethod):
         return found
 
     def account(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """‖W − q(W)‖ and ‖W − Q − s B A‖ at the start, as shares of ‖W‖, for each layer."""
+        """‖W − q(W)‖ and ‖W − Q − s B A‖ at the start, divided by ‖W‖, for each layer."""
         ends = {n.removeprefix("delta/").removesuffix("/errors"): n for n in tensors if n.endswith("/errors")}
         found = {key: [round(e, 6) for e in tensors[n].tolist()] for key, n in sorted(ends.items())}
         return {"reconstruction": {key: {"plain": plain, "start": start} for key, (plain, start) in found.items()}}

@@ -1,4 +1,4 @@
-"""LoHa: the Hadamard product of two low-rank matrices, whose rank reaches the square of theirs.
+"""LoHa: the Hadamard product of two low-rank matrices, which can have the square of their rank.
 
 Hyeon-Woo et al. 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning",
 arXiv:2108.06098, proposition 1; as an update of a frozen weight: LyCORIS, arXiv:2309.14859, section 3.2.
@@ -7,11 +7,11 @@ arXiv:2108.06098, proposition 1; as an update of a frozen weight: LyCORIS, arXiv
      └── (W1a W1b) ∘ (W2a W2b) ──── · s ──┘              W1a, W2a (out, rank), W1b, W2b (rank, in), s = alpha / rank
 
 Initialisation: LyCORIS's code, which made the results: W1b and W2b standard normal, W1a normal with σ = 0.1,
-W2a zero. (FedPara, whose matrices are the weight itself, draws all four by He; the main peer zeroes W2b.) That
-code multiplies by s twice when it merges and once in its forward: we follow the equation, once.
+W2a zero. (FedPara, whose matrices are the weight itself, draws all four by He; PEFT zeroes W2b.) That
+code multiplies by s twice when it merges and once in its forward; we follow the equation: once.
 
-The product is dense, so the forward costs another matrix of the layer's size; it is not kept for the backward
-pass but made again there from its factors.
+The product is dense, so the forward needs another matrix of the layer's size. It is not kept for the backward pass but
+computed again from its factors.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class LoHa(DeltaMethod):
     """Low-rank Hadamard product.
 
     Attributes:
-        rank: of each of the two factors.
+        rank: rank of each of the two factors.
         alpha: numerator of the scale alpha / rank.
-        rank_pattern: ranks of single sites, by the end of their names.
-        alpha_pattern: alphas of single sites, likewise.
+        rank_pattern: ranks for single sites, by the end of their names.
+        alpha_pattern: alphas for single sites, likewise.
     """
 
     name: ClassVar[str] = "loha"

@@ -5,12 +5,12 @@ arXiv:2309.14859, section 3.3; the idea is KronA's (arXiv:2212.10650).
 
     W' = W + s · W1 ⊗ W2          W1 (out₁, in₁), W2 (out₂, in₂) = W2a W2b, out₁ out₂ = out, in₁ in₂ = in
 
-`factor` is out₁ and in₁; where it does not divide a size, the largest divisor below it, and -1 means the divisors
-nearest to the square root. A matrix whose low-rank form would be no smaller is stored whole: W2 where the rank
-reaches half of its larger side, W1 likewise with `decompose_both` (and always without). Where both are whole no
-rank is left, and LyCORIS's scale is 1; the main peer keeps alpha / rank there, which is `scale_whole=True`.
+`factor` is out₁ and in₁; if it does not divide a size, the largest divisor below it is taken, and -1 means the divisors
+nearest to the square root. A matrix whose low-rank form would not be smaller is stored whole: W2 if the rank reaches
+half of its larger side; W1 likewise with `decompose_both`, and always without it. If both are whole there is no rank,
+and LyCORIS's scale is 1; PEFT keeps alpha / rank then, which is `scale_whole=True`.
 
-Initialisation as LyCORIS's code: W2 (or W2b) zero, all else Kaiming-uniform with a = √5. (The peer zeroes W1.)
+Initialisation as LyCORIS's code: W2 (or W2b) zero, all else Kaiming-uniform with a = √5. (PEFT zeroes W1.)
 
 No dense product is formed: x is folded to (in₁, in₂), W2 mixes along in₂ and W1 along in₁, W1 at the narrow end.
 """
@@ -35,13 +35,13 @@ class LoKr(DeltaMethod):
     """Low-rank Kronecker product.
 
     Attributes:
-        rank: of the larger factor.
+        rank: rank of the larger factor.
         alpha: numerator of the scale alpha / rank.
-        factor: rows and columns of the smaller factor; -1 for about the square root of the layer's.
-        decompose_both: give the smaller factor a low rank, too.
-        scale_whole: scale by alpha / rank also where both factors are whole matrices.
-        rank_pattern: ranks of single sites, by the end of their names.
-        alpha_pattern: alphas of single sites, likewise.
+        factor: rows and columns of the smaller factor; -1 means about the square root of the layer's.
+        decompose_both: give the smaller factor a low rank too.
+        scale_whole: scale by alpha / rank even if both factors are whole matrices.
+        rank_pattern: ranks for single sites, by the end of their names.
+        alpha_pattern: alphas for single sites, likewise.
     """
 
     name: ClassVar[str] = "lokr"
@@ -90,7 +90,7 @@ class LoKrDelta(Delta):
         self.pair("w2", site, out_2, in_2, None if whole_2 else rank)
 
     def pair(self, name: str, site: Site, rows: int, columns: int, rank: int | None) -> None:
-        """Storage for one factor: `name` (rows, columns), or `name_a` (rows, rank) and `name_b` (rank, columns)."""
+        """Create one factor: `name` (rows, columns), or `name_a` (rows, rank) and `name_b` (rank, columns)."""
         if rank is None:
             setattr(self, name, nn.Parameter(site.empty(rows, columns)))
         else:
@@ -110,7 +110,7 @@ class LoKrDelta(Delta):
         first = cast(_product(self.factors("w1")), x)  # (out₁, in₁)
         *wide, narrow = (cast(p, x) for p in self.factors("w2"))
         inner = F.linear(x.unflatten(-1, self.fold), narrow)  # (..., in₁, rank or out₂)
-        # Contiguous, or torch multiplies a trained and a frozen matrix by different kernels, which round differently.
+        # Contiguous; otherwise torch uses different kernels for trained and frozen matrices, which round differently.
         inner = F.linear(inner.transpose(-1, -2).contiguous(), first).transpose(-1, -2)  # (..., out₁, rank or out₂)
         for matrix in wide:
             inner = F.linear(inner.contiguous(), matrix)  # (..., out₁, out₂)

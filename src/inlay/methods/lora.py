@@ -8,8 +8,8 @@ rank-stabilised scale is Kalajdzievski 2023, arXiv:2312.03732.
 
 Initialisation: the paper says A Gaussian, B zero; the official code, which produced its results, draws A from
 a Kaiming-uniform distribution with a = √5 and says so in a comment. We follow the code. For embeddings A is zero
-and B standard normal, as in loralib. Places: the query and value projections, each with matrices of its own
-also where a model fuses them (GPT-2).
+and B standard normal, as in loralib. Places: the query and value projections, each with matrices of its own,
+even if a model fuses them (GPT-2).
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class LoRA(DeltaMethod):
     """Low-rank update W + (alpha / rank) B A.
 
     Attributes:
-        rank: of the update.
+        rank: rank of the update.
         alpha: numerator of the scale.
-        dropout: on the update's input, in training.
+        dropout: dropout of the update's input, in training.
         rank_stabilised: scale by alpha / √rank, so that higher ranks keep learning.
-        rank_pattern: ranks of single sites, by the end of their names.
-        alpha_pattern: alphas of single sites, likewise.
+        rank_pattern: ranks for single sites, by the end of their names.
+        alpha_pattern: alphas for single sites, likewise.
     """
 
     name: ClassVar[str] = "lora"

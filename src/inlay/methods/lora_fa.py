@@ -1,18 +1,18 @@
-"""LoRA-FA: LoRA with its first matrix frozen where it was drawn.
+"""LoRA-FA: LoRA whose first matrix is frozen at its random start.
 
 Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
 arXiv:2308.03303.
 
     h = W x + s B A x        A (rank, in) random and frozen, B (out, rank) trained from zero; s = alpha / rank
 
-Only A x, (…, rank), is kept for the backward pass instead of x, (…, in): this is where the memory goes. The second
-version of the paper corrects B's gradient, so that the change of B A is the one closest to full fine-tuning's:
+For the backward pass only A x, (…, rank), is kept instead of x, (…, in), which saves the memory. The second version of
+the paper corrects B's gradient, so that the change of B A is as close as possible to that of full fine-tuning:
 
     ∂B ← ∂B (A Aᵀ)⁻¹ / s²
 
 `corrected=False` is the first version, without it. PEFT's optimizer for LoRA-FA does the same as `corrected`; here
-it happens in front of whatever optimizer there is. A is drawn as in LoRA (Kaiming-uniform; the paper says "random").
-At embeddings LoRA's A starts at zero and could never learn, so they are no places for it. Places: every linear layer.
+it happens before the step of any optimizer. A is drawn as in LoRA (Kaiming-uniform; the paper says "random").
+At embeddings LoRA's A starts at zero and could never learn, so embeddings are not adapted. Places: every linear layer.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class LoRAFA(DeltaMethod):
     """Low-rank update with a frozen first matrix.
 
     Attributes:
-        rank: of the update.
+        rank: rank of the update.
         alpha: numerator of the scale alpha / rank.
-        dropout: on the update's input, in training.
-        corrected: whether B's gradient is the closed form of the paper's second version.
+        dropout: dropout of the update's input, in training.
+        corrected: whether B's gradient is corrected as in the paper's second version.
     """
 
     name: ClassVar[str] = "lora-fa"
@@ -72,11 +72,11 @@ class LoRAFA(DeltaMethod):
 
 
 class Correction(Clock):
-    """Puts the closed form in place of each B's gradient."""
+    """Replaces each B's gradient with the corrected one."""
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__(adapter)
-        self.inverses: dict[str, tuple[tuple[int, int, int], Tensor]] = {}  # until other values are read
+        self.inverses: dict[str, tuple[tuple[int, int, int], Tensor]] = {}  # valid until A's values change
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
@@ -88,7 +88,7 @@ class Correction(Clock):
                 b.grad.copy_(b.grad @ self.inverse(piece.key, piece.delta))
 
     def inverse(self, key: str, delta: Delta) -> Tensor:
-        """(A Aᵀ)⁻¹ / s², (rank, rank); the pseudo-inverse, for a rank that A's columns do not reach."""
+        """(A Aᵀ)⁻¹ / s², (rank, rank); the pseudo-inverse, in case A has less than full rank."""
         a, scale = delta.get_buffer("a"), getattr(delta, "scale", 1.0)
         which = stamp(a)
         if key not in self.inverses or self.inverses[key][0] != which:

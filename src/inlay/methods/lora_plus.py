@@ -4,13 +4,12 @@ Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv
 
     h = W x + s B A x        rate of B = ratio · rate of A        A (rank, in), B (out, rank), s = alpha / rank
 
-In a wide model, A and B learn features at the same pace only if B's rate is higher by an order of the width; the
-authors advise a fixed ratio of 2⁴ and to tune A's rate. Initialisation is LoRA's (A Kaiming-uniform, B zero), which
-the argument assumes; where B starts random and A at zero, as LoRA does at embeddings, it does not hold, so
-embeddings are no places for it.
+In a wide model, A and B learn features at the same pace only if B's rate is higher by a factor that grows with the
+width; the authors advise a fixed ratio of 2⁴ and tuning A's rate. Initialisation is LoRA's (A Kaiming-uniform, B zero),
+which the argument assumes. At embeddings LoRA starts the other way round, so they are not adapted.
 
-The ratio lives in the optimizer's groups: ``adapter.parameter_groups(rate)`` makes them, and `inlay train` uses it.
-An optimizer that gives both matrices one rate would train plain LoRA, so its step is refused.
+The ratio is in the optimizer's parameter groups: ``adapter.parameter_groups(rate)`` makes them, and `inlay train` uses
+it. An optimizer that gives both matrices one rate would train plain LoRA, so its step is refused.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ class LoRAPlus(DeltaMethod):
     """Low-rank update with a rate for each matrix.
 
     Attributes:
-        rank: of the update.
+        rank: rank of the update.
         alpha: numerator of the scale alpha / rank.
-        dropout: on the update's input, in training.
+        dropout: dropout of the update's input, in training.
         ratio: learning rate of B divided by that of A.
     """
 
@@ -68,7 +67,7 @@ class LoRAPlus(DeltaMethod):
 
 
 class RatioCheck(Clock):
-    """Refuses the step of an optimizer that holds both matrices of a site at another ratio."""
+    """Raises before the step of an optimizer that gives the matrices of a site another ratio of rates."""
 
     def before_step(self, optimizer: Optimizer) -> None:
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
@@ -80,5 +79,5 @@ class RatioCheck(Clock):
                 continue
             raise ConfigError(
                 f"method 'lora-plus' trains B at {ratio:g} times the rate of A, but at {piece.key} this optimizer has "
-                f"{a:g} for A and {b:g} for B; make it from adapter.parameter_groups(rate), with the rate of A"
+                f"{a:g} for A and {b:g} for B; build it from adapter.parameter_groups(rate), where rate is that of A"
             )

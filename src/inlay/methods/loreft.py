@@ -4,12 +4,13 @@ Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", arXiv:240
 
     h ← h + Rᵀ(W h + b − R h)          R (rank, d) with orthonormal rows, W (rank, d), b (rank), behind every block
 
-R is the Q of a free matrix's QR decomposition, with the signs that make it unique: orthonormal at every step, and what
-is stored is the free matrix, bit for bit. (The official code keeps a (d, d) base beside it and restores R only nearly.)
-As there, R starts orthogonal and W, b as a linear layer of PyTorch's, so a fresh adapter already changes the output;
-dropout falls on the edited states; a prompt of L tokens is edited at min(prefix, L // 2) and min(suffix, L // 2) of
-them. In generation only the prompt is edited. An encoder's prompt is the row without padding; an encoder–decoder's is
-what the encoder reads, so its decoder has no edits, unless every position is edited, and then both have them.
+R is the Q of the QR decomposition of a free matrix, with the signs that make it unique. So R is orthonormal at every
+step, and the free matrix is stored, bit for bit. (The official code keeps a (d, d) base beside it and restores R only
+approximately.) As there, R starts orthogonal and W, b as a linear layer of PyTorch's, so a fresh adapter already
+changes the output; dropout acts on the edited states; a prompt of L tokens is edited at min(prefix, L // 2) and
+min(suffix, L // 2) of them. In generation only the prompt is edited. In an encoder the prompt is the row without
+padding; in an encoder–decoder it is what the encoder reads, so the decoder has no edits, unless every position is
+edited; then both have.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class LoReFT(DeltaMethod):
     """Low-rank linear subspace ReFT.
 
     Attributes:
-        rank: of the subspace.
-        prefix, suffix: first and last tokens of the prompt that are edited; None for both edits every position.
-        tied: whether both share one edit; untied, each has its own.
-        dropout: on the edited states, in training.
+        rank: rank of the subspace.
+        prefix, suffix: how many first and last tokens of the prompt are edited; None for both edits every position.
+        tied: whether first and last tokens share one edit, or each has its own.
+        dropout: dropout of the edited states, in training.
     """
 
     name: ClassVar[str] = "loreft"
@@ -67,7 +68,7 @@ class LoReFT(DeltaMethod):
         both = (self.prefix is None) == (self.suffix is None)
         self.require(
             (self.rank >= 1, f"rank is {self.rank}, expected at least 1"),
-            (both, "prefix and suffix are both numbers (0 leaves one out), or both None for every position"),
+            (both, "prefix and suffix must both be numbers (0 leaves one out), or both None for every position"),
             (min(self.prefix or 0, self.suffix or 0) >= 0, "prefix and suffix must be at least 0"),
             ((self.prefix, self.suffix) != (0, 0), "prefix=0 and suffix=0 leave no position to edit"),
             (self.tied or bool(self.prefix and self.suffix), "untied edits need a prefix and a suffix"),
@@ -76,7 +77,7 @@ class LoReFT(DeltaMethod):
 
     def build(self, site: Site) -> Delta:
         if self.rank > site.out_features:
-            raise SelectionError(f"rank {self.rank} exceeds the {site.out_features} features behind {site.path}")
+            raise SelectionError(f"rank {self.rank} exceeds the {site.out_features} features of {site.path}")
         return Everywhere(site, self) if self.prefix is None else AtPrompt(site, self)
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
@@ -86,7 +87,9 @@ class LoReFT(DeltaMethod):
         encoder: Any = view.model.get_encoder()  # type: ignore[operator]
         kept = [p for p in found if any(view.modules[p.key] is m for m in encoder.modules())]
         if not kept:
-            raise SelectionError("the prompt is in the encoder: choose layers there, or prefix=suffix=None")
+            raise SelectionError(
+                "the prompt is in the encoder: choose layers of the encoder, or prefix=None and suffix=None"
+            )
         return kept
 
     @classmethod
@@ -100,7 +103,7 @@ class Edit(nn.Module):
 
     def __init__(self, site: Site, rank: int) -> None:
         super().__init__()
-        self.free = nn.Parameter(site.empty(site.out_features, rank))  # (d, rank); R is made of it
+        self.free = nn.Parameter(site.empty(site.out_features, rank))  # (d, rank); R is computed from it
         self.source = nn.Parameter(site.empty(rank, site.out_features))  # W (rank, d)
         self.bias = nn.Parameter(site.empty(rank))  # b (rank)
 

@@ -1,17 +1,16 @@
-"""LT-SFT: fine-tune everything, keep the entries that moved most, go back, and train these alone.
+"""LT-SFT: fine-tune everything, choose the entries that moved most, rewind, and train these alone.
 
 Ansell et al. 2022, "Composable Sparse Fine-Tuning for Cross-Lingual Transfer", arXiv:2110.07560.
 
     phase 1    θ' = θ + d                   all entries of d trained, from zero
-    between    m = the `share` of all entries with the largest |d|;  d ← 0, and the optimizer forgets
+    between    m = the `share` of all entries with the largest |d|;  d ← 0, optimizer state dropped
     phase 2    θ' = θ + m ⊙ d               what m leaves out stays zero
 
-Following the authors' code: entries are ranked over all chosen parameters together, biases among them, norms not
-(its scripts freeze them); its L1 term is off by default and not offered. The code gives each phase a learning-rate
-schedule of its own; here the run's one schedule passes through both. A head in `modules_to_save` is trained through
-both phases and not rewound. Places: all parameters of the numbered layers. While it trains, a float32 difference and
-a mask of everything are unavoidable, and the optimizer's moments with them; from phase 2 on the adapter is written as
-the chosen entries alone.
+As in the authors' code, entries are ranked over all chosen parameters, including biases but not norms (its scripts
+freeze them); its L1 term is off by default and not offered here. The code gives each phase its own learning-rate
+schedule; here the run's one schedule covers both. A head in `modules_to_save` is trained through both phases and not
+rewound. Places: all parameters of the numbered layers. Training needs a float32 difference and a mask for all of them,
+and the optimizer's moments; from phase 2 on, only the chosen entries are stored.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ class LTSFT(SubsetMethod):
     """Lottery-ticket sparse fine-tuning.
 
     Attributes:
-        share: of all entries that phase 2 trains.
-        first_phase: share of the run's steps that phase 1 takes.
-        total_steps: of the run; `inlay train` fills it in.
+        share: share of all entries that phase 2 trains.
+        first_phase: share of the run's steps in phase 1.
+        total_steps: steps of the run; `inlay train` fills it in.
         chosen: parameter → number of its entries; filled in when a finished adapter is written.
     """
 
@@ -103,7 +102,7 @@ class LTSFT(SubsetMethod):
 
 
 class MaskedDifference(DenseDifference):
-    """A difference at every entry of which the masked ones count and get gradients."""
+    """A difference at every entry, of which only those in the mask count and get gradients."""
 
     steps: Steps
     mask: Tensor
@@ -121,7 +120,7 @@ def masked(adapter: Adapter) -> dict[str, MaskedDifference]:
 
 
 class Ticket(Clock):
-    """Draws the ticket when phase 1 is over."""
+    """Chooses the mask when phase 1 is over."""
 
     def before_step(self, optimizer: Optimizer) -> None:
         cast(LTSFT, self.adapter.method).switch()  # a run of unknown length is refused at its first step

@@ -22,9 +22,9 @@ class MAM(Method):
     """Mix-and-match adapter.
 
     Attributes:
-        length: of the prefix.
+        length: length of the prefix.
         bottleneck: inner size of the parallel adapter.
-        scale: of what the adapter adds.
+        scale: factor on the adapter's output.
         projection: inner size of the prefix's MLP; None trains the prefix itself.
     """
 
@@ -42,7 +42,7 @@ class MAM(Method):
     projection: int | None = 512
 
     def __post_init__(self) -> None:
-        assert self.composition.methods  # its parts check their sizes
+        assert self.composition.methods  # building it checks the sizes
 
     @property
     def composition(self) -> Parallel:

@@ -4,11 +4,11 @@ Wang et al. 2023, "Multitask Prompt Tuning Enables Parameter-Efficient Transfer 
 
     P̂_k = P* ∘ (u_k v_kᵀ)         P* (length, hidden) for all tasks; u_k (length), v_k (hidden) for task k
 
-Each task is an adapter of its own. The first holds P*; a further one names it in `shared_with` and trains the very same
-P*, so that a batch of several tasks (``inlay.use(model, ["a", "b", …])``) trains P* on all of them. Every saved
-file holds P* and its own vectors; loaded where its partner is not attached, it has a copy of P* of its own. Detaching
-one leaves the others. P* starts as embeddings of common words, as in prompt tuning; u and v start at
-one, so that every task begins with P* itself (Hugging Face PEFT draws them around zero, which begins with none).
+Each task is an adapter of its own. The first holds P*; another one names it in `shared_with` and trains the same P*, so
+that a batch of several tasks (``inlay.use(model, ["a", "b", …])``) trains P* on all of them. Every saved file has P*
+and its own vectors; loaded without its partner, it gets its own copy of P*. Detaching one leaves the others. P* starts
+as embeddings of common words, as in prompt tuning; u and v start at one, so that every task begins with P* itself
+(Hugging Face PEFT draws them around zero, so that a task begins with nearly nothing).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class MultitaskPromptTuning(PromptMethod):
 
     Attributes:
         length: virtual tokens; the paper uses 100.
-        init: of P*: ``random``, ``vocabulary`` or ``text``.
-        text: for ``text``.
-        shared_with: an attached adapter of this method, whose P* is this one's, too; empty: a P* of its own.
+        init: initialisation of P*: ``random``, ``vocabulary`` or ``text``.
+        text: the text for ``init="text"``.
+        shared_with: name of an attached adapter of this method whose P* to share; empty means a P* of its own.
     """
 
     name: ClassVar[str] = "multitask-prompt"
@@ -107,7 +107,7 @@ class TaskPrompt(TokenPrompt):
 
 
 def _partner(view: ModelView, method: MultitaskPromptTuning) -> CommonPrompt | None:
-    """P* of the adapter that `shared_with` names, where it is attached and as long."""
+    """P* of the adapter that `shared_with` names, if it is attached and has the same length."""
     roster = find_roster(view.model)
     adapter = None if roster is None else roster.adapters.get(method.shared_with)
     for prompt in () if adapter is None else adapter.modules():

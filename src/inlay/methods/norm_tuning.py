@@ -5,10 +5,10 @@ arXiv:2312.11420, section 3.
 
     y = n(x) ∘ (w + Δw) + b + Δb          Δw, Δb (features) start at zero; at every norm of the model
 
-A norm is affine in (w, b), so the trained part is the norm itself with Δw and Δb as its parameters, less what it
-gives without any: nothing for LayerNorm and RMSNorm, n(x) for a norm that multiplies by 1 + w (Gemma). It is
-computed in full precision by the layer's own class and added to the base's output, which stays bit for bit what it
-was while the differences are zero. Norms that keep running statistics tie a batch's rows together: refused.
+A norm is affine in (w, b), so the trained part is the norm itself with Δw and Δb as its parameters, minus its output
+with zero parameters: nothing for LayerNorm and RMSNorm, n(x) for a norm that multiplies by 1 + w (Gemma). The layer's
+own class computes it in full precision, and it is added to the base's output, which stays the same to the bit while the
+differences are zero. Norms that keep running statistics make the rows of a batch depend on each other and are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class NormTuning(DeltaMethod):
     paper: ClassVar[str] = "arXiv:2312.11420"
     family: ClassVar[str] = "selective"
     table_order: ClassVar[int] = 20
-    # As for biases: some 1e5 numbers near one, which take steps ten times those of a low-rank update.
+    # As for biases: about 1e5 numbers near one, which need steps ten times those of a low-rank update.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=3e-3)
     default_where: ClassVar[str] = "norms"
     kinds: ClassVar[tuple[Kind, ...]] = ("norm",)
@@ -44,7 +44,7 @@ class NormTuning(DeltaMethod):
             raise SelectionError(
                 problems(
                     "where",
-                    [f"{site.path} keeps running statistics of whole batches; leave it out, or train it with 'full'"],
+                    [f"{site.path} keeps running statistics over batches; leave it out, or train it with 'full'"],
                 )
             )
         return NormDelta(site)
@@ -87,7 +87,7 @@ class NormDelta(Delta):
 
 
 class _Norms(Grouped):
-    """Many adapters' differences at one norm: n(x) ∘ Δw + Δb, with n(x) found once for each row."""
+    """Many adapters' differences at one norm: n(x) ∘ Δw + Δb, with n(x) computed once for each row."""
 
     def __init__(self, deltas: Sequence[NormDelta], site: Site) -> None:
         dtype = deltas[0].gain.dtype
@@ -106,7 +106,7 @@ class _Norms(Grouped):
 
 
 class _Blank(nn.Module):
-    """The norm with zeros for its weight and bias; they follow the model to its device and are never stored."""
+    """The norm with zero weight and bias, which move with the model's device and are never stored."""
 
     def __init__(self, site: Site, device: torch.device, *, weight: float = 0.0) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class _Blank(nn.Module):
 
 
 def _blank(site: Site) -> _Blank | None:
-    """The norm without weight and bias, where it gives something even then."""
+    """The norm with zero weight and bias, if its output is not zero even then."""
     trial = _Blank(site, torch.device("cpu"))
     probe = torch.linspace(-1, 1, site.in_features, device="cpu", dtype=site.empty(0).dtype)[None]  # (1, features)
     if isinstance(site.module, CHANNELS_FIRST):

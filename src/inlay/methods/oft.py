@@ -7,10 +7,10 @@ applied to the activations as in "OFTv2", arXiv:2506.19847.
                               `skew` (blocks, b (b − 1) / 2): the rows of each Qᵢ's upper triangle
 
 Q starts at zero, so R = I. The paper writes (I + Q)(I − Q)⁻¹, its code the inverse: the same set of rotations, with
-Q for −Q. We follow the code, as the main peer's exact form does. The inverse is exact, so R is orthogonal; OFTv2's
-Cayley–Neumann series, the peer's default, is `neumann_terms` and only nearly so:
+Q for −Q. We follow the code, as PEFT's exact form does. The inverse is exact, so R is orthogonal; OFTv2's
+Cayley–Neumann series, PEFT's default, is `neumann_terms` and only approximately orthogonal:
 
-    R ≈ (I − Q)(I − Q + Q² − … ± Q^(terms − 2))          the peer's series has Q for −Q, against its own exact form
+    R ≈ (I − Q)(I − Q + Q² − … ± Q^(terms − 2))          PEFT's series has Q for −Q, unlike its own exact form
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class OFT(DeltaMethod):
     """Block-diagonal rotation of a layer's inputs.
 
     Attributes:
-        block_size: side of each block, which must divide the layer's inputs; 32 where `blocks` is not given.
-        blocks: number of blocks instead.
-        share_blocks: one rotation for all blocks of a layer.
-        neumann_terms: powers of Q in the truncated series, I among them; None for the exact inverse.
+        block_size: side of each block, which must divide the layer's inputs; 32 if `blocks` is not given either.
+        blocks: number of blocks, instead of their size.
+        share_blocks: use one rotation for all blocks of a layer.
+        neumann_terms: number of powers of Q in the truncated series, I included; None is the exact inverse.
     """
 
     name: ClassVar[str] = "oft"
@@ -99,7 +99,7 @@ class OFTPart(OFTDelta, TurnedPart):
 
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
-    """The Cayley transform with the inverse's series cut off: (I − Q) Σ (−Q)ⁱ for i up to terms − 2."""
+    """The Cayley transform with a truncated series for the inverse: (I − Q) Σ (−Q)ⁱ for i up to terms − 2."""
     one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
     total = power = one
     for _ in range(terms - 2):

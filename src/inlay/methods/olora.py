@@ -31,7 +31,7 @@ class OLoRA(DeltaMethod):
     """Low-rank update from the weight's QR decomposition.
 
     Attributes:
-        rank: of the update; at most the smaller side of every adapted weight.
+        rank: rank of the update; at most the smaller side of every adapted weight.
         alpha: numerator of the scale alpha / rank.
     """
 

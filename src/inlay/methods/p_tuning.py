@@ -1,4 +1,4 @@
-"""P-tuning: virtual tokens that an encoder makes out of each other, with words between them.
+"""P-tuning: virtual tokens computed by an encoder over all of them, with words between them.
 
 Liu et al. 2021, "GPT Understands, Too", arXiv:2103.10385, section 3.
 
@@ -6,9 +6,9 @@ Liu et al. 2021, "GPT Understands, Too", arXiv:2103.10385, section 3.
     [h_0 … h_i ; e("capital of") ; h_i+1 … h_m ; text]         anchors e are the base's embeddings, frozen
 
 Sizes and initialisation are the official code's: E starts standard normal. A later revision of the paper allows an
-MLP or nothing in the LSTM's place: ``mlp`` is the three linear layers of Hugging Face PEFT's default; with ``none`` E
-starts as embeddings of common words. Unlike in PEFT, E and the encoder are stored, so that training goes on after
-loading. The base stays frozen (for SuperGLUE the paper trains it, too); the whole template is in front of the text.
+MLP or nothing instead of the LSTM: ``mlp`` is the three linear layers of Hugging Face PEFT's default; with ``none`` E
+starts as embeddings of common words. Unlike in PEFT, E and the encoder are stored, so that training can continue after
+loading. The base stays frozen (for SuperGLUE the paper trains it too); the whole template stands in front of the text.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class PTuning(PromptMethod):
     Attributes:
         length: virtual tokens.
         encoder: ``lstm``, ``mlp`` or ``none``.
-        projection: inner size: of each direction of the LSTM (d / 2 where None), of the MLP (d where None).
-        template: how virtual tokens and anchors follow one another: a number is that many virtual tokens, a text or
-            a tuple of token ids stands there as it is. ``(3, "capital of", 3)``; empty: virtual tokens only.
+        projection: inner size of each direction of the LSTM (None is d / 2), or of the MLP (None is d).
+        template: the order of virtual tokens and anchors, such as ``(3, "capital of", 3)``: a number stands for that
+            many virtual tokens, a text or a tuple of token ids for itself. Empty means virtual tokens only.
     """
 
     name: ClassVar[str] = "p-tuning"
@@ -60,8 +60,11 @@ class PTuning(PromptMethod):
             (self.length >= 1, f"length is {self.length}, expected at least 1"),
             (self.encoder in known, f"encoder is {self.encoder!r}, expected one of {known}"),
             (self.projection is None or self.projection >= 1, f"projection is {self.projection}, expected a size"),
-            (self.projection is None or self.encoder != "none", "projection is the size of an encoder, there is none"),
-            (all(bool(t) for t in self.template), "template holds an empty entry"),
+            (
+                self.projection is None or self.encoder != "none",
+                "projection is the size of an encoder, but encoder is 'none'",
+            ),
+            (all(bool(t) for t in self.template), "template has an empty entry"),
             (virtual == self.length or not self.template, f"template has {virtual} virtual tokens, not {self.length}"),
         )
 
@@ -91,7 +94,7 @@ class EncodedPrompt(TokenPrompt):
         self.order = [next(slot) for slot, count in counts for _ in range(count)]
         self.length = len(self.order)
         self.vectors = nn.Parameter(empty(view, method.length, hidden))  # (virtual tokens, hidden)
-        if self.ids:  # stored with the adapter, so that no other tokenizer can move them
+        if self.ids:  # stored with the adapter, so that they do not depend on the tokenizer at hand
             self.register_buffer("anchors", empty(view, len(self.ids), hidden))
         self.encoder = _encoder(method, hidden, self.vectors)
 

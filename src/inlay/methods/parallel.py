@@ -28,7 +28,7 @@ class ParallelAdapter(DeltaMethod):
 
     Attributes:
         bottleneck: inner size; the paper uses 512.
-        scale: of what the adapter adds.
+        scale: factor on the adapter's output.
         nonlinearity: ``relu``, ``gelu`` or ``silu``.
     """
 

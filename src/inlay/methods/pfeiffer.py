@@ -1,13 +1,13 @@
-"""Pfeiffer adapters: one bottleneck a layer, behind the feed-forward.
+"""Pfeiffer adapters: one bottleneck in each layer, after the feed-forward.
 
 Pfeiffer et al. 2020, "MAD-X" (arXiv:2005.00052) and "AdapterFusion" (arXiv:2005.00247), the placement found by
 architecture search: after the feed-forward, before its residual is added.
 
     feed-forward ── adapter ── + residual          h ← h + W_up relu(W_down h)
 
-MAD-X's section 3.2 has the adapter read what the norm behind the residual makes of s = h + residual, and add to s; so
-does AdapterHub's default. That is this method at that norm (``where=["output_layer_norm"]`` on DistilBERT) or, in a
-model whose norms come first, at the end of the layer (``where="block_output"``), where no norm stands between:
+In MAD-X's section 3.2, and in AdapterHub's default, the adapter reads the norm of s = h + residual and adds to s. That
+is this method at that norm (``where=["output_layer_norm"]`` on DistilBERT) or, in a model whose norms come first, at
+the end of the layer (``where="block_output"``), without the norm:
 
     s ─── norm ── adapter ── + ── norm          norm(s + W_up relu(W_down norm(s)))
     └────────────────────────┘

@@ -6,11 +6,11 @@ arXiv:2404.02948, equations 2–5.
     W = U S Vᵀ        A₀ = √(S_r / s) V_rᵀ, B₀ = U_r √(S_r / s), so that s B₀ A₀ is the best rank-r part of W
     h = W x + s (B A − B₀ A₀) x        A (rank, in), B (out, rank) start as A₀, B₀; s = alpha / rank
 
-The paper trains with s = 1 (alpha equal to the rank), which alpha left open gives; dividing the singular values by
+The paper trains with s = 1 (alpha equal to the rank), which is what alpha=None gives; dividing the singular values by
 another s, as the authors' code in PEFT does, keeps the start exact. The paper writes the rest of the weight,
 W − s B₀ A₀, into the base; here the offset stays in the adapter (`_offset.py`), which computes the same.
 
-The singular values come from an exact decomposition, or, where `niter` is given, from the randomised one of Halko
+The singular values come from an exact decomposition, or, if `niter` is given, from the randomised one of Halko
 et al. with that many power iterations (the paper's fast SVD: seconds instead of minutes). Places: every linear
 layer of the blocks. The authors train without dropout, which would drop principal parts of W itself.
 """
@@ -28,7 +28,7 @@ from inlay.authoring import Delta, DeltaMethod, Recipe, Site
 from inlay.methods._low_rank import check_sizes
 from inlay.methods._offset import Factors, Offset
 
-OVERSAMPLING = 8  # columns beyond the rank, which sharpen the randomised decomposition's last ones
+OVERSAMPLING = 8  # columns beyond the rank, which make the last ones of the randomised decomposition more exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,9 @@ class PiSSA(DeltaMethod):
     """Low-rank update from the principal singular vectors.
 
     Attributes:
-        rank: of the update; at most the smaller side of every adapted weight.
-        alpha: numerator of the scale alpha / rank; the rank where None, as in the paper.
-        niter: power iterations of the fast randomised decomposition; exact where None.
+        rank: rank of the update; at most the smaller side of every adapted weight.
+        alpha: numerator of the scale alpha / rank; None is the rank, as in the paper.
+        niter: power iterations of the fast randomised decomposition; None computes it exactly.
     """
 
     name: ClassVar[str] = "pissa"

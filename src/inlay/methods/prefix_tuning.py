@@ -1,14 +1,14 @@
-"""Prefix tuning: trained keys and values in front of every attention's own.
+"""Prefix tuning: trained keys and values in front of those of every attention module.
 
 Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv:2101.00190, equations 2–3.
 
     h_i = P_θ[i, :] for i in the prefix, at every layer; P_θ = MLP(P'), the MLP reparameterises training
     Embedding(length, d) ── Linear(d, projection) ── tanh ── Linear(projection, 2 · layers · key size)
 
-The paper's text lets P' be as wide as the MLP; the official code, which produced its results, embeds in the
+In the paper's text P' is as wide as the MLP; the official code, which produced its results, embeds in the
 hidden size first. We follow the code. On an encoder–decoder the encoder's self-attention, the decoder's
 self-attention and its cross-attention have a prefix and an MLP each, as in the authors' BART model. In a
-decoder the text's positions move on by the length, as they did there. Initialisation: a random P', or (section 7.4,
+decoder the text's positions shift by the length, as they do there. Initialisation: a random P', or (section 7.4,
 where data is scarce) the keys and values that the base computes for real words, repeated to the length; on an
 encoder–decoder both halves read them. The words are the prefix itself, so they need it without the MLP.
 
@@ -44,10 +44,10 @@ class PrefixTuning(PromptMethod):
 
     Attributes:
         length: positions; the paper uses 10 for table-to-text and 200 for summarisation.
-        projection: inner size of the reparameterising MLP (512 or 800 in the paper), which has a rate of its own;
+        projection: inner size of the reparameterising MLP (512 or 800 in the paper), which has its own learning rate;
             None trains the prefix itself.
         init: ``random`` or ``text``.
-        text: for ``text``.
+        text: the text for ``init="text"``.
     """
 
     name: ClassVar[str] = "prefix-tuning"
@@ -89,7 +89,7 @@ class PrefixTuning(PromptMethod):
 
 
 class Prefix(KeyValuePrompt):
-    """One prefix for each kind of attention: an encoder's, a decoder's, a decoder's look at the encoder."""
+    """One prefix for each kind of attention: the encoder's, the decoder's, and cross-attention."""
 
     def __init__(self, places: list[AttentionPlace], method: PrefixTuning, hidden: int) -> None:
         super().__init__()

@@ -6,8 +6,8 @@ Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", 
 
 Initialisation (section 3.2): ``random`` uniform in ±0.5; ``vocabulary`` embeddings of tokens drawn from the 5,000
 most common (a subword vocabulary is ordered by frequency, so its first 5,000 that are not special); ``text``
-the tokens of a text, repeated to the length; ``labels`` one slot a class label, several tokens averaged, the
-rest drawn from the vocabulary.
+the tokens of a text, repeated to the length; ``labels`` one slot for each class label (the mean if it
+has several tokens), the rest drawn from the vocabulary.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class PromptTuning(PromptMethod):
     Attributes:
         length: virtual tokens; the paper's default is 100.
         init: ``random``, ``vocabulary``, ``text`` or ``labels``.
-        text: for ``text``.
-        labels: class labels, for ``labels``.
+        text: the text for ``init="text"``.
+        labels: the class labels for ``init="labels"``.
     """
 
     name: ClassVar[str] = "prompt-tuning"

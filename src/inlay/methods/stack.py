@@ -5,9 +5,9 @@ Learning", arXiv:2311.11077, section 4, here for any methods and not only for bo
 
     layer₀ = the base's;  layerᵢ = methodᵢ around layerᵢ₋₁          at every place that several methods share
 
-So each method's `post` sees what the former left, and the last one's `pre` comes first; in weights
-W ← weight_n(… weight₁(W)). Prompts stand behind one another, virtual tokens seeing the key/value pairs;
-differences to the same parameter add. It merges where all its methods do.
+So each method's `post` sees the output of the one before it, and the last one's `pre` runs first; in weights
+W ← weight_n(… weight₁(W)). Prompts stand one after another, and virtual tokens see the key/value pairs; differences to
+the same parameter add up. It merges if all its methods do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Stack(Composition):
     """``Stack(IA3(), LoRA(rank=4))``: methods one after another.
 
     Attributes:
-        methods: first is nearest to the base.
+        methods: the members; the first is nearest to the base.
     """
 
     name: ClassVar[str] = "stack"

@@ -20,7 +20,7 @@ class TopLayers(SubsetMethod):
     """The uppermost layers.
 
     Attributes:
-        top: how many.
+        top: number of layers.
     """
 
     name: ClassVar[str] = "top-layers"
@@ -40,7 +40,7 @@ class TopLayers(SubsetMethod):
             raise SelectionError("method 'top-layers' takes the uppermost layers; set `top` to say how many")
         layers = {n: layer for n in parameter_names(view) if (layer := layer_of(n)) is not None}
         if not layers:
-            raise SelectionError("this model has no numbered layers, so it has no top ones")
+            raise SelectionError("this model has no numbered layers, so it has no top layers")
         stack = list(layers.values())[-1][0]
         highest = sorted({number for s, number in layers.values() if s == stack})
         if len(highest) < self.top:

@@ -5,8 +5,8 @@ No paper; known from Hugging Face PEFT, whose files hold the same rows. For new 
     embedding[token] = v[token]               v (tokens, dim) starts as the base's own rows
     head(h)[token]   = h · v[token] + bias    where the output head is tied to the embedding
 
-At a tied head the very same values are used. A head of its own stays as it is, unless `head` asks for new rows there,
-too. An embedding that scales what it looks up (Gemma) is run by its own class on the new rows.
+A tied head uses the same values. An untied head stays as it is, unless `head` asks for new rows there too. An embedding
+that scales what it looks up (Gemma) runs with its own class on the new rows.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class TrainableTokens(Method):
     """New values for single entries of the vocabulary.
 
     Attributes:
-        tokens: their ids; ``tokenizer.convert_tokens_to_ids([...])`` gives them.
-        head: train their rows of an untied output head as well, where the model has one.
+        tokens: ids of the tokens; ``tokenizer.convert_tokens_to_ids([...])`` gives them.
+        head: also train their rows of the output head, if it is not tied.
     """
 
     name: ClassVar[str] = "trainable-tokens"
     paper: ClassVar[str] = "none"
     family: ClassVar[str] = "selective"
     table_order: ClassVar[int] = 30
-    # Embeddings are some 0.02 in size and AdamW's step is the rate itself: a tenth of an entry at the peak.
+    # Embeddings are about 0.02 in size and AdamW's step is the rate itself: a tenth of an entry at the peak.
     recipe: ClassVar[Recipe] = Recipe(learning_rate=2e-3)
     default_where: ClassVar[str] = "input"
 
@@ -58,7 +58,7 @@ class TrainableTokens(Method):
         object.__setattr__(self, "tokens", tuple(self.tokens))
         self.require(
             (all(t >= 0 for t in self.tokens), f"tokens holds negative ids: {[t for t in self.tokens if t < 0]}"),
-            (len(set(self.tokens)) == len(self.tokens), "tokens names some id twice"),
+            (len(set(self.tokens)) == len(self.tokens), "tokens names an id twice"),
         )
 
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
@@ -69,7 +69,7 @@ class TrainableTokens(Method):
             )
         if not self.tokens:
             raise SelectionError(
-                "method 'trainable-tokens' needs to know which: give tokens=(id, ...), for instance "
+                "method 'trainable-tokens' needs the tokens to train: give tokens=(id, ...), for example "
                 "tokens=tuple(tokenizer.convert_tokens_to_ids(['<tool>', '</tool>']))"
             )
         table = None if view.input_embedding is None else view.input_embedding._parameters.get("weight")
@@ -88,7 +88,7 @@ class TrainableTokens(Method):
 
 
 class Rows(Shared):
-    """The new values, in the order in which the tokens were named."""
+    """The new values, in the order in which the tokens were given."""
 
     ids: Tensor
 
@@ -116,7 +116,7 @@ class Rows(Shared):
 class TokenDelta(Delta):
     """Chosen tokens are looked up in the new rows."""
 
-    known: Tensor  # the tokens, ascending, because they are searched for
+    known: Tensor  # the tokens in ascending order, for binary search
     order: Tensor  # the row of each of them
 
     def __init__(self, site: Site, rows: Rows) -> None:

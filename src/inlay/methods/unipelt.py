@@ -1,17 +1,18 @@
-"""UniPELT: an adapter, a prefix and LoRA, each behind a gate that looks at its input.
+"""UniPELT: an adapter, a prefix and LoRA, each with a gate that depends on its input.
 
 Mao et al. 2021, "UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", arXiv:2110.07577,
 section 3, figure 1.
 
-    feed-forward:  y ← y + G_A(y) · W_up relu(W_down y)          G(h) = σ(w · h + b), one number a token
-    attention:     P_K, P_V ← G_P(h) P_K, G_P(h) P_V              h enters the layer; the text's own pairs stay
-    query, value:  y ← y + G_L(x) · B A x                         the gate stands in LoRA's scale's place
+    feed-forward:  y ← y + G_A(y) · W_up relu(W_down y)          G(h) = σ(w · h + b), one number for each token
+    attention:     P_K, P_V ← G_P(h) P_K, G_P(h) P_V              h is the layer's input; the text's own pairs stay
+    query, value:  y ← y + G_L(x) · B A x                         the gate replaces LoRA's scale
 
 Sizes as in the paper: a Pfeiffer adapter of reduction 16, a prefix of 10 with its MLP, LoRA of rank 8. As in the
 authors' code each projection has a gate of its own; the adapter's gate starts normal with σ = 0.02 and zero bias, the
 others as torch's linear layers. The paper's gate is a function of the input; the code averages it over all positions
 of the padded row. We follow the paper and gate every token by itself: a mean would depend on the padding, and in a
-decoder would show a token the ones behind it, so that generating with a cache would differ from without.
+decoder it would let a token see the ones after it, so that generating with a cache would differ from generating
+without.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ class UniPELT(Method):
     """Gated adapter, prefix and LoRA.
 
     Attributes:
-        reduction: of the adapter.
-        length: of the prefix.
+        reduction: reduction of the adapter.
+        length: length of the prefix.
         projection: inner size of the prefix's MLP; None trains the prefix itself.
-        rank: of LoRA.
+        rank: rank of LoRA.
     """
 
     name: ClassVar[str] = "unipelt"
@@ -84,7 +85,7 @@ class UniPELT(Method):
     def pieces(self, view: ModelView, places: Places) -> list[Piece]:
         if places.where is not None:
             raise SelectionError(
-                "method 'unipelt' has three kinds of places, so it takes no `where`; use `layers` to say how deep"
+                "method 'unipelt' has three kinds of places, so it takes no `where`; `layers` chooses layers"
             )
         found: list[Piece] = [PromptPiece("prompt", GatedPrefix(self._prefix, view, places.layers))]
         for site in select(view, places, ("query", "value"), ("linear",)):
@@ -100,7 +101,7 @@ class UniPELT(Method):
 
 
 class Gated(Delta):
-    """What another delta adds, times σ(w · h + b) a token; h is what enters the layer, or what leaves it."""
+    """What another delta adds, times σ(w · h + b) for each token; h is the layer's input, or its output."""
 
     merges: ClassVar[bool] = False
 
@@ -125,7 +126,7 @@ class Gated(Delta):
 
 
 class GatedPrefix(KeyValuePrompt):
-    """A prefix whose pairs are weighed by what enters each attention module."""
+    """A prefix whose pairs are weighed by the input of each attention module."""
 
     weighed: ClassVar[bool] = True
 
@@ -152,6 +153,6 @@ class GatedPrefix(KeyValuePrompt):
 
 
 def _as_linear(weight: Tensor, bias: Tensor) -> None:
-    """As torch fills a linear layer of one output: uniform within 1 / √in."""
+    """Fill as torch does a linear layer with one output: uniform within 1 / √in."""
     for tensor in (weight, bias):
         nn.init.uniform_(tensor, -1 / math.sqrt(weight.shape[1]), 1 / math.sqrt(weight.shape[1]))

@@ -5,10 +5,10 @@ Kopiczko et al. 2023, "VeRA: Vector-based Random Matrix Adaptation", arXiv:2310.
     x ── A ── d ∘ ── B ── b ∘ ── + y          h = W x + Λ_b B Λ_d A x
                                               A (rank, in), B (out, rank) frozen; d (rank), b (out) trained
 
-Initialisation: A and B Kaiming-uniform, the same for every layer; d = 0.1, b = 0. Where layers differ in size, the
-pair has the largest input and output among them and each layer takes its first columns and rows, as the main
-peer does; the paper has one size. Only vectors are trained and counted. The pair can be made again from its
-seed, but generators differ between versions and devices, so it is stored with the adapter.
+Initialisation: A and B Kaiming-uniform, the same for every layer; d = 0.1, b = 0. If layers differ in size, the
+pair has the largest input and output among them, and each layer takes its first columns and rows, as in PEFT;
+the paper has one size. Only vectors are trained and counted. The pair could be drawn again from its seed, but
+generators differ between versions and devices, so it is stored with the adapter.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class VeRA(DeltaMethod):
     """Vectors that scale a shared random projection.
 
     Attributes:
-        rank: of the shared matrices; an order higher than LoRA's.
-        dropout: on the update's input, in training.
-        start: of d.
-        seed: of the shared matrices; the main peer's ``projection_prng_key`` gives the same ones.
+        rank: rank of the shared matrices; an order of magnitude higher than LoRA's.
+        dropout: dropout of the update's input, in training.
+        start: initial value of d.
+        seed: seed of the shared matrices; PEFT's ``projection_prng_key`` gives the same ones.
     """
 
     name: ClassVar[str] = "vera"
@@ -79,7 +79,7 @@ class Projections(Shared):
         self.register_buffer("b", sites[0].empty(outer, method.rank))
 
     def initialise(self, view: ModelView) -> None:
-        generator = torch.Generator().manual_seed(self.seed)  # of the CPU: the same numbers on every device
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU, for the same numbers on every device
         for matrix in (self.a, self.b):
             drawn = torch.empty(matrix.shape)
             nn.init.kaiming_uniform_(drawn, nonlinearity="relu", generator=generator)
@@ -102,7 +102,7 @@ class VeRADelta(Delta):
         nn.init.zeros_(self.b)
 
     def pair(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """This layer's part of A and B, on its device."""
+        """This layer's rows and columns of A and B, on its device."""
         shared = self.projections
         return shared.a[:, : self.inner].to(like), shared.b[: self.outer].to(like)
 

@@ -111,9 +111,9 @@ def test_other_stacks(name: str) -> None:
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        (inlay.PrefixTuning(length=2), "keys and values of its own"),
+        (inlay.PrefixTuning(length=2), "other keys and values in every layer"),
         (inlay.LoReFT(), "positions"),
-        (inlay.LadderSideTuning(), "what entered another"),
+        (inlay.LadderSideTuning(), "reads the input of one layer in another"),
     ],
     ids=lambda value: getattr(value, "name", "said"),
 )

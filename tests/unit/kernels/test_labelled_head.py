@@ -151,8 +151,8 @@ def test_the_function_against_its_twin(factor: float, cap: float | None) -> None
 def test_chunks_in_the_memory_of_the_first_and_half_precision(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three chunks, the last smaller; blocks of two rows in float32, the last of one."""
     monkeypatch.setattr(labelled_head, "FEWEST_ROWS", 5)
-    monkeypatch.setattr(labelled_head, "SCORES_AT_ONCE", 1)
-    monkeypatch.setattr(cross_entropy, "SCORES_IN_CACHE", 2 * 64)
+    monkeypatch.setattr(labelled_head, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(cross_entropy, "LOGITS_IN_CACHE", 2 * 64)
     generator = torch.Generator().manual_seed(4)
     hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (13, 64))
     added = torch.randn(64, generator=generator).bfloat16() if bias else None

@@ -3,9 +3,9 @@
     FAMILIES   peft_type → how it is read
     WRITERS    our method → how it is written
 
-PEFT keeps no digest and no fingerprint of the base, so the model is held against names and shapes alone; what
-PEFT passes over in silence (targets that match nothing, missing and unexpected tensors, unknown keys that may
-change the result) is one error here.
+PEFT stores no digest and no fingerprint of the base, so only names and shapes can be compared with the model. What PEFT
+ignores silently (targets that match nothing, missing and unexpected tensors, unknown keys that may change the result)
+is one error here.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ WRITERS: Mapping[str, Callable[[Adapter, ModelView], Writing]] = {
     **dict.fromkeys(settings.TYPES, deltas.write),
 }
 
-# Our method → what PEFT's files do not keep of it; what it computes is kept.
+# Our method → what PEFT's files cannot hold of it; what it computes is always kept.
 LEFT_OUT: Mapping[str, str] = {
-    "adalora": "the averages and the counter of an unfinished schedule",
-    "dylora": "that it can be served at lower ranks",
+    "adalora": "the averages and the step counter of an unfinished schedule",
+    "dylora": "that it can be used at lower ranks",
     "eva": "how it was initialised",
     "lora-fa": "that A is frozen",
     "lora-plus": "the ratio of the learning rates",
-    "olora": "that it began as a part of the weight: it becomes a LoRA of twice the rank",
-    "p-tuning": "the prompt encoder, whose final embeddings are written",
-    "pissa": "that it began as a part of the weight: it becomes a LoRA of twice the rank",
-    "prefix-tuning": "the projection, whose final keys and values are written",
+    "olora": "that it started as a part of the weight: it becomes a LoRA of twice the rank",
+    "p-tuning": "the prompt encoder; its final embeddings are written",
+    "pissa": "that it started as a part of the weight: it becomes a LoRA of twice the rank",
+    "prefix-tuning": "the projection; its final keys and values are written",
 }
 
 
 def recognises(folder: Path) -> bool:
-    """Whether `folder` holds an adapter in PEFT's format."""
+    """Whether `folder` has an adapter in PEFT's format."""
     return (folder / FILE).is_file() and "peft_type" in read_config(folder)
 
 
@@ -86,7 +86,7 @@ def read(
         )
     archive = open_archive(folder, *WEIGHTS, allow_pickle=allow_pickle)
     if task is not None and kind != "MULTITASK_PROMPT_TUNING":
-        raise ConfigError(f"task is only given for a file that holds several, and this is a {kind}")
+        raise ConfigError(f"task is only for files with several tasks, and this is a {kind}; leave it out")
     config = Config(values, folder / FILE, task)
     try:
         reading = FAMILIES[kind](config, ModelView(model), archive)

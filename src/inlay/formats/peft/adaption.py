@@ -2,9 +2,9 @@
 
     <attention>.adaption_prompt (1, length, hidden)    <attention>.adaption_gate (1)
 
-PEFT has one gate for all heads of a layer and no tanh around it; a gate a head that differs from head to head has
-no counterpart there. On GPT-2 PEFT adds the prompts' attention behind the output projection instead of before it,
-and where that projection has a bias it adds the bias twice: neither is what was published, and both are refused.
+PEFT has one gate for all heads of a layer and no tanh around it, so gates that differ from head to head have no
+counterpart there. On GPT-2 PEFT adds the prompts' attention after the output projection instead of before it, and if
+that projection has a bias it adds the bias twice. Neither is what was published, and both are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from inlay.formats.peft.config import Config
 from inlay.formats.peft.copies import read_copies, write_copies
 from inlay.formats.peft.prompts import the_prompt
 
-KNOWN = ("llama", "mistral")  # model types whose attention PEFT wraps as published
+KNOWN = ("llama", "mistral")  # model types on which PEFT computes what was published
 
 
 def read(config: Config, view: ModelView, archive: Archive) -> Reading:
@@ -68,8 +68,8 @@ def write(adapter: Adapter, view: ModelView) -> Writing:
         path = place.attention.path
         if not torch.equal(gates, gates[:1].expand_as(gates)):
             raise UnsupportedError(
-                f"{path}: PEFT has one gate for all heads of a layer, but these differ from head to head, as the paper "
-                "has it; PEFT's format cannot hold them"
+                f"{path}: PEFT has one gate for all heads of a layer, but these gates differ from head to head, as in "
+                "the paper; PEFT's format cannot hold them"
             )
         tensors[f"{PREFIX}{path}.adaption_prompt"] = prompt.prompts[name].detach()[None]
         tensors[f"{PREFIX}{path}.adaption_gate"] = gates[:1]

@@ -1,4 +1,4 @@
-"""What every family in PEFT's files shares."""
+"""Shared by all families in PEFT's files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from inlay.core.model.select import Places
 from inlay.core.model.view import ModelView
 from inlay.formats.peft import targets
 
-PREFIX = "base_model.model."  # of every name in the file, where PEFT has replaced layers
-PROMPT_PREFIX = "base_model."  # where it has put a prompt in front of the model
+PREFIX = "base_model.model."  # prefix of every name in the file if PEFT has replaced layers
+PROMPT_PREFIX = "base_model."  # prefix if PEFT has put a prompt in front of the model
 
 
 def header(view: ModelView, peft_type: str, saved: Sequence[str]) -> dict[str, Any]:
@@ -25,5 +25,5 @@ def header(view: ModelView, peft_type: str, saved: Sequence[str]) -> dict[str, A
 
 
 def places_of(paths: Sequence[str]) -> Places:
-    """Exactly these modules."""
+    """The places that are exactly these modules."""
     return Places.of(list(paths), None)

@@ -13,10 +13,10 @@ from inlay.core.errors import AdapterFileError
 FILE = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-LARGEST = 16 * 2**20  # bytes of a configuration; a real one has some thousand
-MOST = 2**40  # no rank, length or block is larger; sizes multiply, and must stay whole numbers of 64 bits
+LARGEST = 16 * 2**20  # bytes of a configuration; a real one has a few thousand
+MOST = 2**40  # no rank, length or block is larger; products of sizes must fit into 64 bits
 
-# What the library notes for itself: no value of these changes what an adapter computes.
+# Keys that PEFT writes for its own use; none of them changes what an adapter computes.
 WITHOUT_EFFECT = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -30,11 +30,11 @@ WITHOUT_EFFECT = (
 
 
 class Config:
-    """The keys of one configuration, and what was found wrong with them.
+    """The keys of one configuration, and the problems found in them.
 
     Attributes:
-        task: which of several tasks in the file is wanted.
-        wrong: problems, for one error.
+        task: number of the task to read, if the file has several.
+        wrong: problems, collected for one error.
     """
 
     def __init__(self, values: dict[str, Any], path: Path, task: int | None = None) -> None:
@@ -43,7 +43,7 @@ class Config:
         self._known = set(WITHOUT_EFFECT)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key that is used; `default` where it is absent or null."""
+        """The value of a key; `default` if it is absent or null."""
         self._known.add(key)
         value = self.values.get(key)
         return default if value is None else value
@@ -63,18 +63,18 @@ class Config:
         return value
 
     def ignore(self, *keys: str) -> None:
-        """Keys that say how the adapter was trained or initialised, not what it computes."""
+        """Accept keys that say how the adapter was trained or initialised, not what it computes."""
         self._known.update(keys)
 
     def refuse(self, reason: str, *keys: str, unless: Iterable[Any] = ()) -> None:
-        """Keys whose effect has no counterpart: anything but absent, empty, or one of `unless` is a problem."""
+        """Note a problem for each of these keys that is present and neither empty nor one of `unless`."""
         for key in keys:
             value = self.get(key)
             if value not in (None, False, [], {}, *unless):
                 self.wrong.append(f"{key} is {value!r}: {reason}")
 
     def finish(self) -> None:
-        """Note every key that nothing has asked for."""
+        """Note a problem for every key that nothing has asked for."""
         unknown = sorted(set(self.values) - self._known)
         self.wrong += [
             f"{key} is {self.values[key]!r}: inlay does not know this key, so it might change what the adapter computes"
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The keys of the configuration in `folder`.
 
     Raises:
-        AdapterFileError: there is none, or it is no JSON object.
+        AdapterFileError: there is none, or it is not a JSON object.
     """
     path = folder / FILE
     try:

@@ -3,8 +3,8 @@
     <prefix><module>.weight              a trained copy; or an embedding whose vocabulary was resized
     <prefix><module>.base_layer.weight   the frozen embedding under an adapter, stored beside it
 
-PEFT copies a module and leaves a tied partner alone; inlay's copy stands in for the tied partner as well. So a
-tied module is read only where both were saved with the same values, and both are written.
+PEFT copies a module and leaves a module tied to it alone; inlay's copy replaces both. So a tied module is read only if
+both were saved with the same values, and both are written.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Check = Callable[[Mapping[str, Tensor]], "str | None"]
 
 @dataclass
 class Copies:
-    """Modules that an adapter holds whole.
+    """Modules of which an adapter holds whole copies.
 
     Attributes:
-        prefix: of every name in the file.
-        paths: of the modules, each tied group once.
+        prefix: prefix of every name in the file.
+        paths: paths of the modules, each tied group once.
         checks: stored tensors that must agree with something.
     """
 
@@ -45,7 +45,7 @@ class Copies:
 
 
 def read_copies(config: Config, view: ModelView, stored: Mapping[str, tuple[int, ...]], prefix: str) -> Copies:
-    """The whole modules in a file."""
+    """The copies of whole modules in a file."""
     found = Copies(prefix)
     named = saved_modules(config, view)
     tie = bool(config.get("ensure_weight_tying", False))
@@ -63,7 +63,7 @@ def read_copies(config: Config, view: ModelView, stored: Mapping[str, tuple[int,
         if apart and path in named and not tie:
             config.wrong.append(
                 f"modules_to_save: {path} is tied to {', '.join(apart)}; PEFT trains a copy of one and leaves the "
-                "other, which has no counterpart here"
+                "other alone, which has no counterpart here"
             )
     for path in resized:
         rows, expected = stored[f"{prefix}{path}.weight"][:1], view.modules[path]._parameters["weight"]
@@ -79,7 +79,7 @@ def read_copies(config: Config, view: ModelView, stored: Mapping[str, tuple[int,
 
 
 def write_copies(adapter: Adapter, view: ModelView, prefix: str) -> tuple[list[str], dict[str, Tensor]]:
-    """Paths for `modules_to_save` and the tensors, tied partners included."""
+    """Paths for `modules_to_save`, and the tensors; tied modules included."""
     paths = list(adapter.modules_to_save)
     tensors: dict[str, Tensor] = {prefix + name: value for name, value in adapter.copies.items()}
     for saved in adapter.modules_to_save:
@@ -99,13 +99,13 @@ def _embeddings(view: ModelView) -> list[str]:
 
 
 def _tied(view: ModelView, one: str, other: str) -> bool:
-    """Whether two modules hold the very same parameter themselves."""
+    """Whether two modules directly hold the same parameter."""
     mine = {id(p) for p in view.modules[one]._parameters.values() if p is not None}
     return any(id(p) in mine for p in view.modules[other]._parameters.values() if p is not None)
 
 
 def same_values(name: str, other: str) -> Check:
-    """Two tensors of the file that must be equal, because their modules share one here."""
+    """A check that two tensors of the file are equal, because their modules share one here."""
 
     def check(values: Mapping[str, Tensor]) -> str | None:
         if other in values and torch.equal(values[name], values[other]):
@@ -122,6 +122,6 @@ def _frozen(view: ModelView, path: str, name: str) -> Check:
         value = values[name].to(base.device, base.dtype)
         if value.shape == base.shape and torch.equal(value, base):
             return None
-        return f"{name}: the adapter was trained over other values of {path} than this base has; load the base it is of"
+        return f"{name}: the adapter was trained over other values of {path} than this base has; load its own base"
 
     return check

@@ -1,11 +1,11 @@
-"""Methods whose tensors PEFT holds one to one: a table of names and shapes, and each configuration both ways.
+"""Methods whose tensors PEFT stores one to one: a table of names and shapes, and each configuration both ways.
 
 VeRA       vera_lambda_d (r), vera_lambda_b (out); base_model.vera_A, vera_B once, unless left out
 LoHa       hada_w1_a (out, r), hada_w1_b (r, in), hada_w2_a, hada_w2_b
 LoKr       lokr_w1 or lokr_w1_a and lokr_w1_b, lokr_w2 or lokr_w2_a and lokr_w2_b; scaled by alpha / r always
-AdaLoRA    lora_A (r, in), lora_B (out, r), lora_E (r, 1); rank_pattern holds a mask of what is left
+AdaLoRA    lora_A (r, in), lora_B (out, r), lora_E (r, 1); rank_pattern is a mask of the remaining triplets
 OFT        oft_R.weight (blocks, b (b − 1) / 2)
-BOFT       boft_R (factors, blocks, b, b), of which the skew part counts; boft_s (out, 1)
+BOFT       boft_R (factors, blocks, b, b), of which only the skew part matters; boft_s (out, 1)
 LN tuning  ln_tuning_layers.weight and .bias: the norm's new values, where ours are differences
 """
 
@@ -35,11 +35,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Pair:
-    """One tensor of a delta and its counterpart behind the layer's name.
+    """One tensor of a delta, and its counterpart after the layer's name.
 
     Attributes:
-        shape: ours → theirs.
-        out, back: values, given the piece they belong to.
+        shape: turns our shape into theirs.
+        out, back: turn our values into theirs, and back, given the piece they belong to.
     """
 
     theirs: str
@@ -96,7 +96,7 @@ TABLE: Mapping[str, Mapping[str, Pair]] = {
     "loha": {n: Pair(f"hada_{n}") for n in ("w1_a", "w1_b", "w2_a", "w2_b")},
     "lokr": {n: Pair(f"lokr_{n}") for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
     "adalora": {"a": Pair("lora_A"), "b": Pair("lora_B"), "e": Pair("lora_E", _column, _vector.out, _vector.back)},
-    # With the truncated series PEFT's rotation is the inverse one: (I + Q)(I − Q)⁻¹.
+    # With the truncated series PEFT's rotation is the inverse: (I + Q)(I − Q)⁻¹.
     "oft": {"skew": Pair("oft_R.weight", out=lambda v, p: _signed(v, p), back=lambda v, p: _signed(v, p))},
     "boft": {
         "skew": Pair("boft_R", _square, lambda v, _: _full(v), lambda v, _: _upper(v)),
@@ -140,7 +140,7 @@ def read(config: Config, view: ModelView, archive: Archive) -> Reading:
 
 
 def _shared(adapter: Adapter, view: ModelView, archive: Archive) -> Iterator[Entry]:
-    """What the pieces have in common; VeRA's matrices may be left out, because their seed makes them again."""
+    """What the pieces share. VeRA's matrices may be absent, because they can be drawn again from their seed."""
     from inlay.core.contracts.shared import shared_in
 
     own = {id(s): s for module in adapter.modules() for s in shared_in(module).values()}
@@ -169,12 +169,12 @@ def write(adapter: Adapter, view: ModelView) -> Writing:
         assert isinstance(piece, DeltaPiece)
         if piece.site.part is not None:
             raise UnsupportedError(
-                f"{piece.key}: PEFT's {key} has no form for a part of a fused layer; attach it to the whole layer, "
+                f"{piece.key}: PEFT's {key} cannot adapt a part of a fused layer; attach it to the whole layer, "
                 f"where={[piece.site.path.rpartition('.')[2]]}"
             )
         if key in LINEAR_ONLY and type(piece.site.module).__name__.endswith("Conv1D"):
             raise UnsupportedError(
-                f"{piece.key}: PEFT's {key} knows no transposed layer (Conv1D), so it could not load it"
+                f"{piece.key}: PEFT's {key} does not know transposed layers (Conv1D), so it could not load it"
             )
         paths.append(piece.site.path)
         for name, value in piece.delta.state_dict().items():

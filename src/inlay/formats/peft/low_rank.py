@@ -1,13 +1,13 @@
-"""LoRA and DoRA in PEFT's files, and the methods of ours that are a LoRA once they are trained.
+"""LoRA and DoRA in PEFT's files, and our methods that are a LoRA once they are trained.
 
     linear       <path>.lora_A.weight (r, in)          <path>.lora_B.weight (out, r)
     embedding    <path>.lora_embedding_A (r, entries)  <path>.lora_embedding_B (dim, r)
     convolution  <path>.lora_A.weight (r, in, *kernel) <path>.lora_B.weight (out, r, 1, …)
     DoRA         <path>.lora_magnitude_vector (out)
 
-Parts of a fused layer (GPT-2's query and value) become one LoRA of the whole layer: A stacked, B with rows of
-zeros where a part does not reach, ranks added. PiSSA and OLoRA keep their offset in the adapter, so they become
-a LoRA of twice the rank: [B, −B₀] [A; A₀].
+Parts of a fused layer (GPT-2's query and value) become one LoRA of the whole layer: A stacked, B with zeros in the rows
+of the other parts, ranks added. PiSSA and OLoRA keep their offset in the adapter, so they become a LoRA of twice the
+rank: [B, −B₀] [A; A₀].
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ NAMES = {
     "embedding": {"a": "lora_embedding_A", "b": "lora_embedding_B", "magnitude": "lora_magnitude_vector"},
 }
 OFFSET = ("pissa", "olora")
-MOVED = (*OFFSET, "corda", "lora_ga", "loftq", "mica")  # starts that take their first factors off the base's weight
+MOVED = (
+    *OFFSET,
+    "corda",
+    "lora_ga",
+    "loftq",
+    "mica",
+)  # these subtract their first factors from the base's weight
 REFUSED = {
     "the bias vectors of the base are trained, which is another method (bitfit)": ("lora_bias",),
     "inlay's LoRA has nothing of the kind": (
@@ -87,7 +93,7 @@ def _method(config: Config, paths: list[str], transposed: bool) -> Method:
     start, dora = str(config.get("init_lora_weights", True)).lower(), bool(config.get("use_dora", False))
     if start in OFFSET and not dora:
         if start == "olora" and transposed:
-            config.wrong.append("PEFT's OLoRA factorises the transposed weight of a Conv1D, which is another start")
+            config.wrong.append("PEFT's OLoRA factorises the transposed weight of a Conv1D, which gives another start")
         return _shifted(config, start, rank, alpha, bool(ranks or alphas or stabilised))
     if start.startswith(MOVED):
         way = (
@@ -100,7 +106,7 @@ def _method(config: Config, paths: list[str], transposed: bool) -> Method:
             f"repeated exactly; {way}"
         )
     if dora:
-        if stabilised:  # DoRA has no rank-stabilised scale of its own; alpha √r / r is the same number
+        if stabilised:  # DoRA has no rank-stabilised scale; alpha √r / r is the same number
             alphas = {p: alphas.get(p, alpha) * math.sqrt(ranks.get(p, rank)) for p in paths}
         return DoRA(rank=rank, alpha=alpha, dropout=dropout, rank_pattern=ranks, alpha_pattern=alphas)
     return LoRA(
@@ -109,7 +115,7 @@ def _method(config: Config, paths: list[str], transposed: bool) -> Method:
 
 
 def _shifted(config: Config, start: str, rank: int, alpha: float, patterned: bool) -> Method:
-    """PiSSA or OLoRA, whose offset from the base is computed anew, as PEFT does when it loads one."""
+    """PiSSA or OLoRA; its offset from the base is computed again, as PEFT does when it loads one."""
     from inlay.methods import method_named
 
     if patterned:
@@ -139,7 +145,7 @@ def _entries(piece: DeltaPiece, offset: tuple[str, str] | None) -> Iterator[Entr
 
 
 def _first(piece: DeltaPiece, name: str) -> Tensor:
-    """A frozen first factor, computed from the base; not by `initialise`, which would fill the trained ones too."""
+    """A frozen first factor, computed from the base. `initialise` would fill the trained factors too."""
     delta: Any = piece.delta
     with torch.no_grad():
         a, b = delta.factors(piece.site.read_weight()[0].to(delta.a.dtype))
@@ -192,7 +198,7 @@ def _whole(layer: Site, pieces: list[DeltaPiece]) -> tuple[Tensor, Tensor, Tenso
     magnitude: Tensor | None = None
     for piece in pieces:
         state = {n: t.detach() for n, t in piece.delta.state_dict().items()}
-        served = getattr(piece.delta, "served", None)  # DyLoRA computes with its first rows and columns
+        served = getattr(piece.delta, "served", None)  # DyLoRA uses its first rows and columns
         a, b = state["a"][:served], state["b"][:, :served]
         if "a0" in state:
             a, b = torch.cat([a, state["a0"]]), torch.cat([b, -state["b0"]], dim=1)

@@ -1,15 +1,15 @@
-"""Soft prompts in PEFT's files: what stands in front of the text once training is over.
+"""Soft prompts in PEFT's files: only what stands in front of the text once training is over.
 
     prompt_embeddings   (length, hidden)                     prompt tuning, P-tuning (its encoder is left out)
                         (length, layers · 2 · key width)     prefix tuning (its projection is left out)
     prefix_task_cols    (tasks, length, ranks)               multitask prompts: their product multiplies the prompt;
     prefix_task_rows    (tasks, ranks, hidden)               an adapter of ours is one of the tasks, of rank one
 
-PEFT's prompt on a sequence-to-sequence model has twice the rows, of which the second half is never used; its
-prefix there enters the decoder alone, which the paper's does not, so it is refused. On an encoder PEFT puts the
-prompt where a classifier of whole texts looks for the first token; ours is hidden from it, so that is refused as well
-(a head that looks at each token sees the same in both), and so is a prefix in an encoder, whose text PEFT moves on,
-and before attention with a sliding window, which leaves PEFT's behind.
+On a sequence-to-sequence model PEFT's prompt has twice the rows, and the second half is never used; its prefix enters
+only the decoder, unlike the paper's, so it is refused. On an encoder PEFT puts the prompt where a classifier of whole
+texts reads the first token; ours is hidden from the classifier, so that is refused as well (a head that reads each
+token sees the same in both). Also refused are a prefix in an encoder, whose text PEFT shifts, and a prefix at attention
+with a sliding window, which PEFT's prefix drops out of.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from inlay.formats.peft.config import Config
 from inlay.formats.peft.copies import read_copies, write_copies
 
 NAME = "prompt_embeddings"
-EACH_TOKEN = ("ForTokenClassification", "ForQuestionAnswering")  # whose heads do not look for a first token
+EACH_TOKEN = ("ForTokenClassification", "ForQuestionAnswering")  # models whose heads do not read the first token only
 INITIALISATION = (
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "init_weights",
     "encoder_hidden_size", "prefix_projection", "encoder_reparameterization_type", "encoder_num_layers",
@@ -59,7 +59,7 @@ def read_prompt(config: Config, view: ModelView, archive: Archive) -> Reading:
             if name.endswith("/vectors"):
                 shape = (length * modules, value.shape[1])
                 yield Entry(name, {NAME: shape}, lambda t: t[:length])
-            elif not name.startswith("copy/"):  # the anchors of P-tuning, of which there are none
+            elif not name.startswith("copy/"):  # the anchors of P-tuning: PEFT has none
                 yield Entry(name, {}, lambda value=value: value)
         yield from copies.entries(adapter)
 
@@ -77,8 +77,7 @@ def read_prefix(config: Config, view: ModelView, archive: Archive) -> Reading:
     config.ignore("num_transformer_submodules")
     if _bidirectional(view) and not _encoder_decoder(view):
         config.wrong.append(
-            "PEFT's prefix moves an encoder's text on by its length, where prefix tuning as published leaves the text "
-            "at its positions"
+            "PEFT's prefix shifts the positions of an encoder's text by its length; prefix tuning as published does not"
         )
     elif not decoder_only(view):
         config.wrong.append(
@@ -107,13 +106,13 @@ def read_multitask(config: Config, view: ModelView, archive: Archive) -> Reading
     copies = _sizes(config, view, archive)
     config.ignore("prompt_tuning_init_state_dict_path", "prompt_tuning_init_task")
     if ranks != 1:
-        config.wrong.append(f"num_ranks is {ranks}: a task's share of the prompt has rank one, as in the paper")
+        config.wrong.append(f"num_ranks is {ranks}, expected 1: a task's share has rank one, as in the paper")
     if config.task is None and tasks > 1:
-        config.wrong.append(f"the file holds {tasks} tasks: say which of them with load(..., task=0)")
+        config.wrong.append(f"the file holds {tasks} tasks: choose one, such as load(..., task=0)")
     if task >= tasks or task < 0:
-        config.wrong.append(f"task is {task}, but the file holds {tasks}, counted from 0")
+        config.wrong.append(f"task is {task}, but the file has {tasks}, counted from 0")
     if config.whole("num_transformer_submodules", 2 if _encoder_decoder(view) else 1) != 1:
-        config.wrong.append("PEFT's multitask prompt stands in the decoder, too, where the published one does not")
+        config.wrong.append("PEFT's multitask prompt stands in the decoder too, unlike the published one")
     config.wrong += _misplaced(view)
 
     def entries(adapter: Adapter) -> Iterator[Entry]:
@@ -127,7 +126,7 @@ def read_multitask(config: Config, view: ModelView, archive: Archive) -> Reading
 
 
 def write_multitask(adapter: Adapter, view: ModelView) -> Writing:
-    """The adapter's task as the only one of its file."""
+    """The adapter's task, as the only one in its file."""
     wrong = _misplaced(view)
     if wrong:
         raise UnsupportedError(wrong[0])
@@ -157,13 +156,13 @@ def write_prompt(adapter: Adapter, view: ModelView) -> Writing:
     with torch.no_grad():
         vectors = prompt.embeddings().detach()
     width = vectors.shape[1]
-    if adapter.method.name == "p-tuning":  # PEFT builds an encoder of this size where it goes on training
+    if adapter.method.name == "p-tuning":  # PEFT builds an encoder of this size if training continues there
         return prompt_file(adapter, view, "P_TUNING", vectors, token_dim=width, encoder_hidden_size=width)
     return prompt_file(adapter, view, "PROMPT_TUNING", vectors, token_dim=width, prompt_tuning_init="RANDOM")
 
 
 def write_prefix(adapter: Adapter, view: ModelView) -> Writing:
-    """The keys and values of a prefix, computed."""
+    """The computed keys and values of a prefix."""
     prompt = the_prompt(adapter)
     assert isinstance(prompt, KeyValuePrompt)
     places = view.attention_places()
@@ -194,7 +193,7 @@ def _check_prefix(adapter: Adapter, view: ModelView, places: list[AttentionPlace
     hidden = view.hidden_size
     if places[0].heads * places[0].head_dim != hidden:
         raise UnsupportedError(
-            f"PEFT takes the head size for hidden size / heads = {hidden} / {places[0].heads}, but this model's is "
+            f"PEFT assumes the head size hidden size / heads = {hidden} / {places[0].heads}, but this model's is "
             f"{places[0].head_dim}, so its prefix cannot hold these keys"
         )
 
@@ -206,7 +205,7 @@ def prompt_file(adapter: Adapter, view: ModelView, peft_type: str, vectors: Tens
     if common["task_type"] is None:
         heads = [p for p in view.modules if p in targets.HEADS["SEQ_CLS"]]
         raise UnsupportedError(
-            "PEFT needs to know the task of a prompt and then expects the model's head in the file"
+            "PEFT needs the task of a prompt, and then expects the model's head in the file"
             + (f"; attach with modules_to_save={heads}" if heads else f", but {type(view.model).__name__} has none")
         )
     places = view.attention_places()
@@ -227,12 +226,12 @@ def the_prompt(adapter: Adapter) -> TokenPrompt | KeyValuePrompt:
 
 
 def _windowed(view: ModelView) -> list[str]:
-    """Why a prefix is another thing in PEFT where attention looks back only so far."""
+    """Why PEFT's prefix differs at attention with a sliding window; empty if there is none."""
     usual = getattr(view.text_config, "sliding_window", None)
     windows = [getattr(place.module, "sliding_window", usual) for place in view.attention_places()]
     return [
-        f"in PEFT a prefix is the text's oldest part, which attention with a window of {window} tokens stops seeing; "
-        "the published one is always seen"
+        f"in PEFT a prefix is the oldest part of the text, which attention with a window of {window} tokens stops "
+        "seeing; the published one is always seen"
         for window in windows
         if window
     ][:1]
@@ -258,6 +257,6 @@ def _misplaced(view: ModelView) -> list[str]:
     if _encoder_decoder(view) or not _bidirectional(view) or type(view.model).__name__.endswith(EACH_TOKEN):
         return []
     return [
-        f"on an encoder ({type(view.model).__name__}) PEFT puts a prompt where the head looks for the first token, "
+        f"on an encoder ({type(view.model).__name__}) PEFT puts a prompt where the head reads the first token, "
         "and inlay hides it from the head: the two compute different things"
     ]

@@ -1,8 +1,8 @@
 """(IA)³ in PEFT's files.
 
-    <path>.ia3_l    (out, 1) what leaves the layer is rescaled; (1, in) at `feedforward_modules`: what enters it
+    <path>.ia3_l    (out, 1) rescales the layer's output; (1, in) at `feedforward_modules` rescales its input
 
-Parts of a fused layer become one vector of the whole layer, one where a part does not reach.
+Parts of a fused layer become one vector for the whole layer, with ones for the other parts.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def write(adapter: Adapter, view: ModelView) -> Writing:
     saved, copied = write_copies(adapter, view, PREFIX)
     paths = list(dict.fromkeys(n.removeprefix(PREFIX).removesuffix(SUFFIX) for n in tensors))
     config: dict[str, Any] = header(view, "IA3", saved) | {
-        # PEFT wants one to be a subset of the other, word by word, and compares ends of names letter by letter.
+        # PEFT requires each word of one list to be in the other, and compares ends of names character by character.
         "target_modules": paths,
         "feedforward_modules": entering,
         "fan_in_fan_out": any(type(view.modules[p]).__name__.endswith("Conv1D") for p in paths),

@@ -1,7 +1,7 @@
 """The configurations of the methods in `deltas.py`: PEFT's keys to our hyper-parameters and back.
 
-What only matters while an adapter is trained (dropout of whole ranks or modules, how it was initialised) is left
-out; what changes the result and has no counterpart is refused by name.
+Keys that only matter in training (dropout of whole ranks or modules, initialisation) are left out; keys that change the
+result and have no counterpart are refused, and the message names them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def read_lokr(config: Config, paths: list[str], archive: Archive) -> Method:
 
 
 def write_patterned(adapter: Adapter, view: ModelView) -> dict[str, Any]:
-    """LoHa and LoKr: the rank and the alpha that give each site's scale."""
+    """LoHa and LoKr: a rank and an alpha that give each site its scale."""
     method: Any = adapter.method
     ranks, alphas = {}, {}
     for piece in adapter.pieces:
@@ -105,7 +105,7 @@ def read_adalora(config: Config, paths: list[str], archive: Archive) -> Method:
     for name, mask in masks.items():
         path = name.removesuffix(".default").removesuffix(".lora_E")
         if path not in paths or not isinstance(mask, list) or len(mask) != rank:
-            config.wrong.append(f"rank_pattern: {name!r} is no mask of {rank} entries for an adapted module")
+            config.wrong.append(f"rank_pattern: {name!r} is not a mask of {rank} entries for an adapted module")
         else:
             ranks[path] = sum(map(bool, mask))
     config.ignore(
@@ -116,7 +116,7 @@ def read_adalora(config: Config, paths: list[str], archive: Archive) -> Method:
     config.refuse("only adapters without trained biases have a counterpart", "bias", unless=("none",))
     config.refuse("AdaLoRA has no patterns of alpha", "alpha_pattern")
     alpha = config.number("lora_alpha", 8)
-    # A pattern that names every site marks a finished schedule: nothing of its state is in the file.
+    # A pattern that names every site marks a finished schedule, whose state is not in the file.
     return AdaLoRA(
         rank=rank,
         target_rank=min(config.whole("target_r", 8), rank),
@@ -139,7 +139,7 @@ def write_adalora(adapter: Adapter, view: ModelView) -> dict[str, Any]:
         "lora_alpha": method.alpha * (method.rank + SMALL) / method.rank,
         "lora_dropout": method.dropout,
         "rank_pattern": masks if not all(all(m) for m in masks.values()) else None,
-        "total_step": 1,  # PEFT asks for one also where training is over
+        "total_step": 1,  # PEFT requires one even after training
         "bias": "none",
     }
 
@@ -159,14 +159,14 @@ def read_oft(config: Config, paths: list[str], archive: Archive) -> Method:
         block_size=size or None,
         blocks=None if size else blocks,
         share_blocks=bool(config.get("block_share", False)),
-        neumann_terms=max(terms, 4) if neumann else None,  # of three terms PEFT computes the four
+        neumann_terms=max(terms, 4) if neumann else None,  # asked for three terms, PEFT computes four
     )
 
 
 def write_oft(adapter: Adapter, view: ModelView) -> dict[str, Any]:
     method: Any = adapter.method
     if method.neumann_terms == 3:
-        raise UnsupportedError("PEFT computes four terms of the series where three are asked for; use 4, or None")
+        raise UnsupportedError("PEFT computes four terms of the series if three are asked for; use 4, or None")
     terms = {} if method.neumann_terms is None else {"num_cayley_neumann_terms": method.neumann_terms}
     return {
         "oft_block_size": method.block_size or 0,
@@ -184,11 +184,11 @@ def read_boft(config: Config, paths: list[str], archive: Archive) -> Method:
 
     config.ignore(*TRAINING, "boft_n_butterfly_factor", "boft_dropout", "boft_block_num", "boft_block_size")
     config.refuse("only adapters without trained biases have a counterpart", "bias", unless=("none",))
-    # Without its CUDA extension PEFT trains one factor whatever was asked for, so the tensors decide.
+    # Without its CUDA extension PEFT trains one factor, however many were asked for, so the tensors decide.
     shapes = {s for n, s in archive.shapes.items() if n.endswith(".boft_R") and len(s) == 4}
     factors, sizes = {s[0] for s in shapes}, {s[2] for s in shapes}
     if len(factors) != 1 or len(sizes) != 1:
-        config.wrong.append("boft_R has other numbers of factors or sizes of blocks from layer to layer")
+        config.wrong.append("boft_R has different numbers of factors or block sizes in different layers")
     return BOFT(block_size=max(sizes, default=2), factors=max(factors, default=1), scaled=True)
 
 

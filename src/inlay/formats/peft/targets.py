@@ -1,11 +1,11 @@
-"""PEFT's words for places, resolved on a model, and our places in PEFT's words.
+"""PEFT's words for places, resolved on a model; and our places in PEFT's words.
 
     target_modules       ends of module names, or one regex for the whole name, or "all-linear"
-    exclude_modules      likewise; taken away
-    layers_to_transform  numbers of layers, found behind `layers_pattern`
+    exclude_modules      likewise; excluded
+    layers_to_transform  numbers of layers, found after `layers_pattern`
     rank_pattern         {regex for the end of a name: value}; the first that fits wins
 
-A word that matches nothing is an error here; PEFT passes over it in silence.
+A word that matches nothing is an error here; PEFT ignores it silently.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
-}  # what PEFT saves by itself for a task; it lists both names where the model has one of them
+}  # what PEFT saves by itself for a task; it lists both names although a model has only one of them
 
 
 def sites(config: Config, view: ModelView, stored: Collection[str]) -> list[str]:
     """Paths of the modules that a configuration adapts.
 
     Args:
-        stored: the paths that the file has tensors for, which decide where the configuration leaves it open.
+        stored: the paths for which the file has tensors; they decide what the configuration leaves open.
     """
     wanted = config.get("target_modules")
     excluded, layers = config.get("exclude_modules"), config.get("layers_to_transform")
@@ -60,7 +60,7 @@ def _matching(config: Config, key: str, wanted: Any, paths: Sequence[str]) -> li
         try:
             found = [p for p in paths if re.fullmatch(wanted, p)]
         except re.error as error:
-            config.wrong.append(f"{key}: {wanted!r} is no regular expression ({error})")
+            config.wrong.append(f"{key}: {wanted!r} is not a regular expression ({error})")
             return []
         if not found:
             config.wrong.append(f"{key}: the pattern {wanted!r} matches no module of this model")
@@ -75,7 +75,7 @@ def fits(path: str, end: str) -> bool:
 
 
 def _layer(path: str, pattern: Any) -> int | None:
-    """The number of the layer that `path` lies in, where PEFT looks for it."""
+    """The number of the layer that `path` lies in, found as PEFT does."""
     if not pattern:
         found = re.match(r".*?\.[^.]*\.(?P<number>\d+)\.", path)
         return int(found["number"]) if found else None
@@ -87,7 +87,7 @@ def _layer(path: str, pattern: Any) -> int | None:
 
 
 def by_pattern(config: Config, key: str, paths: Sequence[str], default: float) -> dict[str, Any]:
-    """Path → value of a pattern like `rank_pattern`, for our patterns; a key that fits no path is a problem."""
+    """Path → value of a pattern such as `rank_pattern`, for our patterns; notes a problem for keys that fit no path."""
     pattern: Mapping[str, Any] = config.get(key, {})
     found: dict[str, Any] = {}
     used: set[str] = set()
@@ -106,7 +106,7 @@ def by_pattern(config: Config, key: str, paths: Sequence[str], default: float) -
 
 
 def saved_modules(config: Config, view: ModelView, *, note: bool = True) -> list[str]:
-    """Paths of `modules_to_save`; the heads that PEFT lists on its own account may be absent."""
+    """Paths of `modules_to_save`; heads that PEFT adds to the list by itself may be absent."""
     words = config.get("modules_to_save", [])
     by_itself = HEADS.get(str(config.values.get("task_type")), ())
     found: list[str] = []
@@ -119,7 +119,7 @@ def saved_modules(config: Config, view: ModelView, *, note: bool = True) -> list
 
 
 def words_for(view: ModelView, paths: Sequence[str]) -> list[str]:
-    """The shortest ends of names that mean exactly `paths`, or the paths themselves."""
+    """The shortest ends of names that match exactly `paths`, or the paths themselves."""
     everything = [p for p in view.modules if p]
     for words in range(1, 4):
         ends = sorted({".".join(p.split(".")[-words:]) for p in paths})
@@ -129,7 +129,7 @@ def words_for(view: ModelView, paths: Sequence[str]) -> list[str]:
 
 
 def task_type(view: ModelView, saved: Sequence[str]) -> str | None:
-    """The task under which PEFT wraps the model; None where its wrapper would expect a head that is not saved."""
+    """The task for which PEFT wraps the model; None if its wrapper would expect a head that is not saved."""
     kind = type(view.model).__name__
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
@@ -147,12 +147,12 @@ def task_type(view: ModelView, saved: Sequence[str]) -> str | None:
 
 
 def pattern_for(path: str) -> str:
-    """The key of `rank_pattern` that means this module alone: a regular expression for its whole name."""
+    """The key of `rank_pattern` that matches this module only: a regular expression for its whole name."""
     return "^" + re.escape(path)
 
 
 def ends_or_pattern(config: Config, key: str, paths: Sequence[str]) -> list[str]:
-    """Those of `paths` that a list of ends of names, or a regex, means; (IA)³ compares ends letter by letter."""
+    """Those of `paths` that a list of ends of names, or a regex, matches; (IA)³ compares ends by character."""
     wanted = config.get(key, [])
     if isinstance(wanted, str):
         return [p for p in paths if re.fullmatch(wanted, p)]
@@ -160,5 +160,5 @@ def ends_or_pattern(config: Config, key: str, paths: Sequence[str]) -> list[str]
 
 
 def integral(value: float) -> float:
-    """A whole number as one: PEFT's alpha is an integer by its type."""
+    """A whole number as an int: PEFT declares alpha as an integer."""
     return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value

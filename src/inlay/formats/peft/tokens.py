@@ -1,8 +1,8 @@
 """Trainable tokens in PEFT's files.
 
-    <embedding>.trainable_tokens_delta (tokens, dim)    the rows' new values, for all that its name says
+    <embedding>.trainable_tokens_delta (tokens, dim)    the rows' new values, in spite of the name
 
-A tied output head sees the same rows in PEFT, as here.
+A tied output head uses the same rows in PEFT, as here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read(config: Config, view: ModelView, archive: Archive) -> Reading:
 def write(adapter: Adapter, view: ModelView) -> Writing:
     tensors = {n: t.detach() for n, t in adapter.tensors().items() if not n.startswith("copy/")}
     if set(tensors) != {"shared/tokens/values"}:
-        raise UnsupportedError("PEFT trains rows of the embedding and of a head tied to it, not of a head of its own")
+        raise UnsupportedError("PEFT trains rows of the embedding and of a head tied to it, but not of an untied head")
     table = _table(view)
     method = adapter.method
     saved, copied = write_copies(adapter, view, PREFIX)
@@ -66,7 +66,7 @@ def write(adapter: Adapter, view: ModelView) -> Writing:
 
 
 def _table(view: ModelView) -> str:
-    """Path of the embedding of the tokens."""
+    """Path of the token embedding."""
     found = next((p for p, m in view.modules.items() if m is view.input_embedding), None)
     if found is None:
         raise UnsupportedError(f"{type(view.model).__name__} has no token embeddings")

@@ -1,16 +1,16 @@
 """Kernels for GPUs, written in Triton, in the places where `inlay.kernels` has formulas for the CPU.
 
 low_rank.py       dropout(x) Aᵀ and its backward, the mask drawn again from a seed
-labelled_head.py  cross-entropy of a chunk of scores, which its gradient overwrites
+labelled_head.py  cross-entropy of a chunk of logits, overwritten by its gradient
 gated.py          backward of f(g) ∘ u
-norm.py           backward of a root-mean-square norm
+norm.py           backward of an RMS norm
 philox.py         the mask
 twins.py          the naive twin of each, and how far they are apart
 
-As on the CPU, only what is kept and differentiated changes: the base's forward has its own bits. All of them were
-held against their twins in Triton's interpreter on a CPU and compiled for the architectures 8.0 and 9.0; how fast
-they are was never measured (`benchmarks/gpu.py` would). Their modules import Triton, so they are imported where
-`serves` says that one is wanted.
+As on the CPU, only what is stored and differentiated changes; the base's forward keeps its bits. All kernels were
+compared with their twins in Triton's interpreter on a CPU, and compiled for the architectures 8.0 and 9.0. Their speed
+was never measured (`benchmarks/gpu.py` would do so). Their modules import Triton, so they are only imported if `serves`
+is true.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 
 
 def serves(tensor: Tensor) -> bool:
-    """Whether kernels run on a tensor: on a CUDA device with Triton, or anywhere in Triton's interpreter."""
+    """Whether kernels can run on a tensor: on a CUDA device with Triton, or anywhere in Triton's interpreter."""
     return (tensor.is_cuda or (interpreted() and tensor.device.type == "cpu")) and _installed()
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets its kernels, which takes the environment variable before Triton is imported."""
+    """Whether Triton interprets its kernels, for which the environment variable must be set before importing it."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

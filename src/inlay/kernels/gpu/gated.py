@@ -2,7 +2,7 @@
 
     du = dh ∘ f(g)        dg = dh ∘ u ∘ f′(g)
 
-A function is known by its values, whatever module computes it.
+A function is recognised by its values, not by its module.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _backward(grad, gate, up, d_gate, d_up, count, KIND: tl.constexpr, BLOCK: tl
     if KIND == "silu":
         s = tl.sigmoid(g)
         value, slope = g * s, s * (1 + g * (1 - s))
-    else:  # GELU's approximation ½ g (1 + tanh(c (g + k g³)))
+    else:  # GELU by tanh: ½ g (1 + tanh(c (g + k g³)))
         c, k = 0.7978845608028654, 0.044715
         t = 2 * tl.sigmoid(2 * c * (g + k * g * g * g)) - 1
         value, slope = 0.5 * g * (1 + t), 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * c * (1 + 3 * k * g * g)
@@ -42,7 +42,7 @@ def _backward(grad, gate, up, d_gate, d_up, count, KIND: tl.constexpr, BLOCK: tl
 
 
 def known(function: Callable[[Tensor], Tensor]) -> str | None:
-    """Which of the known functions it is, if one."""
+    """The name of the function if it is a known one, else None."""
     if function not in _SEEN:
         with torch.no_grad():
             at = torch.linspace(-8, 8, 1001)
@@ -53,7 +53,7 @@ def known(function: Callable[[Tensor], Tensor]) -> str | None:
 
 
 def backward(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up, for a function that is `known`."""
+    """The gradients of gate and up, for a `known` function."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     with torch.cuda.device_of(gate):

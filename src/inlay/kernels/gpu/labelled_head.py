@@ -1,8 +1,8 @@
-"""Cross-entropy of a chunk of scores, whose place its gradient takes: two passes over a row, nothing else in memory.
+"""Cross-entropy of a chunk of logits, overwritten by its gradient: two passes over a row, nothing else in memory.
 
     z = cap · tanh(factor · s / cap)        loss = log Σ e^z − z_label        s ← (softmax(z) − onehot) ∘ dz/ds
 
-Numbers are float32 inside, in the scores' dtype in memory.
+Numbers are float32 inside of the kernel, and in the logits' dtype in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # scores at a time
+BLOCK = 4096  # logits at a time
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _cross_entropy(
         highest = new
     tl.store(losses + row, highest + tl.log(total) - of_label)
     if WRITES:
-        tl.debug_barrier()  # the label's score is read by then
+        tl.debug_barrier()  # by now the label's logit has been read
         for start in range(0, vocabulary, BLOCK):
             at = start + tl.arange(0, BLOCK)
             z = _shaped(tl.load(scores + at, mask=at < vocabulary, other=0.0), factor, cap, CAPPED)
@@ -55,9 +55,9 @@ def cross_entropy_(scores: Tensor, labels: Tensor, factor: float, cap: float | N
     """The loss of each row, (rows) in float32.
 
     Args:
-        scores: (rows, vocabulary), contiguous; the losses' gradient with respect to them afterwards.
+        scores: the logits (rows, vocabulary), contiguous; overwritten with the gradient of the losses if `writes`.
         labels: (rows).
-        writes: whether that gradient is wanted.
+        writes: whether the gradient is needed.
     """
     losses = scores.new_empty(scores.shape[0], dtype=torch.float32)
     size = min(BLOCK, triton.next_power_of_2(scores.shape[1]))

@@ -1,10 +1,11 @@
-"""A low-rank update's narrow products with dropout, without a mask or a dropped copy of x in memory.
+"""The narrow products of a low-rank update with dropout, without a mask or a dropped copy of x in memory.
 
     narrowed      drop(x) Aᵀ            (n, rank)     reads x once
     gradient_of_a dlowᵀ drop(x)         (rank, in)    reads x once, sums parts of the rows in a fixed order
     gradient_of_x drop(dlow A)          (n, in)       writes the product already dropped
 
-Entries are kept as `philox.keeps` says, unscaled: the update's factor carries 1 / (1 − share). Sums in float32.
+`philox.keeps` decides which entries are kept. They are not scaled: the update's factor includes 1 / (1 − share). Sums
+are in float32.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 from inlay.kernels.gpu import interpreted
 from inlay.kernels.gpu.philox import keeps, threshold
 
-ROWS, COLUMNS = 64, 64  # of a tile
-PARTS = 16  # of the rows, summed on their own
+ROWS, COLUMNS = 64, 64  # size of a tile
+PARTS = 16  # into so many parts are rows split, each summed by itself
 
 
 @triton.jit
 def _dot(a, b, total, WIDE: tl.constexpr):
-    """WIDE for the interpreter, which cannot multiply matrices of bfloat16: the products are the same."""
+    """WIDE is for the interpreter, which cannot multiply bfloat16 matrices; the products are the same."""
     if WIDE:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
@@ -120,5 +121,5 @@ def gradient_of_x(low: Tensor, a: Tensor, seed: int, share: float) -> Tensor:
 
 
 def _given(rank: int, seed: int, share: float) -> tuple[int | bool, ...]:
-    """What the three kernels have in common; matrix units want at least 16 rows."""
+    """Arguments common to the three kernels; matrix units need at least 16 rows."""
     return rank, seed, threshold(share), max(16, triton.next_power_of_2(rank)), ROWS, COLUMNS, interpreted()

@@ -1,4 +1,4 @@
-"""The backward pass of a root-mean-square norm, a row a program: x and the gradient are read once.
+"""The backward pass of an RMS norm, one program per row: x and the gradient are read once.
 
 dx = r · (g − x · r² · mean(g ∘ x)),   g = (w + offset) ∘ dy,   r = (mean(x²) + ε)^(−1/2)
 """
@@ -24,7 +24,7 @@ def _gradient(grad, x, weight, out, features, epsilon, offset, BLOCK: tl.constex
 
 
 def gradient(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
-    """With respect to x: (…, features), in its dtype."""
+    """The gradient with respect to x: (…, features), in its dtype."""
     grad, x = grad.contiguous(), x.contiguous()
     out, features = torch.empty_like(x), x.shape[-1]
     with torch.cuda.device_of(x):

@@ -1,4 +1,4 @@
-"""Which entries dropout keeps, from a seed: the same in every kernel, whatever its tiles are.
+"""Which entries dropout keeps, computed from a seed: the same in every kernel, whatever its tiles.
 
 Philox 4×32 with seven rounds gives four words for a counter, 16 bits for each of eight neighbouring entries:
 entry (i, j) of a matrix of n columns is half j mod 2 of word (j mod 8) / 2 at counter i · ⌈n / 8⌉ + ⌊j / 8⌋.
@@ -21,7 +21,7 @@ def threshold(share: float) -> int:
 
 @triton.jit
 def keeps(seed, row, columns, start, below, WIDTH: tl.constexpr):
-    """(rows, WIDTH) of the entries from column `start` on, a multiple of eight as WIDTH is."""
+    """The mask (rows, WIDTH) of the entries from column `start` on; `start` and WIDTH are multiples of eight."""
     eighth = start // 8 + tl.arange(0, WIDTH // 8)
     counter = row[:, None] * ((columns + 7) // 8) + eighth[None, :]
     w0, w1, w2, w3 = tl.randint4x(seed, counter, n_rounds=ROUNDS)
@@ -50,7 +50,7 @@ def words(counter: Tensor, seed: int) -> list[Tensor]:
 
 
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a 32 × 32 bit product, whose 64 bits would not fit a signed number."""
+    """High and low word of a 32 × 32 bit product, which would not fit a signed 64-bit number."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     total = low + ((high & 0xFFFF) << 16)
     return (high >> 16) + (total >> 32), total & 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""The naive twin of every kernel, in float32 and with autograd, and how far the two are apart."""
+"""The naive twin of every kernel, in float32 and with autograd, and the difference between the two."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from inlay.kernels.gpu import gated, labelled_head, low_rank, norm, philox
 
-# Relative to the norm of what the twin gives: kernels round to the tensors' dtype once, at the end.
+# Relative to the norm of the twin's result: kernels round to the tensors' dtype once, at the end.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 SEED = 2**40 + 12345
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the tensors that kernels are tried on; `scored` rows have scores over the vocabulary."""
+    """Sizes of the tensors on which kernels are tried; `scored` rows have logits over the vocabulary."""
 
     rows: int
     features: int
@@ -28,12 +28,12 @@ class Sizes:
     share: float = 0.05
 
     def drawn(self, *shape: int, like: Tensor, seed: int = 0) -> Tensor:
-        """Normal numbers, of `like`'s dtype and device, the same on every device."""
+        """Normal numbers with `like`'s dtype and device, the same on every device."""
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(like)
 
 
 def differences(sizes: Sizes, device: torch.device | str, dtype: torch.dtype) -> dict[str, float]:
-    """By kernel: |kernel − twin| / |twin|, the worst of its outputs."""
+    """Kernel → |kernel − twin| / |twin|, the largest over its outputs."""
     like = torch.empty((), device=device, dtype=dtype)
     tried: dict[str, Callable[[Sizes, Tensor], Iterator[tuple[Tensor, Tensor]]]] = {
         "low_rank": _low_rank, "labelled_head": _labelled_head, "gated": _gated, "norm": _norm,
@@ -42,7 +42,7 @@ def differences(sizes: Sizes, device: torch.device | str, dtype: torch.dtype) ->
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """A number that is not one counts as infinitely far."""
+    """The relative difference; infinite if a value is NaN."""
     share = float((found.float() - expected.float()).norm().detach() / expected.float().norm().detach())
     return share if share == share else float("inf")
 
