@@ -10,14 +10,14 @@ the model      seen read-only: `ModelView`, `Site`, `AttentionPlace`, `Kind`; `P
 by site        `Pattern` and its helpers: another rank here than there
 from data      `Measured`, `Batches`, `observe_inputs`: what is found out before anything is built
 training       `Clock`: what happens around every optimizer step of an `Adapter`
-forward        `Grouped` (several adapters at once), `current_span`, `transformed`, `cast`
+forward        `Grouped` (several adapters at once), `current_span`, `transformed`, `cast`, `widened`
 errors         each says what happened, what was expected and what to do (`problems` lists several)
 """
 
 from __future__ import annotations
 
 from inlay.core.contracts.adapter import Adapter, Clock, kind_and_module
-from inlay.core.contracts.delta import Delta, Grouped, cast
+from inlay.core.contracts.delta import Delta, Grouped, cast, widened
 from inlay.core.contracts.method import (
     Batches,
     DeltaMethod,
@@ -63,7 +63,7 @@ __all__ = [
     # training
     "Adapter", "Clock", "kind_and_module",
     # forward
-    "Grouped", "cast", "current_span", "transformed",
+    "Grouped", "cast", "current_span", "transformed", "widened",
     # errors
     "AdapterNameError", "ConfigError", "SelectionError", "UnsupportedError", "nearest", "problems",
 ]  # fmt: skip

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import inlay
-from inlay.testing.models import ZOO
-from tests.golden.hand import agree, inputs, numbers, shake, with_weights
+from tests.golden.hand import agree, inputs, numbers, shake, with_weights, zoo_model
 from tests.golden.places import TRANSPOSED, rows_of
 
 Change = Callable[[dict[str, Tensor], Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -32,7 +31,7 @@ def sites(leaves: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def dense(name: str, leaves: dict[str, Tensor], batch: dict[str, Tensor], change: Change) -> Any:
     """The bare model with `change` applied to (weight, bias) of each site, as (out, in) matrices."""
-    bare = ZOO[name].build()
+    bare = zoo_model(name)
     values = {n: p.detach() for n, p in bare.named_parameters()}
     for site, own in sites(leaves).items():
         path = site.partition(":")[0]
@@ -50,7 +49,7 @@ def dense(name: str, leaves: dict[str, Tensor], batch: dict[str, Tensor], change
 
 def check(name: str, method: Any, expected_sites: set[str], change: Change, **where: Any) -> None:
     batch = inputs(name, ragged=name != "vit")
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     adapter = shake(inlay.attach(model, method, **where))
     leaves = numbers(adapter)
     assert set(sites(leaves)) == expected_sites

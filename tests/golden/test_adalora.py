@@ -19,7 +19,7 @@ from inlay.methods.adalora import AdaLoRA
 from inlay.testing.models import ZOO
 from inlay.train import load_base
 from tests import tiny
-from tests.golden.hand import close, inputs, shake, with_weights
+from tests.golden.hand import close, inputs, shake, with_weights, zoo_model
 
 TOY = {
     "rank": 4, "target_rank": 2, "alpha": 6.0, "warmup_steps": 3, "final_steps": 5, "interval": 2,
@@ -139,7 +139,7 @@ def test_initialisation() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_forward_and_gradients(name: str) -> None:
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     batch = inputs(name)
     adapter = shake(inlay.attach(model, AdaLoRA(rank=3, target_rank=1, alpha=2.0, total_steps=9)))
     leaves = numbers_of_training(adapter)
@@ -150,7 +150,7 @@ def test_forward_and_gradients(name: str) -> None:
             return value
         return value + 2 / 3 * leaves[f"{site}/b"] @ torch.diag(leaves[f"{site}/e"]) @ leaves[f"{site}/a"]
 
-    agree_trained(adapter, model(**batch).logits, with_weights(ZOO[name].build(), change, batch).logits, leaves)
+    agree_trained(adapter, model(**batch).logits, with_weights(zoo_model(name), change, batch).logits, leaves)
 
 
 def agree_trained(adapter: Any, actual: Tensor, expected: Tensor, leaves: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from inlay.core.errors import SelectionError
 from inlay.testing import LAWS
 from inlay.testing.check import check_law
 from inlay.testing.models import ZOO
-from tests.golden.hand import agree, close, inputs, numbers, shake
+from tests.golden.hand import agree, close, inputs, numbers, shake, zoo_model
 
 LAYERS = 2
 # Which modules' outputs are a sublayer's, before its residual is added; with no dropout, the projection's is.
@@ -119,7 +119,7 @@ def parallel(bare: nn.Module, places: Sites, leaves: dict[str, Tensor], function
 
 
 def attached(name: str, method: Any) -> tuple[Any, inlay.Adapter, dict[str, Tensor]]:
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     adapter = shake(inlay.attach(model, method))
     return model, adapter, numbers(adapter)
 
@@ -128,7 +128,7 @@ def attached(name: str, method: Any) -> tuple[Any, inlay.Adapter, dict[str, Tens
 def test_houlsby_sits_behind_attention_and_behind_the_feed_forward(name: str) -> None:
     batch = inputs(name, ragged=name != "vit")
     model, adapter, leaves = attached(name, inlay.Houlsby(bottleneck=3))
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     places = [p.format(layer) for p in ATTENTION[name] for layer in range(LAYERS)]
     places += [exit_ for _, exit_ in layered(FEED_FORWARD[name])]
     serial(bare, places, leaves, F.gelu)
@@ -140,7 +140,7 @@ def test_pfeiffer_sits_behind_the_feed_forward(name: str) -> None:
     batch = inputs(name, ragged=name != "vit")
     model, adapter, leaves = attached(name, inlay.Pfeiffer(reduction=8))
     assert all(own["down"].shape == (4, 32) for own in adapters_of(leaves).values())
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     serial(bare, [exit_ for _, exit_ in layered(FEED_FORWARD[name])], leaves, F.relu)
     agree(adapter, model(**batch).logits, bare(**batch).logits, leaves)
 
@@ -156,10 +156,10 @@ def test_pfeiffer_sits_behind_the_feed_forward(name: str) -> None:
 def test_pfeiffer_at_a_norm_reads_it_and_adds_in_front_of_it(name: str, norms: list[str]) -> None:
     """MAD-X: the adapter reads norm(s), its residual is the sublayer's output, and the norm comes last."""
     batch, paths = inputs(name, ragged=True), [n.format(layer) for n in norms for layer in range(LAYERS)]
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     adapter = shake(inlay.attach(model, inlay.Pfeiffer(reduction=8), where=paths))
     leaves = numbers(adapter)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     for path, own in adapters_of(leaves).items():
         norm = bare.get_submodule(path)
 
@@ -206,7 +206,7 @@ def test_pfeiffer_is_not_put_at_norms_over_batches() -> None:
 def test_parallel_reads_what_enters_the_feed_forward(name: str) -> None:
     batch = inputs(name, ragged=name != "vit")
     model, adapter, leaves = attached(name, inlay.ParallelAdapter(bottleneck=3, scale=2.5, nonlinearity="silu"))
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     parallel(bare, layered(FEED_FORWARD[name]), leaves, F.silu, 2.5)
     agree(adapter, model(**batch).logits, bare(**batch).logits, leaves)
 
@@ -227,7 +227,7 @@ def test_in_training_the_adapter_reads_what_dropout_left(
     batch = inputs(name)
 
     def with_dropout() -> Any:
-        model = ZOO[name].build()
+        model = zoo_model(name)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.2

@@ -14,7 +14,7 @@ import inlay
 from inlay import Compacter
 from inlay.testing.models import ZOO
 from tests.golden.dense import sites
-from tests.golden.hand import agree, inputs, numbers, shake
+from tests.golden.hand import agree, inputs, numbers, shake, zoo_model
 from tests.golden.test_bottleneck import ATTENTION, FEED_FORWARD, LAYERS, layered, matching
 
 CROSS = ("EncDecAttention", "encoder_attn")
@@ -60,10 +60,10 @@ def tanh_gelu(x: Tensor) -> Tensor:
 
 def compare(name: str, method: Compacter, places: list[str], function: Any, **where: Any) -> None:
     batch = inputs(name, ragged=name != "vit")
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     adapter = shake(inlay.attach(model, method, **where), 0.5)
     leaves = numbers(adapter)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     serial(bare, places, leaves, function)
     agree(adapter, model(**batch).logits, bare(**batch).logits, leaves, tolerance=2e-5)
 

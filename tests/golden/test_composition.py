@@ -44,7 +44,7 @@ from inlay.core.model.site import Site
 from inlay.methods import method_named
 from inlay.testing.models import ZOO
 from inlay.train.hyper import build_method
-from tests.golden.hand import agree, close, inputs, numbers, shake, with_weights
+from tests.golden.hand import agree, close, inputs, numbers, shake, with_weights, zoo_model
 
 DOWN = "model.layers.{}.mlp.down_proj"
 
@@ -210,7 +210,7 @@ def test_a_part_beside_the_whole() -> None:
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_prefixes_stand_behind_one_another(name: str) -> None:
     batch = inputs(name, ragged=True)
-    model, long = ZOO[name].build(), ZOO[name].build()
+    model, long = zoo_model(name), zoo_model(name)
     parts = (PrefixTuning(length=3, projection=None), PrefixTuning(length=2, projection=None))
     adapter = shake(inlay.attach(model, Parallel(*parts)))
     whole = inlay.attach(long, PrefixTuning(length=5, projection=None))
@@ -224,7 +224,7 @@ def test_prefixes_stand_behind_one_another(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_virtual_tokens_stand_behind_one_another(name: str) -> None:
     batch = inputs(name, ragged=True)
-    model, long = ZOO[name].build(), ZOO[name].build()
+    model, long = zoo_model(name), zoo_model(name)
     parts = (PromptTuning(length=2, init="random"), PromptTuning(length=3, init="random"))
     own = shake(inlay.attach(model, Stack(*parts))).tensors()
     whole = inlay.attach(long, PromptTuning(length=5, init="random")).tensors()

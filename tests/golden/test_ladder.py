@@ -18,7 +18,7 @@ from inlay.testing.check import check_law
 from inlay.testing.laws import LAWS
 from inlay.testing.models import ZOO
 from inlay.testing.specimen import randomise
-from tests.golden.hand import agree, close, inputs, numbers, shake
+from tests.golden.hand import agree, close, inputs, numbers, shake, zoo_model
 
 # Blocks of the stack, and the norm behind it or None.
 STACKS: dict[str, tuple[str, str | None]] = {
@@ -39,7 +39,7 @@ STACKS: dict[str, tuple[str, str | None]] = {
 
 def attached(name: str, method: LadderSideTuning, layers: list[int] | None = None) -> tuple[Any, inlay.Adapter]:
     torch.manual_seed(0)
-    model = ZOO[name].build()
+    model = zoo_model(name)
     return model, shake(inlay.attach(model, method, layers=layers))
 
 
@@ -89,7 +89,7 @@ def by_hand(
     name: str, leaves: dict[str, Tensor], method: LadderSideTuning, layers: list[int], mask: Tensor | None = None
 ) -> Any:
     """The bare model, its last hidden state exchanged for the side network's."""
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     bare.requires_grad_(False)
     stack, norm = STACKS[name]
     blocks = bare.get_submodule(stack)
@@ -161,7 +161,7 @@ def test_tags_do_not_hide_the_tokens_they_are_for() -> None:
 def test_side_attention_where_it_is_not_exact() -> None:
     for name in ("llama", "llama-classifier", "t5", "deberta-v2", "bloom"):
         with pytest.raises(UnsupportedError, match="known to be bidirectional"):
-            inlay.attach(ZOO[name].build(), LadderSideTuning(attention=True))
+            inlay.attach(zoo_model(name), LadderSideTuning(attention=True))
     alone = inlay.attach(ZOO["bert"].build(), LadderSideTuning(reduction=4, attention=False))
     assert not any(key.endswith("/query") for key in alone.tensors())
 
@@ -238,7 +238,7 @@ def test_recomputed_layers_leave_nothing_behind(name: str, reentrant: bool) -> N
     check_law(
         ZOO[name], Stack(inlay.LoRA(rank=2), LadderSideTuning(reduction=4)), "checkpointing", LAWS["checkpointing"]
     )
-    model: Any = ZOO[name].build().train()
+    model: Any = zoo_model(name).train()
     inlay.attach(model, Stack(inlay.LoRA(rank=2), LadderSideTuning(reduction=4)))
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model(**ZOO[name].batch(2, 0)).loss.backward()

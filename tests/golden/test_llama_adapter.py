@@ -15,7 +15,7 @@ import inlay
 from inlay import LLaMAAdapter
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
 from inlay.testing.models import ZOO
-from tests.golden.hand import agree, close, inputs, numbers, shake
+from tests.golden.hand import agree, close, inputs, numbers, shake, zoo_model
 
 LENGTH = 3
 WIDTH = 32
@@ -87,7 +87,7 @@ AttentionMaskInterface.register("zero_init", AttentionMaskInterface()["eager"])
 
 def attached(name: str, method: LLaMAAdapter) -> tuple[Any, inlay.Adapter]:
     torch.manual_seed(0)
-    model = ZOO[name].build()
+    model = zoo_model(name)
     return model, shake(inlay.attach(model, method))
 
 
@@ -98,7 +98,7 @@ def test_forward_and_gradients(name: str, gate: Any) -> None:
     model, adapter = attached(name, LLaMAAdapter(length=LENGTH, depth=2, gate=gate))
     leaves = numbers(adapter)
     assert len(leaves) == 4 * len(ATTENTION[name])
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     bare.set_attn_implementation("zero_init")
     for path in [p.format(layer) for p in ATTENTION[name] for layer in range(2)]:
         stored = path.replace(".", "_")
@@ -133,7 +133,7 @@ def test_a_norm_over_all_heads() -> None:
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_a_fresh_adapter_changes_no_bit(name: str) -> None:
-    batch, model = inputs(name, ragged=True), ZOO[name].build()
+    batch, model = inputs(name, ragged=True), zoo_model(name)
     model.requires_grad_(False)  # as attaching does; attention kernels differ with the flag
     before = model(**batch).logits
     adapter = inlay.attach(model, LLaMAAdapter())

@@ -13,7 +13,7 @@ from torch import Tensor
 import inlay
 from inlay.core.errors import ConfigError, SelectionError
 from inlay.testing.models import ZOO
-from tests.golden.hand import agree, close, inputs, numbers, shake
+from tests.golden.hand import agree, close, inputs, numbers, shake, zoo_model
 
 BLOCKS = {
     "llama": ["model.layers.{}"],
@@ -98,7 +98,7 @@ METHODS = [
 def test_equals_the_equation(name: str, method: inlay.LoReFT) -> None:
     side = "left" if name in ("llama", "gpt2") else "right"
     batch = inputs(name, ragged=name != "vit", side=side)
-    model = ZOO[name].build()
+    model = zoo_model(name)
     torch.manual_seed(0)
     adapter = shake(inlay.attach(model, method), 0.1)
     leaves = numbers(adapter)
@@ -106,7 +106,7 @@ def test_equals_the_equation(name: str, method: inlay.LoReFT) -> None:
     paths = [p.format(i) for p in patterns for i in range(2)]
     assert {n.split("/")[1] for n in leaves} == set(paths)
     spans = None if method.prefix is None else spans_of(name, batch)
-    expected = hooked(ZOO[name].build(), paths, leaves, spans, method)(**batch).logits
+    expected = hooked(zoo_model(name), paths, leaves, spans, method)(**batch).logits
     actual = model(**batch).logits
     if actual.shape[:2] == batch.get("attention_mask", torch.zeros(0)).shape:
         real = batch["attention_mask"].bool()
@@ -137,13 +137,13 @@ def test_generation_edits_the_prompt_only(name: str) -> None:
     """Greedy, by hand: all tokens again at every step, edits where the prompt is."""
     method = METHODS[0]
     batch = ZOO[name].prompts(3, 2, ragged=True)
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     adapter = shake(inlay.attach(model, method), 0.3)
     settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     actual = model.generate(**batch, **settings)
     assert actual.tolist() == model.generate(**batch, **settings, use_cache=False).tolist()
     paths = [BLOCKS[name][0].format(i) for i in range(2)]
-    bare = hooked(ZOO[name].build(), paths, numbers(adapter), spans_of(name, batch), method)
+    bare = hooked(zoo_model(name), paths, numbers(adapter), spans_of(name, batch), method)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if ZOO[name].kind == "seq2seq":
         decoded = torch.full((3, 1), bare.config.decoder_start_token_id)

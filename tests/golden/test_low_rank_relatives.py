@@ -15,7 +15,7 @@ from inlay import EVA, DyLoRA, LoRA, LoRAFA, LoRAPlus, OLoRA, PiSSA
 from inlay.core.contracts.method import Method
 from inlay.core.errors import ConfigError
 from inlay.testing.models import ZOO
-from tests.golden.hand import close, inputs, shake, with_weights
+from tests.golden.hand import close, inputs, shake, with_weights, zoo_model
 from tests.golden.places import TRANSPOSED, places, rows_of
 
 Numbers = dict[str, Tensor]
@@ -23,7 +23,7 @@ Numbers = dict[str, Tensor]
 
 def attached(name: str, method: Method, **where: Any) -> tuple[Any, inlay.Adapter]:
     torch.manual_seed(0)
-    model = ZOO[name].build()
+    model = zoo_model(name)
     return model, inlay.attach(model, method, **where)
 
 
@@ -52,7 +52,7 @@ def agrees(name: str, model: Any, adapter: inlay.Adapter, update: Callable[[Numb
     parameters = {id(p) for p in adapter.parameters()}
     by_address = {p.data_ptr(): p for p in adapter.parameters()}
     leaves = {n: t.detach().clone().requires_grad_() for n, t in adapter.tensors().items() if t.is_floating_point()}
-    bare = ZOO[name].build()
+    bare = zoo_model(name)
     values = {n: p.detach() for n, p in bare.named_parameters()}
     for site, own in sites(leaves).items():
         path = site.partition(":")[0] + ".weight"
@@ -121,7 +121,7 @@ def test_pissa_and_olora_train_beside_the_rest_of_the_weight(name: str, method: 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_fresh_one_and_none_at_all_are_the_base_bit_for_bit(name: str, method: Method) -> None:
     batch = inputs(name, ragged=True)
-    model = ZOO[name].build()
+    model = zoo_model(name)
     before = {n: p.clone() for n, p in model.named_parameters()}
     with torch.no_grad():
         base = model(**batch).logits
@@ -309,7 +309,7 @@ def test_lora_fa_keeps_no_full_input_for_the_backward_pass() -> None:
 
 def activations(name: str, data: list[dict[str, Tensor]], paths: list[str], *, labelled: bool) -> dict[str, Tensor]:
     """Site → everything that entered it, (positions, in), looked-at positions only."""
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     seen: dict[str, list[Tensor]] = {path: [] for path in paths}
     for batch in data:
         mask = batch["attention_mask"].bool()

@@ -14,14 +14,14 @@ from torch import Tensor
 import inlay
 from inlay.core.errors import AdapterFileError, ConfigError
 from inlay.testing.models import ZOO
-from tests.golden.hand import agree, close, inputs, numbers, shake
+from tests.golden.hand import agree, close, inputs, numbers, shake, zoo_model
 
 SHARED, OWN = "shared/prompt/vectors", "prompt/prompt/"
 
 
 def before(name: str, virtual: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The bare model's logits with embeddings in front of the text, unpadded rows."""
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     whole = torch.cat([virtual.expand(embeds.shape[0], -1, -1), embeds], dim=1)
     rest = {k: v for k, v in batch.items() if k == "decoder_input_ids"}
@@ -37,7 +37,7 @@ def product(leaves: dict[str, Tensor]) -> Tensor:
 
 def tasks(name: str = "llama", length: int = 3) -> Any:
     torch.manual_seed(0)
-    model = ZOO[name].build()
+    model = zoo_model(name)
     inlay.attach(model, inlay.MultitaskPromptTuning(length=length), name="a")
     inlay.attach(model, inlay.MultitaskPromptTuning(length=length, shared_with="a"), name="b")
     for adapter in inlay.adapters(model).values():
@@ -52,7 +52,7 @@ def common(model: Any, name: str) -> Tensor:
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "t5"])
 def test_equals_the_product(name: str) -> None:
-    batch, model = inputs(name), ZOO[name].build()
+    batch, model = inputs(name), zoo_model(name)
     adapter = shake(inlay.attach(model, inlay.MultitaskPromptTuning(length=4)))
     leaves = numbers(adapter)
     agree(adapter, model(**batch).logits, before(name, product(leaves), batch), leaves, tolerance=2e-5)

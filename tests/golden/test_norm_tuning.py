@@ -12,7 +12,7 @@ from torch import nn
 import inlay
 from inlay.core.errors import SelectionError
 from inlay.testing.models import ZOO
-from tests.golden.hand import agree, close, inputs, numbers, shake, with_weights
+from tests.golden.hand import agree, close, inputs, numbers, shake, with_weights, zoo_model
 
 MODELS = ["llama", "qwen3", "gemma2", "gemma3", "gpt2", "opt", "bert", "t5", "bart", "vit", "sequential"]
 STORED = {"weight": "gain", "bias": "offset"}
@@ -21,7 +21,7 @@ STORED = {"weight": "gain", "bias": "offset"}
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_changed_weights(name: str) -> None:
     batch = inputs(name, ragged=ZOO[name].kind not in ("vision", "plain"))
-    model = ZOO[name].build()
+    model = zoo_model(name)
     where = (lambda path, module: "Norm" in type(module).__name__) if name == "sequential" else None
     adapter = shake(inlay.attach(model, inlay.NormTuning(), where=where))
     leaves = numbers(adapter)
@@ -35,7 +35,7 @@ def test_equals_changed_weights(name: str) -> None:
         used.add(stored)
         return value + leaves[stored]
 
-    expected = with_weights(ZOO[name].build(), changed, batch)
+    expected = with_weights(zoo_model(name), changed, batch)
     assert used == set(leaves)
     logits = ZOO[name].logits
     agree(adapter, logits(model(**batch)), logits(expected), leaves, tolerance=2e-5)
@@ -54,7 +54,7 @@ def test_a_fresh_adapter_changes_no_bit_of_a_half_precision_model(name: str) -> 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_merging_gives_the_sum(name: str) -> None:
-    model = ZOO[name].build()
+    model = zoo_model(name)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     adapter = shake(inlay.attach(model, inlay.NormTuning()))
     inlay.merge(model, "default")
@@ -71,10 +71,10 @@ def test_peft(name: str) -> None:
     import peft
 
     batch = inputs(name, ragged=True)
-    ours: Any = ZOO[name].build()
+    ours: Any = zoo_model(name)
     adapter = shake(inlay.attach(ours, inlay.NormTuning()))
-    targets = [p for p, m in ZOO[name].build().named_modules() if type(m).__name__.endswith("Norm")]
-    theirs = peft.get_peft_model(ZOO[name].build(), peft.LNTuningConfig(target_modules=targets, task_type="CAUSAL_LM"))
+    targets = [p for p, m in zoo_model(name).named_modules() if type(m).__name__.endswith("Norm")]
+    theirs = peft.get_peft_model(zoo_model(name), peft.LNTuningConfig(target_modules=targets, task_type="CAUSAL_LM"))
     trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     assert len(trained) == len(adapter.tensors())
     with torch.no_grad():

@@ -321,7 +321,7 @@ def test_peft_with_the_same_butterfly_gives_the_same_logits(name: str) -> None:
         if number == "scale":
             shaped[f"{site}.boft_s.default"] = value[:, None]
         else:
-            whole = torch.zeros(*value.shape[:-1], 4, 4)
+            whole = value.new_zeros(*value.shape[:-1], 4, 4)
             whole[..., upper[0], upper[1]] = value
             shaped[f"{site}.boft_R.default"] = whole - whole.transpose(-1, -2)
     compare(name, ours, filled(name, config, shaped))

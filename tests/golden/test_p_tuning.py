@@ -14,7 +14,7 @@ import inlay
 from inlay.core.errors import ConfigError
 from inlay.testing.models import ZOO
 from tests import tiny
-from tests.golden.hand import agree, close, inputs, numbers, shake
+from tests.golden.hand import agree, close, inputs, numbers, shake, zoo_model
 
 P = "prompt/prompt/"
 LSTM = [
@@ -46,7 +46,7 @@ def encoded(leaves: dict[str, Tensor], encoder: str) -> Tensor:
 
 def before(name: str, virtual: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The bare model's logits with embeddings in front of the text, unpadded rows."""
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     whole = torch.cat([virtual.expand(embeds.shape[0], -1, -1), embeds], dim=1)
     rest = {k: v for k, v in batch.items() if k == "decoder_input_ids"}
@@ -60,7 +60,7 @@ def before(name: str, virtual: Tensor, batch: dict[str, Tensor]) -> Tensor:
 def test_equals_the_encoder_by_hand(name: str, encoder: Any, projection: int | None) -> None:
     if encoder == "none" and projection:
         return
-    batch, model = inputs(name), ZOO[name].build()
+    batch, model = inputs(name), zoo_model(name)
     torch.manual_seed(0)
     method = inlay.PTuning(length=4, encoder=encoder, projection=projection)
     adapter = shake(inlay.attach(model, method), 0.1)
@@ -71,9 +71,9 @@ def test_equals_the_encoder_by_hand(name: str, encoder: Any, projection: int | N
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neox"])
 def test_anchors_stand_between_virtual_tokens(name: str) -> None:
-    batch, model = inputs(name), ZOO[name].build()
+    batch, model = inputs(name), zoo_model(name)
     adapter = shake(inlay.attach(model, inlay.PTuning(length=3, template=((8,), 2, (5, 9), 1))), 0.1)
-    table = ZOO[name].build().get_input_embeddings().weight.detach()  # type: ignore[operator]
+    table = zoo_model(name).get_input_embeddings().weight.detach()  # type: ignore[operator]
     leaves = numbers(adapter)
     del leaves[P + "anchors"]
     made = encoded(leaves, "lstm")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import inlay
-from inlay.testing.models import ZOO
-from tests.golden.hand import close, inputs, numbers, shake
+from tests.golden.hand import close, inputs, numbers, shake, zoo_model
 
 TARGETS = {
     "llama": (["q_proj", "v_proj"], "CAUSAL_LM"),
@@ -23,14 +22,14 @@ TARGETS = {
 
 def attached(name: str, method: Any, **where: Any) -> tuple[Any, dict[str, Tensor]]:
     torch.manual_seed(0)
-    model = ZOO[name].build()
+    model = zoo_model(name)
     adapter = shake(inlay.attach(model, method, **where))
     return model, {n: t.detach() for n, t in numbers(adapter).items()}
 
 
 def filled(name: str, config: Any, values: dict[str, Tensor]) -> Any:
     """PEFT's model with every trained parameter set from `values`, each used once."""
-    model = peft.get_peft_model(ZOO[name].build(), config)
+    model = peft.get_peft_model(zoo_model(name), config)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert set(trained) == {f"base_model.model.{n}" for n in values}
     with torch.no_grad():
@@ -103,7 +102,7 @@ def test_ia3(name: str, targets: Any, feed_forward: Any, task: str | None) -> No
 def test_prompt_tuning(name: str) -> None:
     ours, values = attached(name, inlay.PromptTuning(length=3))
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    theirs = peft.get_peft_model(ZOO[name].build(), config).eval()
+    theirs = peft.get_peft_model(zoo_model(name), config).eval()
     (vectors,) = [p for p in theirs.parameters() if p.requires_grad]
     vectors.data.copy_(values["prompt/prompt/vectors"])
     batch = inputs(name, ragged=True)
@@ -116,7 +115,7 @@ def test_prompt_tuning(name: str) -> None:
 def test_prefix_tuning(name: str) -> None:
     ours, values = attached(name, inlay.PrefixTuning(length=3, projection=None))
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=False)
-    theirs = peft.get_peft_model(ZOO[name].build(), config).eval()
+    theirs = peft.get_peft_model(zoo_model(name), config).eval()
     (table,) = [p for p in theirs.parameters() if p.requires_grad]
     (ours_table,) = values.values()
     table.data.copy_(ours_table)

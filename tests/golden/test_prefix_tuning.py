@@ -20,7 +20,7 @@ import inlay
 from inlay.core.errors import ConfigError
 from inlay.testing.models import ZOO
 from tests import tiny
-from tests.golden.hand import agree, close, inputs, numbers, shake
+from tests.golden.hand import agree, close, inputs, numbers, shake, zoo_model
 
 LENGTH = 4
 LAYERS = 2
@@ -37,7 +37,7 @@ DECODERS = {
 
 
 def attached(name: str, projection: int | None) -> tuple[Any, inlay.Adapter]:
-    model = ZOO[name].build()
+    model = zoo_model(name)
     return model, shake(inlay.attach(model, inlay.PrefixTuning(length=LENGTH, projection=projection)))
 
 
@@ -66,7 +66,7 @@ def test_decoder(name: str, side: str, projection: int | None) -> None:
     batch = inputs(name, ragged=True, side=side)
     model, adapter = attached(name, projection)
     leaves = numbers(adapter)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     rows, tokens = batch["input_ids"].shape
     positions = batch.get("position_ids", torch.arange(tokens).expand(rows, tokens))
     cache = filled_cache(pairs(leaves, *DECODERS[name]), rows)
@@ -106,7 +106,7 @@ def test_greedy_generation(name: str, beams: int) -> None:
     assert actual.tolist() == model.generate(**batch, **settings, use_cache=False).tolist()
     if beams > 1:
         return
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     rows = batch["input_ids"].shape[0]
     cache = filled_cache(pairs(numbers(adapter), *DECODERS[name]), rows)
     mask = torch.cat([torch.ones((rows, LENGTH), dtype=torch.long), batch["attention_mask"]], dim=1)
@@ -183,7 +183,7 @@ def test_encoder_or_encoder_decoder(name: str, projection: int | None) -> None:
     batch = inputs(name, ragged=name != "vit")
     model, adapter = attached(name, projection)
     leaves = numbers(adapter)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     prefixes = {}
     for stack, pattern in OTHERS[name].items():
         for layer, pair in enumerate(pairs(leaves, stack, 4, 8)):
@@ -206,7 +206,7 @@ def test_eager_and_sdpa_bases_agree(name: str) -> None:
     batch = inputs(name, ragged=True)
     outputs = []
     for implementation in ("eager", "sdpa"):
-        model: Any = ZOO[name].build()
+        model: Any = zoo_model(name)
         model.set_attn_implementation(implementation)
         torch.manual_seed(0)
         shake(inlay.attach(model, inlay.PrefixTuning(length=LENGTH, projection=None)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import inlay
 from inlay.testing.models import ZOO
-from tests.golden.hand import agree, close, cotangent, inputs, numbers, shake
+from tests.golden.hand import agree, close, cotangent, inputs, numbers, shake, zoo_model
 
 LENGTH = 3
 KEY = "prompt/prompt/vectors"
@@ -20,7 +20,7 @@ ENCODERS = ["bert", "roberta", "distilbert"]
 
 
 def attached(name: str) -> tuple[Any, inlay.Adapter]:
-    model = ZOO[name].build()
+    model = zoo_model(name)
     return model, shake(inlay.attach(model, inlay.PromptTuning(length=LENGTH)))
 
 
@@ -45,7 +45,7 @@ def test_decoder(name: str, side: str) -> None:
     batch = inputs(name, ragged=True, side=side)
     model, adapter = attached(name)
     leaves = numbers(adapter)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     real = batch["attention_mask"].bool()
     actual = model(**batch).logits
     assert actual.shape[1] == batch["input_ids"].shape[1]
@@ -58,7 +58,7 @@ def test_decoder_with_a_sliding_window_that_holds_the_whole_sequence(name: str) 
     batch = {key: value[:, :4] for key, value in inputs(name).items()}
     model, adapter = attached(name)
     leaves = numbers(adapter)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     expected = bare(**in_front(bare, leaves[KEY], batch)).logits[:, LENGTH:]
     agree(adapter, model(**batch).logits, expected, leaves)
 
@@ -87,7 +87,7 @@ def test_the_classifier_of_a_decoder_reads_the_last_real_token(side: str) -> Non
     batch = inputs(name, ragged=True, side=side)
     model, adapter = attached(name)
     leaves = numbers(adapter)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     hidden = bare.model(**in_front(bare, leaves[KEY], batch)).last_hidden_state[:, LENGTH:]
     places = batch["attention_mask"] * torch.arange(hidden.shape[1])
     expected = bare.score(hidden[torch.arange(hidden.shape[0]), places.argmax(1)])
@@ -125,7 +125,7 @@ def test_encoder(name: str) -> None:
     batch = inputs(name, ragged=True)
     model, adapter = attached(name)
     leaves = numbers(adapter)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     expected = _encode(name, bare, in_front(bare, leaves[KEY], batch))
     agree(adapter, model(**batch).logits, expected, leaves)
 
@@ -148,7 +148,7 @@ def test_encoder_decoder(name: str) -> None:
     batch = inputs(name, ragged=True)
     model, adapter = attached(name)
     leaves = numbers(adapter)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     whole = in_front(bare, leaves[KEY], batch)
     expected = bare(**whole, decoder_input_ids=batch["decoder_input_ids"])
     actual = model(**batch)
@@ -162,7 +162,7 @@ def test_encoder_decoder(name: str) -> None:
 def test_generation(name: str, cached: bool, beams: int) -> None:
     batch = ZOO[name].prompts(3, 2, ragged=True)
     model, adapter = attached(name)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     settings: dict[str, Any] = {
         "max_new_tokens": 4, "do_sample": False, "num_beams": beams, "use_cache": cached,
     }  # fmt: skip
@@ -178,7 +178,7 @@ def test_generation(name: str, cached: bool, beams: int) -> None:
 def test_generation_of_an_encoder_decoder(name: str, cached: bool, beams: int) -> None:
     batch = ZOO[name].prompts(3, 2, ragged=True)
     model, adapter = attached(name)
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     settings: dict[str, Any] = {
         "max_new_tokens": 4, "do_sample": False, "num_beams": beams, "use_cache": cached,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import inlay
 from inlay.testing.models import ZOO
-from tests.golden.hand import close, cotangent, inputs
+from tests.golden.hand import close, cotangent, inputs, zoo_model
 
 RATE = 0.05
 
@@ -29,16 +29,16 @@ def step(model: Any, parameters: Any, batch: dict[str, Tensor], name: str) -> No
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mixtral", "bert", "t5", "bart", "vit", "sequential"])
 def test_full_fine_tuning_is_fine_tuning(name: str) -> None:
     batch = inputs(name)
-    plain: Any = ZOO[name].build()
+    plain: Any = zoo_model(name)
     step(plain, plain.parameters(), batch, name)
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     adapter = inlay.attach(model, inlay.FullFineTuning())
     assert adapter.count == sum(p.numel() for p in plain.parameters())
     step(model, adapter.parameters(), batch, name)
     with torch.no_grad():
         close(ZOO[name].logits(model(**batch)), ZOO[name].logits(plain(**batch)))
     stored = adapter.tensors()
-    base = dict(ZOO[name].build().named_parameters())
+    base = dict(zoo_model(name).named_parameters())
     for parameter, value in plain.named_parameters():
         close(base[parameter] + stored[f"difference/{parameter}/difference"], value)
     inlay.merge(model, "default")
@@ -61,12 +61,12 @@ def test_full_fine_tuning_is_fine_tuning(name: str) -> None:
 )
 def test_top_layers_are_fine_tuning_of_the_uppermost_layers(name: str, top: int, pattern: str) -> None:
     batch = inputs(name)
-    plain: Any = ZOO[name].build()
+    plain: Any = zoo_model(name)
     chosen = {n: p for n, p in plain.named_parameters() if re.fullmatch(pattern, n)}
     for parameter, value in plain.named_parameters():
         value.requires_grad_(parameter in chosen)
     step(plain, chosen.values(), batch, name)
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     adapter = inlay.attach(model, inlay.TopLayers(top=top))
     assert set(adapter.tensors()) == {f"difference/{n}/difference" for n in chosen}
     step(model, adapter.parameters(), batch, name)

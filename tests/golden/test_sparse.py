@@ -18,7 +18,7 @@ from inlay.methods.diff_pruning import DiffPruning
 from inlay.methods.fish_mask import FishMask
 from inlay.methods.lt_sft import LTSFT
 from inlay.testing.models import ZOO
-from tests.golden.hand import close, inputs, with_weights
+from tests.golden.hand import close, inputs, with_weights, zoo_model
 
 RATE = 0.02
 
@@ -47,7 +47,7 @@ def now(adapter: inlay.Adapter, base: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def fisher(name: str, rows: int) -> dict[str, Tensor]:
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     total = {n: torch.zeros_like(p) for n, p in in_blocks(model).items()}
     each = [{k: v[i : i + 1] for k, v in batch.items()} for batch in batches(name) for i in range(3)]
     for row in each[:rows]:
@@ -60,7 +60,7 @@ def fisher(name: str, rows: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name, rows", [("llama", 6), ("gpt2", 6), ("bert", 4), ("t5", 6), ("mixtral", 6)])
 def test_the_mask_is_where_fisher_information_is_largest(name: str, rows: int) -> None:
-    model = ZOO[name].build()
+    model = zoo_model(name)
     model.requires_grad_(False)
     adapter = inlay.attach(model, FishMask(share=0.02, samples=rows), data=iter(batches(name)))
     masks = top(fisher(name, rows), 0.02)
@@ -120,9 +120,9 @@ def test_the_search_leaves_no_trace_and_asks_for_labels() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_lt_sft_is_training_rewinding_and_training_what_moved(name: str, tmp_path: Path) -> None:
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     adapter = inlay.attach(model, LTSFT(share=0.05, first_phase=0.6, total_steps=5))
-    plain: Any = ZOO[name].build()
+    plain: Any = zoo_model(name)
     start = {n: p.detach().clone() for n, p in in_blocks(plain).items() if "norm" not in n.lower()}
     assert {p.key for p in adapter.pieces} == set(start)
     chosen = {n: plain.get_parameter(n) for n in start}
@@ -152,14 +152,14 @@ def test_lt_sft_is_training_rewinding_and_training_what_moved(name: str, tmp_pat
     kept = sum(int(m.sum()) for m in masks.values())
     assert kept == int(0.05 * sum(p.numel() for p in start.values()))
     finished(model, name, tmp_path, kept)
-    early = inlay.load(ZOO[name].build(), tmp_path / "early", trainable=True)
+    early = inlay.load(zoo_model(name), tmp_path / "early", trainable=True)
     assert early.clock is not None and int(early.tensors()["shared/schedule/done"]) == 2
 
 
 def finished(model: Any, name: str, folder: Path, kept: int) -> None:
     """A finished adapter is written as its entries, and computes the same."""
     inlay.save(model, "default", folder / "sparse")
-    again: Any = ZOO[name].build()
+    again: Any = zoo_model(name)
     loaded = inlay.load(again, folder / "sparse", trainable=True)
     assert loaded.count == kept and loaded.clock is None
     assert {n.rpartition("/")[2] for n in loaded.tensors()} == {"indices", "values"}
@@ -167,7 +167,7 @@ def finished(model: Any, name: str, folder: Path, kept: int) -> None:
     expected = model.eval()(**batch).logits
     assert torch.equal(again(**batch).logits, expected)
     inlay.save(again, "default", folder / "twice")
-    assert inlay.load(ZOO[name].build(), folder / "twice").digest == loaded.digest
+    assert inlay.load(zoo_model(name), folder / "twice").digest == loaded.digest
 
 
 # -- diff pruning -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 import inlay
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
 from inlay.testing.models import VOCABULARY, ZOO
-from tests.golden.hand import agree, close, inputs, numbers, shake, with_weights
+from tests.golden.hand import agree, close, inputs, numbers, shake, with_weights, zoo_model
 
 TOKENS = (40, 3, 7, 90, 21, 22, 23, 55, 56, 9)
 TIED = ["qwen3", "gemma2", "gemma3", "gpt2", "opt", "bloom", "bart", "t5"]
@@ -22,14 +22,14 @@ HEADLESS = ["bert", "roberta", "llama-classifier"]
 
 def replaced(value: Tensor, rows: Tensor) -> Tensor:
     """The matrix with new rows, by a product with a one-hot matrix."""
-    chosen = torch.zeros(len(TOKENS), value.shape[0])
+    chosen = torch.zeros(len(TOKENS), value.shape[0], dtype=value.dtype)
     for row, token in enumerate(TOKENS):
         chosen[row, token] = 1.0
     return value * (1 - chosen.sum(0))[:, None] + chosen.t() @ rows
 
 
 def attached(name: str, *, head: bool = False) -> tuple[Any, inlay.Adapter, dict[str, Tensor]]:
-    model = ZOO[name].build()
+    model = zoo_model(name)
     adapter = shake(inlay.attach(model, inlay.TrainableTokens(tokens=TOKENS, head=head)))
     return model, adapter, numbers(adapter)
 
@@ -39,7 +39,7 @@ def attached(name: str, *, head: bool = False) -> tuple[Any, inlay.Adapter, dict
 def test_equals_changed_rows(name: str, head: bool) -> None:
     batch = inputs(name, ragged=True)
     model, adapter, leaves = attached(name, head=head)
-    bare = ZOO[name].build()
+    bare = zoo_model(name)
     table: Any = bare.get_input_embeddings()  # type: ignore[operator]
     own = UNTIED.get(name, "")
     assert set(leaves) == {"shared/tokens/values"} | ({"shared/head/values"} if head and own else set())
@@ -108,7 +108,7 @@ def test_peft(name: str) -> None:
 
     model, _, leaves = attached(name)
     config = peft.TrainableTokensConfig(token_indices=list(TOKENS), task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(ZOO[name].build(), config)
+    theirs = peft.get_peft_model(zoo_model(name), config)
     (parameter,) = {id(p): p for p in theirs.parameters() if p.requires_grad}.values()
     with torch.no_grad():
         parameter.copy_(leaves["shared/tokens/values"])

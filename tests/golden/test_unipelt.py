@@ -14,7 +14,7 @@ import inlay
 from inlay import Parallel, PrefixTuning, UniPELT
 from inlay.core.errors import ConfigError, SelectionError
 from inlay.testing.models import ZOO
-from tests.golden.hand import agree, close, inputs, numbers, shake
+from tests.golden.hand import agree, close, inputs, numbers, shake, zoo_model
 from tests.golden.places import PLACES
 
 LENGTH, RANK = 3, 2
@@ -72,7 +72,7 @@ def bare_with(name: str, leaves: dict[str, Tensor], mask: Tensor) -> Any:
     """The bare base whose attention function, and nothing else of it, is replaced."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    bare: Any = ZOO[name].build()
+    bare: Any = zoo_model(name)
     attention, _, key_heads, stack = MODELS[name]
     table = leaves[f"prompt/prompt/prefix.parts.{stack}.table"].reshape(LENGTH, 2, 2, key_heads, 8)
     entered: dict[int, Tensor] = {}
@@ -108,7 +108,7 @@ def bare_with(name: str, leaves: dict[str, Tensor], mask: Tensor) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_output_and_gradients(name: str) -> None:
     batch = inputs(name, ragged=True)
-    model = ZOO[name].build()
+    model = zoo_model(name)
     adapter = shake(inlay.attach(model, METHOD))
     leaves = numbers(adapter)
     bare = bare_with(name, leaves, batch["attention_mask"])

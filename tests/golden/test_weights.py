@@ -17,7 +17,7 @@ import inlay
 from inlay.kernels import low_rank
 from inlay.testing.models import ZOO
 from tests.golden.dense import check, dense, sites
-from tests.golden.hand import agree, close, inputs, numbers, shake, with_weights
+from tests.golden.hand import agree, close, inputs, numbers, shake, with_weights, zoo_model
 from tests.golden.places import PLACES, places, rows_of
 
 
@@ -53,7 +53,7 @@ def test_dora_is_a_magnitude_times_a_direction_with_a_constant_norm(name: str) -
 def test_ia3_scales_keys_values_and_what_enters_the_second_matrix(name: str) -> None:
     expected_sites = set(places(name, "key", "value", "down"))
     batch = inputs(name, ragged=name != "vit")
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     adapter = shake(inlay.attach(model, inlay.IA3()))
     leaves = numbers(adapter)
     assert set(sites(leaves)) == expected_sites
@@ -70,7 +70,7 @@ def test_ia3_scales_keys_values_and_what_enters_the_second_matrix(name: str) -> 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "phi3", "bloom"])
 def test_ia3_leaves_the_queries_of_a_fused_matrix_alone(name: str) -> None:
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     path = PLACES[name]["query"][0].format(0).partition(":")[0]
     seen: list[Tensor] = []
     hook = model.get_submodule(path).register_forward_hook(lambda _m, _i, out: seen.append(out.detach()))
@@ -150,16 +150,16 @@ def test_lora_on_a_convolution_is_a_low_rank_kernel(layer: Any, shape: tuple[int
 @pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "gpt-neox", "bart", "vit", "deberta-v2", "bloom"])
 def test_bitfit_adds_to_every_bias_and_to_nothing_else(name: str) -> None:
     batch = inputs(name, ragged=name != "vit")
-    model: Any = ZOO[name].build()
+    model: Any = zoo_model(name)
     adapter = shake(inlay.attach(model, inlay.BitFit()))
     leaves = numbers(adapter)
-    biases = {n for n, _ in ZOO[name].build().named_parameters() if n.endswith("bias")}
+    biases = {n for n, _ in zoo_model(name).named_parameters() if n.endswith("bias")}
     assert {site + ".bias" for site in sites(leaves)} == biases
 
     def change(parameter: str, value: Tensor) -> Tensor:
         return value + leaves[f"delta/{parameter.removesuffix('.bias')}/offset"] if parameter in biases else value
 
-    expected = with_weights(ZOO[name].build(), change, batch).logits
+    expected = with_weights(zoo_model(name), change, batch).logits
     agree(adapter, model(**batch).logits, expected, leaves)
 
 

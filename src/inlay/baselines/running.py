@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from inlay.data import Template, labels_of
 from inlay.data import fingerprint as rows_fingerprint
 from inlay.train.config import RunConfig
 from inlay.train.folder import RunFolder, write_beside, write_text
-from inlay.train.loading import base_source, load_base
-from inlay.train.prepare import absolute, dtype_of
+from inlay.train.loading import base_source, load_base, precision_for
+from inlay.train.prepare import absolute
 from inlay.train.quiet import quiet_libraries
 from inlay.train.record import TrainingRecord, versions
 from inlay.train.rows import UNBOUNDED_CONTEXT, context_of, read_rows, roles_of, split_rows
@@ -48,10 +49,10 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, pro
     if resume and folder.finished:
         return RunResult.read(folder.result)
     with folder.claimed(), quiet_libraries():
-        return _fit(config, baseline, folder)
+        return _fit(config, baseline, folder, progress=progress)
 
 
-def _fit(config: RunConfig, baseline: Baseline, folder: RunFolder) -> RunResult:
+def _fit(config: RunConfig, baseline: Baseline, folder: RunFolder, *, progress: bool) -> RunResult:
     from transformers import set_seed
 
     source = absolute(base_source(config.base))
@@ -61,11 +62,15 @@ def _fit(config: RunConfig, baseline: Baseline, folder: RunFolder) -> RunResult:
     data, held = split_rows(data, held, config)
     set_seed(config.seed)
     loading = load_task(task, config.base)
+    chosen = precision_for(config.base, config.precision, device="cpu")  # where the model stays
+    config = config.changed(precision=chosen.precision)
+    if progress:
+        sys.stderr.write(f"{chosen}\n")
     base = load_base(
         source if config.base else None,
         task=loading,
         label_names=labels if loading == "classification" else None,
-        dtype=dtype_of(config),
+        precision=chosen.precision,
     )
     rows = Rows(
         model=base.model,
@@ -100,6 +105,7 @@ def _fit(config: RunConfig, baseline: Baseline, folder: RunFolder) -> RunResult:
         trainable=0,
         peak_memory_bytes=peak_memory_bytes(),
         tokens_per_second=0.0,
+        precision=chosen.precision,
     )
     folder.make_room()
     write_text(folder.config, resolved.to_yaml())

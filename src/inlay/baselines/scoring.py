@@ -17,12 +17,15 @@ from inlay.evaluate.run import DEFAULTS, LIKELIHOOD, Evaluation, Prediction, che
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from inlay.machine.precision import Choice
+
 
 class Scored(NamedTuple):
-    """An evaluation, the base it was made on, and facts about how the answers came about."""
+    """An evaluation, the base it was made on, in which precision, and facts about how the answers came about."""
 
     evaluation: Evaluation
     base: str | None
+    precision: Choice
     facts: dict[str, Any]
 
 
@@ -67,9 +70,13 @@ def evaluate_folder(
     max_new_tokens: int | None = None,
     num_beams: int = 1,
     on_long: OnLong | None = None,
+    precision: str | None = None,
     progress: Progress | None = None,
 ) -> Scored:
     """Score a stored baseline on the base it belongs to.
+
+    Args:
+        precision: as for `inlay.train.load_base`; None is ``auto``, on the CPU, where the model stays.
 
     Raises:
         ConfigError: rows that are too long cannot be treated so.
@@ -77,6 +84,7 @@ def evaluate_folder(
         BaseMismatchError: `base` is not the one it was fitted on.
     """
     from inlay.train import load_base, read_record
+    from inlay.train.loading import precision_for
 
     stored, record = artefact.read(folder), read_record(folder)
     if record is None:
@@ -85,7 +93,9 @@ def evaluate_folder(
         raise ConfigError(f"on_long is {on_long!r}, expected {' or '.join(stored.baseline.on_long)}")
     source = base or record.base
     task: Any = record.task
-    loaded = load_base(source, task=load_task(task, source), label_names=_names(task, record.labels, source))
+    chosen = precision_for(source, precision or "auto", device="cpu")
+    names = _names(task, record.labels, source)
+    loaded = load_base(source, task=load_task(task, source), label_names=names, precision=chosen.precision)
     stored.check(loaded.model)
     rows = Rows(
         model=loaded.model,
@@ -103,7 +113,7 @@ def evaluate_folder(
         progress=progress,
     )
     evaluation, facts = evaluate(stored.baseline, stored.fitted, rows, metrics)
-    return Scored(evaluation, source, facts)
+    return Scored(evaluation, source, chosen, facts)
 
 
 def load_task(task: str, base: str | None) -> str:

@@ -133,7 +133,14 @@ def _header(path: Path) -> dict[str, Stored]:
 
 
 def read_quantised(
-    auto: Any, config: Any, tensors: dict[str, Any], name: str, dtype: torch.dtype, **options: Any
+    auto: Any,
+    config: Any,
+    tensors: dict[str, Any],
+    name: str,
+    dtype: torch.dtype,
+    *,
+    read_in: torch.dtype | None = None,
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """A model quantised while its tensors are read, and transformers' account of the loading.
 
@@ -143,6 +150,8 @@ def read_quantised(
         tensors: name → `Stored`, or a tensor.
         name: of the quantisation (`LIBRARIES`).
         dtype: of everything that is not quantised, and of the computation.
+        read_in: type in which weights are handed to the quantisation; `dtype` where None. One for all machines gives
+            them one base: the codes of a weight depend on what it was rounded to before.
         options: for `from_pretrained`.
 
     Raises:
@@ -158,7 +167,7 @@ def read_quantised(
             config=config,
             state_dict=tensors,
             quantization_config=_quantiser(name, kept, dtype),
-            dtype=dtype,
+            dtype=read_in or dtype,
             output_loading_info=True,
             **options,
         )
@@ -172,7 +181,27 @@ def read_quantised(
         for layer in model.modules():
             if store_of(layer) is not None:
                 layer.__class__ = PackedLinear
+    compute_in(model, dtype)
     return model, account
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a model with quantised layers compute in a type: what is dense is cast, and quantised layers are told.
+
+    What transformers keeps in float32 whatever is asked for stays there.
+    """
+    before = getattr(getattr(model, "config", None), "dtype", dtype)
+    for module in model.modules():
+        packed = store_of(module) is not None
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                if value is not None and value.dtype == before and not (packed and name == "weight"):
+                    value.data = value.data.to(dtype)
+        if packed and hasattr(module, "compute_dtype"):  # 4 bits of bitsandbytes
+            layer: Any = module
+            layer.compute_dtype = layer.weight.quant_state.dtype = dtype
+    if hasattr(model, "config"):
+        model.config.dtype = dtype
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def combine(
 
     weights = _weights(adapter)
     check_unused(out)
-    loaded = load_adapted(base, list(weights))
+    loaded = load_adapted(base, list(weights), precision="stored")
     ways: Any = how
     named = {loaded.names[folder]: weight for folder, weight in weights.items()}
     report = combined(loaded.model, named, name=name, how=ways, rank=rank, density=density, seed=seed)

@@ -90,11 +90,11 @@ def _base(adapter: Path, source: str, base: str | None, record: TrainingRecord |
         base = base_of([str(adapter)])
     if record is not None:
         labels = record.labels if record.task == "classification" else None
-        return load_base(base, task=record.task, label_names=labels)
+        return load_base(base, task=record.task, label_names=labels, precision="stored")
     classes = next((s[0] for n, s in _shapes(adapter, source, pickles).items() if n.endswith(HEADS)), None)
     if classes is not None:
-        return load_base(base, task="classification", num_labels=classes)
-    return load_base(base, task=TASKS.get(_task_type(adapter, source)) or _task_of(base))
+        return load_base(base, task="classification", num_labels=classes, precision="stored")
+    return load_base(base, task=TASKS.get(_task_type(adapter, source)) or _task_of(base), precision="stored")
 
 
 def _task_of(base: str | None) -> str:

@@ -56,6 +56,7 @@ def evaluate(
     ] = None,
     reading: flags.Reading = None,
     quantize: flags.QuantizeAsTrained = None,
+    precision: flags.Precision = None,
     as_json: flags.AsJson = False,
 ) -> None:
     """Score a base, with or without an adapter, on a data file."""
@@ -95,12 +96,15 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
                 on_long=on_long,
+                precision=precision,
                 progress=report,
             )
-        told = {"data": data, "base": scored.base, "adapter": adapter, "seconds": time.monotonic() - began}
-        _report(scored.evaluation, told, predictions, more=scored.facts, as_json=as_json)
+        typer.echo(str(scored.precision), err=True)
+        told = {"data": data, "base": scored.base, "adapter": adapter, "precision": scored.precision.precision}
+        _report(scored.evaluation, told, time.monotonic() - began, predictions, more=scored.facts, as_json=as_json)
         return
-    loaded = load_adapted(base, [adapter] if adapter else [], task=task, quantize=quantize)
+    loaded = load_adapted(base, [adapter] if adapter else [], task=task, quantize=quantize, precision=precision)
+    typer.echo(str(loaded.precision), err=True)
     _check_trained(loaded)
     settings = Settings(
         batch_size=batch_size,
@@ -124,25 +128,30 @@ def evaluate(
             settings=settings,
             progress=report,
         )
-    told = {"data": data, "base": loaded.base, "adapter": adapter, "seconds": time.monotonic() - began}
-    _report(found, told, predictions, more={}, as_json=as_json)
+    told = {"data": data, "base": loaded.base, "adapter": adapter, "precision": loaded.precision.precision}
+    _report(found, told, time.monotonic() - began, predictions, more={}, as_json=as_json)
 
 
 def _report(
-    found: Evaluation, told: dict[str, Any], predictions: Path | None, *, more: dict[str, Any], as_json: bool
+    found: Evaluation,
+    told: dict[str, Any],
+    seconds: float,
+    predictions: Path | None,
+    *,
+    more: dict[str, Any],
+    as_json: bool,
 ) -> None:
     """Print the scores.
 
     Args:
-        told: ``data, base, adapter, seconds``.
+        told: ``data, base, adapter, precision``.
         more: named groups of numbers about how the answers came about.
     """
     if predictions is not None:
         _write_predictions(predictions, found)
     if as_json:
         facts = {key: value for key, value in found.items() if key != "predictions"} | more
-        seconds = round(told.pop("seconds"), 3)
-        write_json({**told, **facts, "seconds": seconds})
+        write_json({**told, **facts, "seconds": round(seconds, 3)})
         return
     _show(found, told["adapter"], told["data"])
     for name, fact in more.items():

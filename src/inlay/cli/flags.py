@@ -40,6 +40,10 @@ QuantizeAsTrained = Annotated[
     str | None,
     typer.Option(help=f"Format of the base's weights: {choices('quantize')} or none. Default: as in training."),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option(help=f"In which the base is held and computed: {choices('precision')}. Default: auto, as for train."),
+]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read tensors from a pickle (.bin, .pt) that you trust.")
 ]

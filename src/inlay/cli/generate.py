@@ -34,6 +34,7 @@ def generate(
         typer.Option("--chat/--plain", help="With the chat template or without. Default: as in training."),
     ] = None,
     quantize: flags.QuantizeAsTrained = None,
+    precision: flags.Precision = None,
     as_json: flags.AsJson = False,
 ) -> None:
     """Write what follows each prompt."""
@@ -48,7 +49,8 @@ def generate(
     asked, chosen = paired(prompts, adapter or [])
     folders = list(dict.fromkeys(word for word in chosen if word is not None))
     check_writes(folders)
-    loaded = load_adapted(base, folders, quantize=quantize)
+    loaded = load_adapted(base, folders, quantize=quantize, precision=precision)
+    typer.echo(str(loaded.precision), err=True)
     torch.manual_seed(seed)
     with stages(as_json) as report:
         texts = generate_texts(

@@ -28,7 +28,7 @@ def merge(
     from inlay.bases.loading import dequantise
     from inlay.cli.models import load_adapted
 
-    loaded = load_adapted(base, [str(adapter)], quantize=quantize)
+    loaded = load_adapted(base, [str(adapter)], quantize=quantize, precision="stored")
     check_requantize(loaded.model, requantize)
     report = inlay.merge(loaded.model, loaded.names[str(adapter)], requantize=requantize)
     if not requantize:

@@ -25,7 +25,7 @@ def methods(
     """List every method: family, hyper-parameters, trained parameters, what it supports."""
     from inlay.train import load_base
 
-    rows = describe(load_base(base).model)
+    rows = describe(load_base(base, precision="stored").model)
     if as_json:
         rows = [row | {"quantised_bases": _on_quantised(row["method"])} for row in rows]
         write_json({"base": base or "embedded", "methods": rows})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inlay.data import Template
+    from inlay.machine.precision import Choice
     from inlay.train import TrainingRecord
 
 
@@ -22,6 +23,7 @@ class Loaded:
         names: folder → the adapter's name in the model.
         records: folder → what its training left beside it, or None.
         fresh: modules that neither the base nor an adapter has weights for.
+        precision: that the base is held and computed in, and why.
     """
 
     model: Any
@@ -31,10 +33,16 @@ class Loaded:
     names: Mapping[str, str]
     records: Mapping[str, TrainingRecord | None]
     fresh: tuple[str, ...]
+    precision: Choice
 
 
 def load_adapted(
-    base: str | None, folders: Sequence[str], *, task: str | None = None, quantize: str | None = None
+    base: str | None,
+    folders: Sequence[str],
+    *,
+    task: str | None = None,
+    quantize: str | None = None,
+    precision: str | None = None,
 ) -> Loaded:
     """Load a base and attach adapters to it.
 
@@ -44,6 +52,7 @@ def load_adapted(
         folders: of adapters.
         task: None is the one the adapters were trained for; where that is not recorded, to write texts.
         quantize: format of the base's weights; None is the one in training, ``none`` leaves them as they are.
+        precision: as for `inlay.train.load_base`; None is ``auto``, on the CPU, where the model stays.
 
     Raises:
         ConfigError: the adapters disagree about base, task or labels, or the base cannot be loaded.
@@ -53,6 +62,7 @@ def load_adapted(
     from inlay.baselines import is_fitted
     from inlay.core.errors import ConfigError
     from inlay.train import load_base, read_record
+    from inlay.train.loading import precision_for
 
     for folder in folders:
         if is_fitted(folder):
@@ -65,11 +75,14 @@ def load_adapted(
         task = _agreed("tasks", records, lambda record: record.task) or writing_task(base)
     if quantize is None:
         quantize = _agreed("quantisations of the base", records, lambda record: record.quantize)
+    quantize = None if quantize == "none" else quantize
+    chosen = precision_for(base, precision or "auto", quantize=quantize, device="cpu")
     loaded = load_base(
         base,
         task=task,
         label_names=labels if task == "classification" else None,
-        quantize=None if quantize == "none" else quantize,
+        precision=chosen.precision,
+        quantize=quantize,
     )
     names = {folder: f"adapter{place}" for place, folder in enumerate(records)}
     for folder, name in names.items():
@@ -83,6 +96,7 @@ def load_adapted(
         names=names,
         records=records,
         fresh=tuple(path for path in loaded.fresh if path not in trained),
+        precision=chosen,
     )
 
 

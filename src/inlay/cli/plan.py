@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ from inlay.cli import flags
 from inlay.train.options import choices
 
 if TYPE_CHECKING:
+    from inlay.machine.precision import Choice, Precision
     from inlay.plan import Fit, Machine, Plan, Planner, Setting, Skeleton
 
 LENGTH, BATCH = 512, 16  # tokens and rows, where nothing is said
@@ -30,7 +33,9 @@ def plan(
     ] = None,
     where: Annotated[str | None, typer.Option(help="Places, as for inlay train. Default: the method's.")] = None,
     task: Annotated[str | None, typer.Option(help=f"One of {choices('task')}. Default: the base's.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16 weights. Default: the base's own.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"One of {choices('precision')}. Default: auto, as inlay train chooses there.")
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(help=f"Format of its weights: {choices('quantize')}; none for --memory to try no other."),
@@ -57,6 +62,8 @@ def plan(
 ) -> None:
     """Say what training would need, by role, and which settings fit."""
     from inlay.core.errors import ConfigError
+    from inlay.machine.precision import device_named
+    from inlay.plan.machine import half_planned
 
     if gpu is not None and device is not None:
         raise ConfigError("--gpu and --device exclude each other: one is a GPU that need not be here, one this machine")
@@ -66,8 +73,8 @@ def plan(
 
         check_chart(plot)
     skeleton = _skeleton(base, task)
-    on_gpu = gpu is not None or device == "cuda"
-    start = _start(skeleton, precision, quantize, gradient_checkpointing, batch_size, accumulate, max_length, on_gpu)
+    chosen = partial(_chosen, skeleton, precision, half_planned(gpu, device), gpu or device_named(device or "cpu"))
+    start = _start(skeleton, chosen, quantize, gradient_checkpointing, batch_size, accumulate, max_length)
     methods = _methods(method or ("lora" if memory is not None else None), set_)
     machine = _machine(gpu, device)
     if memory == "gpu":
@@ -82,7 +89,7 @@ def plan(
         shown = rows
     else:
         ways = [
-            (_planner(skeleton, m, where, kept, machine), _kept_in(start, kept, skeleton, precision, on_gpu))
+            (_planner(skeleton, m, where, kept, machine), _kept_in(start, kept, chosen))
             for m in methods
             for kept in ([start.quantisation] if quantize is not None else [None, "nf4"])
         ]
@@ -120,15 +127,13 @@ def _skeleton(base: str | None, task: str | None) -> Skeleton:
 
 
 def _start(
-    skeleton: Skeleton, precision: str | None, quantize: str | None, checkpointing: bool,
-    batch_size: int | None, accumulate: int, max_length: int | None, on_gpu: bool,
+    skeleton: Skeleton, chosen: Callable[[bool], Choice], quantize: str | None, checkpointing: bool,
+    batch_size: int | None, accumulate: int, max_length: int | None,
 ) -> Setting:  # fmt: skip
     from inlay.core.errors import ConfigError, nearest
     from inlay.plan import Setting
-    from inlay.plan.setting import BYTES, BYTES_PER_WEIGHT
+    from inlay.plan.setting import BYTES_PER_WEIGHT
 
-    if precision is not None and precision not in BYTES:
-        raise ConfigError(f"precision {precision!r} is unknown{nearest(precision, BYTES)}")
     if quantize not in (None, "none", *BYTES_PER_WEIGHT):
         raise ConfigError(f"quantisation {quantize!r} is unknown{nearest(str(quantize), [*BYTES_PER_WEIGHT, 'none'])}")
     context = skeleton.context
@@ -140,17 +145,22 @@ def _start(
         length=max_length or min(LENGTH, context or LENGTH),
         accumulate=accumulate,
     )
-    return _kept_in(start, None if quantize == "none" else quantize, skeleton, precision, on_gpu)
+    return _kept_in(start, None if quantize == "none" else quantize, chosen)
 
 
-def _kept_in(start: Setting, quantize: str | None, skeleton: Skeleton, precision: str | None, on_gpu: bool) -> Setting:
-    """The setting with weights as `inlay train` keeps them: bf16 beside quantised ones, float16 on a GPU only."""
+def _chosen(skeleton: Skeleton, precision: str | None, half: Precision | None, device: str, quantised: bool) -> Choice:
+    """What `inlay train` would hold and compute the base in."""
+    from inlay.machine.precision import choose
+    from inlay.train.loading import asked_precision
+
+    return choose(asked_precision(precision or "auto"), skeleton.precision, half, device=device, quantised=quantised)
+
+
+def _kept_in(start: Setting, quantize: str | None, chosen: Callable[[bool], Choice]) -> Setting:
     from dataclasses import replace
 
-    usual = "bf16" if quantize is not None else skeleton.precision
-    chosen: Any = precision or ("fp32" if usual == "fp16" and not on_gpu else usual)
     kept: Any = quantize
-    return replace(start, precision=chosen, quantisation=kept)
+    return replace(start, precision=chosen(quantize is not None).precision, quantisation=kept)
 
 
 def _methods(words: str | None, set_: list[str] | None) -> list[Any]:

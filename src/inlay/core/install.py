@@ -20,11 +20,14 @@ from inlay.core.model.layer import settle_all, unsettle_all
 from inlay.core.model.view import ModelView
 from inlay.core.prompts.attention import implementation
 from inlay.core.prompts.interface import put_back, swapped
+from inlay.machine.precision import warn_if_slow
 
 
 def install(model: nn.Module, adapter: Adapter, *, trainable: bool) -> None:
     """Install a built adapter at its hosts; if that fails, the model is as it was."""
     fresh = find_roster(model) is None
+    if fresh:
+        warn_if_slow(model)
     hosts = _new_hosts(model) if fresh else hosts_of(model)
     roster = hosts.roster
     features = {path: host.features for path, host in hosts.by_path.items()}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from inlay.authoring import Delta, SelectionError, Site, problems, stamp, transformed
+from inlay.authoring import Delta, SelectionError, Site, problems, stamp, transformed, widened
 
 
 class TurnedDelta(Delta):
@@ -71,6 +71,7 @@ def skew_matrix(upper: Tensor, size: int) -> Tensor:
 
 def cayley(skew: Tensor) -> Tensor:
     """(I − Q)(I + Q)⁻¹, exact: orthogonal with determinant 1. The two factors commute."""
+    skew = widened(skew)
     one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     rotation: Tensor = torch.linalg.solve(one + skew, one - skew)
     return rotation

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from inlay.authoring import Site
 
 
-def twin(site: Site, owner: nn.Module, names: Mapping[str, str], dtype: torch.dtype) -> nn.Module:
+def twin(site: Site, owner: nn.Module, names: Mapping[str, str], dtype: torch.dtype | None = None) -> nn.Module:
     """A layer with the settings of the site's, that reads its parameters from `owner`.
 
     It has no parameters and no stored buffers itself, and may be a child of `owner`.
 
     Args:
         names: the layer's name of a parameter → the owner's name; for all others the layer sees None.
-        dtype: the dtype in which the layer sees them.
+        dtype: the dtype in which the layer sees them; None is the one that they have at the time.
     """
     layer = site.module
     original: Any = site.original_class
@@ -48,4 +48,4 @@ def _seen(name: str, layer: nn.Module) -> Tensor | None:
     if name not in names:
         return None
     value: Tensor = getattr(owner, names[name])
-    return value.to(dtype)
+    return value if dtype is None else value.to(dtype)

@@ -34,6 +34,7 @@ from inlay.authoring import (
     Site,
     cast,
     current_span,
+    widened,
 )
 
 
@@ -113,7 +114,7 @@ class Edit(nn.Module):
         nn.init.uniform_(self.bias, -1, 1).mul_(self.source.shape[1] ** -0.5)
 
     def forward(self, h: Tensor) -> Tensor:
-        q, r = torch.linalg.qr(self.free)
+        q, r = torch.linalg.qr(widened(self.free))
         rotation = (q * r.diagonal().sign()).t()  # R (rank, d)
         difference = nn.functional.linear(h, cast(self.source - rotation, h), cast(self.bias, h))  # (..., rank)
         return difference @ cast(rotation, h)

@@ -62,7 +62,7 @@ class NormDelta(Delta):
         self.gain = nn.Parameter(site.empty(site.out_features))  # (features)
         self.offset = nn.Parameter(site.empty(site.out_features)) if site.bias else None  # (features)
         names = {"weight": "gain"} | ({"bias": "offset"} if site.bias else {})
-        self.norm = twin(site, self, names, self.gain.dtype)
+        self.norm = twin(site, self, names)
         self.blank = _blank(site)
 
     def initialise(self, site: Site) -> None:
@@ -113,7 +113,7 @@ class _Blank(nn.Module):
         zero = torch.zeros(site.out_features, device=device, dtype=site.empty(0).dtype)
         self.register_buffer("gain", zero + weight, persistent=False)
         self.register_buffer("zero", zero, persistent=False)
-        self.norm = twin(site, self, {"weight": "gain"} | ({"bias": "zero"} if site.bias else {}), zero.dtype)
+        self.norm = twin(site, self, {"weight": "gain"} | ({"bias": "zero"} if site.bias else {}))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm(x)

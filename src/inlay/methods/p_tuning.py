@@ -20,7 +20,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from inlay.authoring import ConfigError, ModelView, PromptMethod, Recipe, TokenPrompt
+from inlay.authoring import ConfigError, ModelView, PromptMethod, Recipe, TokenPrompt, widened
 from inlay.methods._soft import common_words, embedded, empty, table, words
 
 Template = tuple[int | str | tuple[int, ...], ...]
@@ -128,9 +128,13 @@ class _Recurrent(nn.Module):
             nn.init.uniform_(value, -(self.inner**-0.5), self.inner**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        start = x.new_zeros(4, 1, self.inner)  # (layers * directions, 1, inner)
-        states = torch.lstm(x[:, None], (start, start), list(self.lstm), True, 2, 0.0, self.training, True, False)[0]
-        return cast(Tensor, self.head(states[:, 0]))
+        """In float32, also under autocast: processors without bfloat16 have no LSTM of it either."""
+        values = [widened(value) for value in self.lstm]
+        with torch.autocast(x.device.type, enabled=False):
+            wide = widened(x)[:, None]
+            start = wide.new_zeros(4, 1, self.inner)  # (layers * directions, 1, inner)
+            states = torch.lstm(wide, (start, start), values, True, 2, 0.0, self.training, True, False)[0]
+        return cast(Tensor, self.head(states[:, 0].to(x.dtype)))
 
 
 def _encoder(method: PTuning, hidden: int, like: Tensor) -> nn.Module | None:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from inlay.core.errors import ConfigError, nearest
-from inlay.plan.setting import Precision, Setting
+from inlay.machine.precision import Precision, half_of
+from inlay.plan.setting import Setting
 
 if TYPE_CHECKING:
     from inlay.plan.step import Trace
@@ -35,6 +36,7 @@ GPUS: Mapping[str, tuple[int, float, float, float]] = {
     "H100": (80, 989, 67, 3350),
     "H200": (141, 989, 67, 4800),
 }
+WITHOUT_BF16 = ("T4", "V100")  # GPUs before Ampere
 REACHED_PRODUCTS, REACHED_BANDWIDTH = 0.45, 0.7  # shares of the data sheet that training steps usually reach
 GPU_OVERHEAD_BYTES = 0.6 * 2**30  # the driver's context and the libraries' workspaces
 SPARE = 0.97  # share of a GPU's memory that can be used: what the allocator rounds up and cannot fill again
@@ -92,13 +94,24 @@ def machine_named(name: str) -> Machine:
         memory=round(memory * 2**30 * SPARE),
         flops={
             "fp32": single * 1e12 * REACHED_PRODUCTS,
-            "bf16": half * 1e12 * REACHED_PRODUCTS,
+            "bf16": (single if found in WITHOUT_BF16 else half) * 1e12 * REACHED_PRODUCTS,  # emulated in float32
             "fp16": half * 1e12 * REACHED_PRODUCTS,
         },
         bandwidth=bandwidth * GIGA * REACHED_BANDWIDTH,
         overhead_bytes=GPU_OVERHEAD_BYTES,
         measured=False,
     )
+
+
+def half_planned(gpu: str | None, device: str | None) -> Precision | None:
+    """The 16 bits of a GPU by its name, or of a device here (`half_of`), as training there would choose them.
+
+    Raises:
+        ConfigError: an unknown GPU.
+    """
+    if gpu is not None:
+        return "fp16" if machine_named(gpu).name in WITHOUT_BF16 else "bf16"
+    return half_of(device or "cpu")
 
 
 def calibrate(device: str = "cpu") -> Machine:

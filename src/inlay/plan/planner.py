@@ -24,8 +24,9 @@ from inlay.core.install import install
 from inlay.core.model.select import Places, Where
 from inlay.core.model.view import ModelView
 from inlay.core.upstream import storage_number
+from inlay.machine.precision import Precision
 from inlay.plan.machine import Machine
-from inlay.plan.setting import BYTES_PER_WEIGHT, ROLES, Memory, Precision, Setting
+from inlay.plan.setting import BYTES_PER_WEIGHT, ROLES, Memory, Setting
 from inlay.plan.skeleton import Skeleton
 from inlay.plan.standins import quantisable
 from inlay.plan.step import PHASES, Trace, trace

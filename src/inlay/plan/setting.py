@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from inlay.core.errors import ConfigError
+from inlay.machine.precision import Precision
 
-Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 Quantisation: TypeAlias = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 
 BYTES: Mapping[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -11,7 +11,7 @@ import torch
 
 from inlay.bases.context import stated_context
 from inlay.core.errors import ConfigError
-from inlay.plan.setting import Precision
+from inlay.machine.precision import Precision, dtype_of, precision_of
 
 TASKS = {
     "causal": "AutoModelForCausalLM",
@@ -19,7 +19,6 @@ TASKS = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
 }
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 PER_LAYER = ("layer_types", "mlp_layer_types")
 
@@ -40,10 +39,7 @@ class Skeleton:
     @cached_property
     def precision(self) -> Precision:
         """In which the base's files are."""
-        stated = getattr(self.config, "dtype", None)
-        return next(
-            (name for name, dtype in DTYPES.items() if stated in (dtype, str(dtype).rpartition(".")[2])), "fp32"
-        )
+        return precision_of(getattr(self.config, "dtype", None) or getattr(self._text, "dtype", None))
 
     @property
     def layers(self) -> int:
@@ -86,7 +82,7 @@ class Skeleton:
         auto = getattr(transformers, TASKS[self.task])
         try:
             with torch.device("meta"):
-                model = auto.from_config(config, dtype=DTYPES[precision])
+                model = auto.from_config(config, dtype=dtype_of(precision))
         except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, ImportError) as error:
             text = " ".join(str(error).split())[:300]
             raise ConfigError(f"this configuration ({config.model_type}) makes no {self.task} model: {text}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -54,6 +55,7 @@ class Metrics(TrainerCallback):
         seconds: spent in training (evaluations and checkpoints left out), by earlier parts of a resumed run too.
         tokens_per_second: in the steps of this part.
         micro_batch: rows of a pass since memory ran out; None where it did not.
+        skipped: steps that fp16 overflowed in, by earlier parts too.
     """
 
     def __init__(self, folder: RunFolder, earlier: list[dict[str, Any]]) -> None:
@@ -62,6 +64,11 @@ class Metrics(TrainerCallback):
         self.spent = self.step_seconds = self.started = 0.0
         self.tokens = self.step_tokens = self.tokens_before = 0
         self.micro_batch: int | None = None
+        self.skipped: int = max((line.get("skipped_steps", 0) for line in earlier), default=0)
+
+    def skip(self) -> None:
+        """Count a step that is left out."""
+        self.skipped += 1
 
     @property
     def seconds(self) -> float:
@@ -93,9 +100,12 @@ class Metrics(TrainerCallback):
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         if "loss" in logs:
             line |= {key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+            if not math.isfinite(line.get("grad_norm", 0.0)):  # of a step that was left out; JSON has no such number
+                del line["grad_norm"]
             speed = self.step_tokens / max(self.step_seconds, 1e-9)
             line |= {"tokens": self.step_tokens, "tokens_per_second": round(speed, 1)}
             line |= {} if self.micro_batch is None else {"micro_batch": self.micro_batch}
+            line |= {"skipped_steps": self.skipped} if self.skipped else {}
         elif "eval_loss" in logs:
             line |= {key: value for key, value in logs.items() if key in ("eval_loss", "eval_accuracy")}
         else:

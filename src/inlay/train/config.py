@@ -19,11 +19,11 @@ from pydantic import (
 )
 
 from inlay.core.errors import ConfigError, nearest, problems
+from inlay.machine.precision import Asked
 from inlay.sizes import bytes_of
 from inlay.train.words import layers, listed, places
 
 Task = Literal["causal", "seq2seq", "classification", "regression"]
-Precision = Literal["bf16", "fp32"]
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 OnLong = Literal["error", "truncate", "drop", "split"]
 Optimizer = Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "lion", "lion8bit", "adafactor", "sgd"]
@@ -128,8 +128,10 @@ class RunConfig(BaseModel):
 
     # -- memory and speed --
     precision: Annotated[
-        Precision | None, _says("Of the base's weights. Default: its own, and bf16 beside quantised ones.")
-    ] = None
+        Asked,
+        BeforeValidator(lambda value: "auto" if value is None else value),  # as run.yaml of earlier versions has it
+        _says("In which the base is held and computed; auto is what this machine does fast and safely."),
+    ] = "auto"
     quantize: Annotated[
         Quantization | None, _says("Format of the base's weights (QLoRA: nf4). Default: as they are.")
     ] = None

@@ -66,11 +66,10 @@ def ceiling(prepared: Prepared) -> int | None:
 
 def plan_of(prepared: Prepared) -> Plan:
     """The plan for the run's longest rows."""
+    from inlay.machine.precision import precision_of
     from inlay.plan import Planner, Setting, Skeleton
-    from inlay.plan.skeleton import DTYPES
 
     config, model = prepared.config, prepared.base.model
-    precision = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
     skeleton = Skeleton(model.config, task=prepared.task)
     adapter = prepared.adapter
     planner = Planner(
@@ -83,7 +82,7 @@ def plan_of(prepared: Prepared) -> Plan:
     kept: Any = getattr(config, "quantize", None)
     return planner.plan(
         Setting(
-            precision=precision,
+            precision=precision_of(model.dtype),
             quantisation=kept,
             checkpointing=config.gradient_checkpointing,
             batch=min(config.batch_size, len(prepared.train)),

@@ -7,9 +7,23 @@ import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from inlay.core.errors import ConfigError, problems
+from inlay.core.errors import ConfigError, nearest, problems
+from inlay.machine.precision import (
+    ASKED,
+    Asked,
+    Choice,
+    Precision,
+    choose,
+    device_named,
+    dtype_of,
+    half_of,
+    is_slow,
+    precision_of,
+    told_of_slowness,
+    training_device,
+)
 from inlay.train.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -51,8 +65,10 @@ def load_base(
     task: str = "causal",
     num_labels: int | None = None,
     label_names: Sequence[str] | None = None,
+    precision: Asked | Literal["stored"] = "auto",
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
+    device: str | None = None,
 ) -> Base:
     """Load a base for a task.
 
@@ -62,9 +78,14 @@ def load_base(
         task: ``causal``, ``seq2seq``, ``classification`` or ``regression``.
         num_labels: outputs of a classification head; those of `label_names` where None.
         label_names: names of the classes, in order. A head trained for other names counts as fresh.
-        dtype: of the weights; None is the files' own (float16 on a CPU, where it is slow and coarse, becomes float32).
-        quantize: format of the weights of the numbered layers (`inlay.bases.loading`), made while they are read; all
-            else is bfloat16 then, unless `dtype` says otherwise.
+        precision: of the weights and what is computed with them. ``auto`` is what the device computes fast and safely
+            (`inlay.machine.precision`), ``stored`` is the files' own whatever that costs, for weights that are to be
+            written and not computed with; else ``bf16``, ``fp32`` or ``fp16``.
+        dtype: a type of torch in the place of `precision`.
+        quantize: format of the weights of the numbered layers (`inlay.bases.loading`), made while they are read. All
+            weights are read in bfloat16 then, so that every machine has the same base; `precision` is what is computed.
+        device: kind of the device that the model will be moved to, which decides what ``auto`` is; None is where
+            `inlay train` would put it.
 
     Raises:
         ConfigError: not a model, weights that are missing or damaged, an architecture that cannot do the task,
@@ -75,6 +96,7 @@ def load_base(
         config = read_config(source)
         _check_task(config, source, task)
         labels = _head_options(task, num_labels, label_names)
+        dtype = dtype or dtype_of(_choice(config, source, precision, quantize, device).precision)
         model, info = _read_model(source, task, labels, dtype, quantize)
         tokenizer = _read_tokenizer(source)
     fresh = _fresh_modules(model, info, source, task)
@@ -105,6 +127,64 @@ def base_source(path: str | Path | None) -> str:
             f"base {path}: there is no such folder. Give a transformers model folder, or a hub id (owner/name)"
         )
     return path
+
+
+def precision_for(
+    path: str | Path | None, asked: str = "auto", *, quantize: str | None = None, device: str | None = None
+) -> Choice:
+    """In which precision `load_base` would hold a base, and why; the arguments are as there.
+
+    Raises:
+        ConfigError: no such precision, or as `load_base`.
+    """
+    source = base_source(path)
+    with quiet_libraries():
+        config = read_config(source)
+    return _choice(config, source, asked, quantize, device)
+
+
+def asked_precision(word: str) -> Asked:
+    """A user's word for a precision.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    for known in ASKED:
+        if word == known:
+            return known
+    raise ConfigError(f"precision {word!r} is unknown{nearest(word, ASKED)}; expected {', '.join(ASKED)}")
+
+
+def _choice(config: Any, source: str, asked: str, quantize: str | None, device: str | None) -> Choice:
+    if asked == "stored":
+        return Choice("bf16" if quantize is not None else stored_precision(config, source), "as the base is stored")
+    wanted, device = asked_precision(asked), device or training_device()
+    quantised = quantize is not None or getattr(config, "quantization_config", None) is not None
+    stored = stored_precision(config, source)
+    chosen = choose(wanted, stored, half_of(device), device=device_named(device), quantised=quantised)
+    if is_slow(dtype_of(chosen.precision), device):
+        told_of_slowness()  # whoever asked for it reads why not to
+    return chosen
+
+
+def stored_precision(config: Any, source: str) -> Precision:
+    """In which a base's files are: as their configuration says, else as the first tensor of them is."""
+    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if stated is None:
+        from inlay.bases.loading import stored_tensors
+
+        with suppress(ConfigError):  # old files that are no safetensors are float32
+            stated = next((t.dtype for t in stored_tensors(source).values() if t.dtype.is_floating_point), None)
+    return precision_of(stated)
+
+
+def own_precision(path: str | Path | None, quantize: str | None) -> Precision:
+    """What runs of versions without ``auto`` computed in: the files' own, fp32 where those are fp16 on a CPU."""
+    if quantize is not None:
+        return "bf16"
+    source = base_source(path)
+    stored = stored_precision(read_config(source), source)
+    return "fp32" if stored == "fp16" and training_device() == "cpu" else stored
 
 
 def read_config(source: str) -> Any:
@@ -192,20 +272,19 @@ def _head_options(task: str, num_labels: int | None, label_names: Sequence[str] 
 
 
 def _read_model(
-    source: str, task: str, labels: dict[str, Any], dtype: torch.dtype | None, quantize: str | None
+    source: str, task: str, labels: dict[str, Any], dtype: torch.dtype, quantize: str | None
 ) -> tuple[Any, dict[str, Any]]:
-    import torch
     import transformers
     from safetensors import SafetensorError
 
     auto = getattr(transformers, AUTO[task])
     try:
         if quantize is not None:
-            return _read_quantised(auto, source, labels, dtype or torch.bfloat16, quantize)
+            return _read_quantised(auto, source, labels, dtype, quantize)
         model, info = _cached_first(
             auto.from_pretrained,
             source,
-            dtype=dtype or "auto",
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=bool(labels),
             **labels,
@@ -218,8 +297,10 @@ def _read_model(
         raise ConfigError(f"base {source}: its weights cannot be read ({_first_line(error)})") from error
     except (RuntimeError, ValueError, ImportError) as error:
         raise ConfigError(f"base {source} cannot be loaded for {task}: {_first_line(error)}") from error
-    if dtype is None and model.dtype == torch.float16 and not torch.cuda.is_available():
-        model = model.float()
+    if getattr(model.config, "quantization_config", None) is not None:  # in the files already
+        from inlay.bases.loading import compute_in
+
+        compute_in(model, dtype)
     return model, info
 
 
@@ -233,7 +314,8 @@ def _read_quantised(
     check_quantisation(quantize)
     config = _cached_first(AutoConfig.from_pretrained, source, **labels)
     tensors: dict[str, Any] = {**stored_tensors(source)}
-    model, info = read_quantised(auto, config, tensors, quantize, dtype, ignore_mismatched_sizes=bool(labels))
+    options: dict[str, Any] = {"read_in": dtype_of("bf16"), "ignore_mismatched_sizes": bool(labels)}
+    model, info = read_quantised(auto, config, tensors, quantize, dtype, **options)
     model.name_or_path = source
     if model.can_generate():
         with suppress(OSError):  # the model has none of its own

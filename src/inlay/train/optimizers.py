@@ -32,7 +32,12 @@ def check_optimizer(name: str) -> None:
         raise ConfigError(f"optimizer {name!r} moves its states between a GPU and memory; on a CPU give {without!r}")
 
 
-def optimizer_options(name: str) -> dict[str, Any]:
-    """For `TrainingArguments`."""
-    chosen = NAMES[name]
+def optimizer_options(name: str, *, scaled: bool = False) -> dict[str, Any]:
+    """For `TrainingArguments`.
+
+    Args:
+        scaled: gradients are, and a step that overflows is to be left out: a fused optimizer would be called for it
+            all the same, and the schedule of rates would go on.
+    """
+    chosen = "adamw_torch" if scaled and NAMES[name] is None else NAMES[name]
     return {} if chosen is None else {"optim": chosen}

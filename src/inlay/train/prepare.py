@@ -16,7 +16,7 @@ from inlay.core.contracts.method import Method
 from inlay.core.errors import ConfigError, problems
 from inlay.train.config import RunConfig, Task
 from inlay.train.hyper import build_method, usual_places
-from inlay.train.loading import Base, base_source, load_base
+from inlay.train.loading import Base, base_source, load_base, precision_for
 from inlay.train.members import located, standing
 from inlay.train.optimizers import check_optimizer
 from inlay.train.packing import PackingCollator, packs
@@ -53,8 +53,10 @@ class Prepared:
     Attributes:
         config: resolved: nothing left to be found out.
         identity: digests of rows and base; a resumed run must have the same.
+        precision: the line that tells in which precision the run computes, and why.
     """
 
+    precision: str
     config: RunConfig
     task: Task
     method: Method
@@ -93,6 +95,8 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
     labels = labels_for(rows, layout, task)
     answers = answers_for(rows, layout, labels)
     rows, held = split_rows(rows, held, config)
+    chosen = precision_for(config.base, config.precision, quantize=config.quantize)
+    config = config.changed(precision=chosen.precision)
     set_seed(config.seed)  # a fresh head and the adapter are drawn from it
     own, base = _bases(config, layout, task, labels, beside)
     base_parameters = beside.base_parameters if beside else sum(p.numel() for p in base.model.parameters())
@@ -112,6 +116,7 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
     adapter.method = adapter.method.for_steps(total_steps)
     digests = {"train": rows_fingerprint(train)} | ({} if held_out is None else {"eval": rows_fingerprint(held_out)})
     return Prepared(
+        precision=str(chosen),
         config=config,
         task=task,
         method=adapter.method,
@@ -136,7 +141,7 @@ def _bases(
         source if config.base else None,
         task=task,
         label_names=labels,
-        dtype=dtype_of(config),
+        precision=config.precision,
         quantize=config.quantize,
     )
     base = own if beside is None else beside.base
@@ -238,13 +243,6 @@ def _batches(rows: Dataset, collator: Any, config: RunConfig) -> list[Any]:
 def default_epochs(steps_per_epoch: int) -> float:
     """Three, or of few rows as many as make 250 steps, at most twenty: a rate cannot rise and fall in ten steps."""
     return float(max(USUAL_EPOCHS, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))))
-
-
-def dtype_of(config: RunConfig) -> Any:
-    """The torch type that a configuration asks for, None for the base's own."""
-    import torch
-
-    return {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.precision]
 
 
 def _resolved(config: RunConfig, task: Task, method: Method, layout: Layout, rows: int) -> tuple[RunConfig, int]:

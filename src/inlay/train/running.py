@@ -19,6 +19,7 @@ from inlay.core.fast_paths import fast_paths
 from inlay.train.config import RunConfig
 from inlay.train.folder import RunFolder, write_beside, write_text
 from inlay.train.foresight import foresee
+from inlay.train.loading import own_precision
 from inlay.train.prepare import Prepared, prepare
 from inlay.train.quiet import quiet_libraries
 from inlay.train.stop import Stopped, StopRequest, listening
@@ -45,6 +46,8 @@ class RunResult:
         stopped_early: whether patience ended it.
         seconds: in training steps, over all parts of a resumed run.
         trainable: trained numbers, a head included.
+        precision: in which the base was held and computed; None in results of earlier versions.
+        skipped_steps: that fp16 overflowed in, so that nothing was learned.
         peak_memory_bytes: of the device, or of this process on a CPU.
         tokens_per_second: not counting padding.
         micro_batch: rows a pass had at the end, where memory ran out and `batch_size` did not fit; else None.
@@ -61,6 +64,8 @@ class RunResult:
     trainable: int
     peak_memory_bytes: int
     tokens_per_second: float
+    precision: str | None = None
+    skipped_steps: int = 0
     micro_batch: int | None = None
     compiled: dict[str, Any] | None = None
 
@@ -111,8 +116,8 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, pro
             check_identity(folder, prepared)
         else:
             start_folder(folder, prepared)
-        if progress and (line := foresee(prepared)):
-            sys.stderr.write(f"{line}\n")
+        if progress:
+            sys.stderr.write("".join(f"{line}\n" for line in (prepared.precision, foresee(prepared)) if line))
         return train_prepared(prepared, folder, request, progress=progress)
 
 
@@ -129,12 +134,16 @@ def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
     folder = RunFolder(out)
     folder.check(resume=True, overwrite=False)
     saved = RunConfig.read(folder.config).changed(out=str(folder.root.resolve()))
+    if saved.precision == "auto":  # of an earlier version, which computed in what the base is stored in
+        saved = saved.changed(precision=own_precision(saved.base, saved.quantize))
     values = saved.model_dump(mode="json")  # as the file has it: lists, no tuples
     wrong = []
     for name, value in RunConfig.of({**values, **asked}).model_dump(mode="json").items():
         if name not in asked or name == "out" or value == values[name]:
             continue
         if name in ("data", "eval_data", "base") and Path(str(value)).expanduser().resolve() == Path(str(values[name])):
+            continue
+        if name == "precision" and value == "auto":
             continue
         if name in ("settings", "columns") and all(values[name].get(key) == v for key, v in value.items()):
             continue
@@ -162,6 +171,8 @@ def start_folder(folder: RunFolder, prepared: Prepared) -> None:
 
 def check_identity(folder: RunFolder, prepared: Prepared) -> None:
     """Refuse to resume on other rows or another base."""
+    from inlay.core.model.fingerprint import Fingerprint
+
     path = folder.checkpoints / IDENTITY
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -173,7 +184,7 @@ def check_identity(folder: RunFolder, prepared: Prepared) -> None:
         raise DataError(
             f"{prepared.config.data} changed since the run began, so it cannot go on. Start again with --overwrite"
         )
-    if before["base"] != prepared.identity["base"]:
+    if Fingerprint.from_dict(before["base"]).differences(Fingerprint.from_dict(prepared.identity["base"])):
         base = prepared.config.base or "the embedded base"
         raise BaseMismatchError(f"{base} changed since the run began, so it cannot go on. Start again with --overwrite")
 
@@ -232,6 +243,7 @@ def _trainer(
         told=bar.evaluating if bar else None,
         shrunk=partial(_shrunk, metrics, prepared.config.batch_size),
         serving=_serving(trunk),
+        skipped=metrics.skip if prepared.config.precision == "fp16" else None,
         model=prepared.base.model,
         args=_arguments(prepared, folder),
         train_dataset=prepared.train,
@@ -319,7 +331,7 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
         warmup_steps=math.ceil(config.warmup * prepared.total_steps),
         weight_decay=config.weight_decay or 0.0,
         max_grad_norm=config.max_grad_norm,
-        **optimizer_options(config.optimizer),
+        **optimizer_options(config.optimizer, scaled=config.precision == "fp16"),
         seed=config.seed,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
@@ -363,6 +375,8 @@ def _finish(
         trainable=sum(p.numel() for p in prepared.adapter.parameters()),
         peak_memory_bytes=peak_memory_bytes(),
         tokens_per_second=round(metrics.tokens_per_second, 1),
+        precision=prepared.config.precision,
+        skipped_steps=metrics.skipped,
         micro_batch=metrics.micro_batch,
         compiled=compilation.to_dict() if compilation else None,
     )

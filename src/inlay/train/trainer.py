@@ -7,6 +7,7 @@ What differs from the plain Trainer, and nothing else:
     evaluation    the mean over all scored items, without keeping logits; it draws no random numbers
     rows          in `order.LengthGroupedOrder`
     memory        a step that runs out of it is done again in smaller passes (`passes.py`)
+    fp16          losses are scaled (`scaling.py`) and nothing is cast
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from inlay.core.upstream import inputs_for, save_progress
 from inlay.train.folder import RunFolder, write_beside
 from inlay.train.order import LengthGroupedOrder
 from inlay.train.passes import Passes
+from inlay.train.scaling import Scaling
 
 ADAPTER_FILE = "adapter.safetensors"
 STATE_FILE = "trainer_state.json"
@@ -47,6 +49,7 @@ class AdapterTrainer(Trainer):
         told: called with (rows done, all rows) during evaluations.
         shrunk: called with the rows a pass has from now on, when memory ran out.
         serving: gives what the model is called with for a batch, and lasts until its backward pass is over.
+        skipped: for a base in fp16: losses are scaled, and this is called for each step that overflows.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class AdapterTrainer(Trainer):
         told: Callable[[int, int], None] | None = None,
         shrunk: Callable[[int], None] | None = None,
         serving: Callable[[dict[str, Tensor]], AbstractContextManager[dict[str, Tensor]]] = nullcontext,
+        skipped: Callable[[], None] | None = None,
         **options: Any,
     ) -> None:
         self.adapter, self.folder, self.task, self.patience, self.told = adapter, folder, task, patience, told
@@ -69,6 +73,8 @@ class AdapterTrainer(Trainer):
         self.optimizer: Any
         super().__init__(**options)
         self.loss_is_scaled_for_ga = True  # `compute_loss` weighs each pass by its share of the step
+        if skipped is not None:
+            self.add_callback(Scaling(self.accelerator, skipped))
 
     # -- rows ---------------------------------------------------------------------------------------
 
@@ -233,8 +239,8 @@ class AdapterTrainer(Trainer):
 def diverged(what: str) -> ConfigError:
     """The error of a training that gives no numbers any more."""
     return ConfigError(
-        f"{what}: training diverged. Lower --learning-rate, or give --precision fp32 if the base is bf16, and "
-        "--overwrite"
+        f"{what}: training diverged. Lower --learning-rate, or give --precision fp32 if the run computes in 16 bits, "
+        "and --overwrite"
     )
 
 

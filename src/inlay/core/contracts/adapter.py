@@ -5,6 +5,10 @@ anew (DyLoRA), a mask found half-way (LT-SFT), a regulariser. PyTorch calls it a
 no training loop has to: plain loops, `transformers.Trainer` and TRL's trainers all keep the schedule.
 
     backward ─▶ before_step (weights and gradients of this step) ─▶ optimizer.step ─▶ after_step (new weights)
+
+Nobody is told of a step that is left out because float16 overflowed, and gradients are without their scale when a
+clock sees them: `torch.amp.GradScaler` does not call most optimizers then, but a fused one it calls all the same, and
+lets it skip the step and take the scale away by itself.
 """
 
 from __future__ import annotations
@@ -246,10 +250,30 @@ def _keep(clock: Clock) -> None:
 
 
 def _tell(optimizer: Optimizer, what: str) -> None:
-    clocks = list(_CLOCKS)
-    if not clocks:
+    if not _CLOCKS:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for clock in clocks:
-        if any(p.requires_grad and id(p) in held for p in clock.adapter.parameters()):
-            getattr(clock, what)(optimizer)
+    told = [c for c in _CLOCKS if any(p.requires_grad and id(p) in held for p in c.adapter.parameters())]
+    if not told or _overflowed(optimizer):
+        return
+    _unscale(optimizer)
+    for clock in told:
+        getattr(clock, what)(optimizer)
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer has been told by a GradScaler to skip this step."""
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found.item())
+
+
+def _unscale(optimizer: Optimizer) -> None:
+    """Take a GradScaler's scale away now, where a fused optimizer would do so later."""
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.div_(scale.to(parameter.grad.device))
+    optimizer.grad_scale = None  # type: ignore[attr-defined]

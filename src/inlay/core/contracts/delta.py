@@ -118,3 +118,11 @@ def groups_itself(kind: type[Delta]) -> bool:
 def cast(parameter: Tensor, like: Tensor) -> Tensor:
     """An adapter's float32 parameter in the dtype of the activations it meets; gradients stay float32."""
     return parameter.to(like.dtype)
+
+
+def widened(parameter: Tensor) -> Tensor:
+    """At least float32, for what 16 bits have no operator of: decompositions nowhere, an LSTM on some processors only.
+
+    An adapter's parameters are float32 already, unless their model was cast with them inside.
+    """
+    return parameter.float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter
