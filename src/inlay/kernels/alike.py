@@ -1,8 +1,8 @@
 """Loops whose rounds are alike, and who need not go through all of them.
 
 A kernel that works through its operands a part at a time makes the same tensors in every round and lets go of them. A
-plan (`inlay.plan`) runs kernels on tensors without values, where only shapes and sizes come out: it goes through few
-rounds and counts their work as often as there are rounds.
+plan (`inlay.plan`) runs kernels on tensors without values, where only shapes and sizes come out: it goes through a few
+rounds and works out the work of the others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _SHORTENED: ContextVar[Callable[[range], Iterable[int]] | None] = ContextVar("in
 
 
 def alike(rounds: range) -> Iterable[int]:
-    """The rounds of a loop: all of them need the same memory, but for a first that sets up and a shorter last."""
+    """The rounds of a loop: after a first that sets up each needs as much memory as the one before, or less, and as
+    much work, or evenly less; the last may have less to do than its turn."""
     shortened = _SHORTENED.get()
     return rounds if shortened is None else shortened(rounds)
 

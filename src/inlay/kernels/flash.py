@@ -172,7 +172,7 @@ def _gradients(
     room = query.new_empty(2, heads * min(BLOCK, tokens) * keys)
     d_query = torch.empty_like(query)
     d_key = d_value = None
-    for start in reversed(range(0, tokens, BLOCK)):
+    for start in alike(range(0, tokens, BLOCK)[::-1]):
         at = slice(start, min(start + BLOCK, tokens))
         seen = at.stop if causal else keys
         k, v, q, g = key[:, :seen], value[:, :seen], query[:, at], grad[:, at]

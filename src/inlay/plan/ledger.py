@@ -87,14 +87,21 @@ class Ledger(TorchDispatchMode):
         return out
 
     def rounds(self, steps: range) -> Iterator[int]:
-        """Of a loop whose rounds are `alike`: the first two and the last, the work of the second for all between."""
-        yield from steps[:1]
-        before = self._work()
-        yield from steps[1:2]
-        between, after = max(0, len(steps) - 3), self._work()
-        for total, now, then in zip((self.flops, self.bytes_moved), after, before, strict=True):
-            total[self.phase] = now + (now - then) * between
-        yield from steps[2:][-1:]
+        """Of a loop whose rounds are `alike`: the first three, and the last.
+
+        The work of those between is what the second and the third lead to: it stays, or becomes evenly more or less.
+        """
+        seen = [self._work()]
+        for step in steps[:3]:
+            yield step
+            seen.append(self._work())
+        between = len(steps) - 4
+        if between > 0:
+            (*_, before, second, third) = seen
+            for total, *at in zip((self.flops, self.bytes_moved), before, second, third, strict=True):
+                slope = (at[2] - at[1]) - (at[1] - at[0])
+                total[self.phase] = at[2] + between * (at[2] - at[1]) + slope * between * (between + 1) / 2
+        yield from steps[3:][-1:]
 
     def _work(self) -> tuple[float, float]:
         return self.flops.get(self.phase, 0.0), self.bytes_moved.get(self.phase, 0.0)
