@@ -35,6 +35,7 @@ from inlay.core.forward.transforms import transformed
 from inlay.core.model.view import ModelView
 from inlay.core.upstream import flash_on_cpu, safe_softmax, softmax_backward
 from inlay.kernels import second
+from inlay.kernels.alike import alike
 from inlay.kernels.dropout import Dropout
 from inlay.kernels.masks import MOST, fresh_seed
 
@@ -137,7 +138,7 @@ class BlockedBackward(torch.autograd.Function):
         made = [torch.empty_like(t) for t in (query, key, value)]
         size = query.shape[1] * min(BLOCK, query.shape[2]) * key.shape[2]
         rows = max(1, AT_ONCE // size) if mask is None else 1
-        for start in range(0, query.shape[0], rows):
+        for start in alike(range(0, query.shape[0], rows)):
             at = slice(start, start + rows)
             added = None if mask is None else mask[start if mask.shape[0] > 1 else 0]
             parts = (_repeated(t[at], query.shape[1]) for t in (grads[0], query, key, value))
@@ -171,7 +172,7 @@ def _gradients(
     room = query.new_empty(2, heads * min(BLOCK, tokens) * keys)
     d_query = torch.empty_like(query)
     d_key = d_value = None
-    for start in reversed(range(0, tokens, BLOCK)):
+    for start in alike(range(0, tokens, BLOCK)[::-1]):
         at = slice(start, min(start + BLOCK, tokens))
         seen = at.stop if causal else keys
         k, v, q, g = key[:, :seen], value[:, :seen], query[:, at], grad[:, at]

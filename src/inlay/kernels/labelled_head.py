@@ -31,6 +31,7 @@ from inlay.core.labels import IGNORED
 from inlay.core.model.view import ModelView
 from inlay.core.upstream import losses
 from inlay.kernels import gpu, second
+from inlay.kernels.alike import alike
 from inlay.kernels.cross_entropy import cross_entropy_
 from inlay.kernels.lazy import LazyTensor, Mode
 
@@ -108,6 +109,11 @@ def labelled(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -
 def forget(model: nn.Module) -> None:
     """Let the next call with labels compare both ways again."""
     _SEEN.pop(model, None)
+
+
+def compared(model: nn.Module) -> bool:
+    """Whether the model's calls with labels have been tried both ways."""
+    return bool(_SEEN.get(model))
 
 
 def _usual(model: Any, kwargs: dict[str, Any]) -> bool:
@@ -361,7 +367,7 @@ class LabelledLoss(torch.autograd.Function):
         scores: Tensor | None = None
         rows = max(FEWEST_ROWS, LOGITS_AT_ONCE // weight.shape[0])
         rows = -(-hidden.shape[0] // max(1, -(-hidden.shape[0] // rows))) or 1  # chunks of equal size
-        for start in range(0, hidden.shape[0], rows):
+        for start in alike(range(0, hidden.shape[0], rows)):
             piece, labels = hidden[start : start + rows], target[start : start + rows, None]
             scores = _product(piece, weight, bias, scores)
             loss += _cross_entropy_of(scores)(scores, labels, factor, cap, writes=wanted).sum()

@@ -15,26 +15,25 @@ values, namely whether its result is that of its naive twin, is answered with ye
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from inlay.core.upstream import (
     GROUPED_PRODUCT,
     LOOK_AT_NUMBER,
     TorchDispatchMode,
-    schema_of,
     storage_number,
     tree_leaves,
     tree_map_only,
 )
+from inlay.plan.answers import META, NOTHING, Work, answer, tensors_in
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)
 _ASKED = (LOOK_AT_NUMBER, torch.ops.aten.equal.default)
-META, CPU = torch.device("meta"), torch.device("cpu")
+CPU = torch.device("cpu")
 
 
 class Entry(NamedTuple):
@@ -69,37 +68,54 @@ class Ledger(TorchDispatchMode):
         self._count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if any(t.is_meta for t in given):
+        kwargs = dict(kwargs) if kwargs else {}
+        given = tensors_in((*args, *kwargs.values()) if kwargs else args)
+        without = sum([t.is_meta for t in given])
+        if without:
             if func in _ASKED:
                 return _answer(func, given[0])
-            if any(not t.is_meta for t in given):
+            if without < len(given):
                 args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
         elif kwargs.get("device") == META and _whole(given, args, kwargs):
             kwargs["device"] = CPU
-        out = _grouped_product(*args, **kwargs) if func is GROUPED_PRODUCT else func(*args, **kwargs)
-        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        made = [self._note(tensor) for tensor in outputs]
-        packet = func.overloadpacket
-        if packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=out)
-            self.flops[self.phase] = self.flops.get(self.phase, 0.0) + flops
-        elif any(made) or schema_of(func).is_mutable:
-            moved = sum(t.numel() * t.element_size() for t in [*given, *outputs])
-            self.bytes_moved[self.phase] = self.bytes_moved.get(self.phase, 0.0) + moved
+        out, work = _grouped_product(args, kwargs) if func is GROUPED_PRODUCT else answer(func, args, kwargs)
+        for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
+            self._note(tensor)
+        if work is not NOTHING:
+            self.flops[self.phase] = self.flops.get(self.phase, 0.0) + work.flops
+            self.bytes_moved[self.phase] = self.bytes_moved.get(self.phase, 0.0) + work.bytes_moved
         return out
+
+    def rounds(self, steps: range) -> Iterator[int]:
+        """Of a loop whose rounds are `alike`: the first three, and the last.
+
+        The work of those between is what the second and the third lead to: it stays, or becomes evenly more or less.
+        """
+        seen = [self._work()]
+        for step in steps[:3]:
+            yield step
+            seen.append(self._work())
+        between = len(steps) - 4
+        if between > 0:
+            (*_, before, second, third) = seen
+            for total, *at in zip((self.flops, self.bytes_moved), before, second, third, strict=True):
+                slope = (at[2] - at[1]) - (at[1] - at[0])
+                total[self.phase] = at[2] + between * (at[2] - at[1]) + slope * between * (between + 1) / 2
+        yield from steps[3:][-1:]
+
+    def _work(self) -> tuple[float, float]:
+        return self.flops.get(self.phase, 0.0), self.bytes_moved.get(self.phase, 0.0)
 
     def number_of(self, tensor: Tensor) -> int | None:
         """Under which number a tensor's storage was noted; None where it was there before."""
         number, _ = self._alive.get(storage_number(tensor.untyped_storage()), (None, None))
         return number
 
-    def _note(self, tensor: Tensor) -> bool:
+    def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         address, size = storage_number(storage), storage.nbytes()
         if address in self._before or address in self._alive or not size:
-            return False
+            return
         self._count += 1
         number = self._count
 
@@ -109,7 +125,6 @@ class Ledger(TorchDispatchMode):
 
         self.entries.append(Entry(number, size, self.phase))
         self._alive[address] = (number, weakref.ref(storage, forget))
-        return True
 
 
 def _answer(func: Any, tensor: Tensor) -> bool | int | float:
@@ -118,14 +133,14 @@ def _answer(func: Any, tensor: Tensor) -> bool | int | float:
     return 0.0 if tensor.is_floating_point() else 0
 
 
-def _grouped_product(*args: Any, **kwargs: Any) -> Tensor:
+def _grouped_product(args: Any, kwargs: Any) -> tuple[Tensor, Work]:
     """Products with experts' weights: without values only bfloat16 is taken, with values every type."""
 
     def narrow(tensor: Tensor) -> Tensor:
         return tensor.to(torch.bfloat16) if tensor.is_meta and tensor.is_floating_point() else tensor
 
-    made: Tensor = GROUPED_PRODUCT(*tree_map_only(Tensor, narrow, args), **tree_map_only(Tensor, narrow, kwargs))
-    return made.to(args[0].dtype)
+    made, work = answer(GROUPED_PRODUCT, tree_map_only(Tensor, narrow, args), tree_map_only(Tensor, narrow, kwargs))
+    return made.to(args[0].dtype), work
 
 
 def _without_values(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -24,12 +24,13 @@ from inlay.core.install import install
 from inlay.core.model.select import Places, Where
 from inlay.core.model.view import ModelView
 from inlay.core.upstream import storage_number
+from inlay.kernels.labelled_head import TRIAL_TOKENS
 from inlay.machine.precision import Precision
 from inlay.plan.machine import Machine
 from inlay.plan.setting import BYTES_PER_WEIGHT, ROLES, Memory, Setting
 from inlay.plan.skeleton import Skeleton
 from inlay.plan.standins import quantisable
-from inlay.plan.step import PHASES, Trace, trace
+from inlay.plan.step import PHASES, Trace, Trial, trace, trial, warm
 
 FEW_LAYERS = 4
 FEW_ROWS = (2, 4)
@@ -176,24 +177,18 @@ class Planner:
 
     def _trace(self, setting: Setting, layers: int | None) -> Trace:
         plain = replace(setting, accumulate=1, optimizer_bytes=8.0, padded=setting.padded and setting.batch > 1)
-        key = (replace(plain, quantisation=plain.quantisation and "nf4"), layers)
+        plain = replace(plain, quantisation=plain.quantisation and "nf4")
+        key = (plain, layers)
         if key not in self._traces:
-            self._warm(setting, layers)
             at = self._model(setting.precision, layers)
-            quantised = {id(p) for p in at.linears} if setting.quantisation else set()
-            gpu = self.machine is not None and self.machine.gpu
-            self._traces[key] = trace(
-                at.model, at.adapter, setting, task=self.skeleton.task, gpu=gpu, quantised=quantised
-            )
+            how: dict[str, Any] = {
+                "task": self.skeleton.task,
+                "gpu": self.machine is not None and self.machine.gpu,
+                "quantised": {id(p) for p in at.linears} if setting.quantisation else set(),
+            }
+            tried = at.trial(plain, how)
+            self._traces[key] = trace(at.model, at.adapter, setting, tried=tried, **how)
         return self._traces[key]
-
-    def _warm(self, setting: Setting, layers: int | None) -> None:
-        """A small step first: what fast paths try once is small beside a step, and would blur the difference of two."""
-        at = self._model(setting.precision, layers)
-        if not at.warm:
-            small = replace(setting, batch=1, length=8, padded=False, checkpointing=False)
-            trace(at.model, at.adapter, small, task=self.skeleton.task, gpu=False, quantised=set())
-            at.warm = True
 
     def _worst(self, setting: Setting, seen: Trace, weights: float, adapter: float, trained: int) -> tuple[str, Memory]:
         """The phase that needs most, and how much of it is what."""
@@ -222,7 +217,8 @@ class _Attached:
 
     def __init__(self, model: Any, adapter: Adapter, frozen: list[nn.Parameter]) -> None:
         self.model, self.adapter = model, adapter
-        self._frozen, self.warm = frozen, False
+        self._frozen, self._warm = frozen, False
+        self._trials: dict[Setting, Trial] = {}
 
     @cached_property
     def linears(self) -> list[Tensor]:
@@ -234,6 +230,18 @@ class _Attached:
             for path, layer in quantisable(self.model, head)
             if not any(path == s or path.startswith(f"{s}.") for s in saved)
         ]
+
+    def trial(self, setting: Setting, how: Mapping[str, Any]) -> Trial:
+        """What the first call needs; afterwards the model is as later steps find it."""
+        few = replace(setting, batch=1, length=min(setting.length, TRIAL_TOKENS), padded=False)
+        found = self._trials.get(few) or self._trials.get(setting)
+        if found is None:
+            found = trial(self.model, self.adapter, setting, **how)
+            self._trials[few if found.few else setting] = found
+        if not self._warm:
+            warm(self.model, how["task"])
+            self._warm = True
+        return found
 
     @cached_property
     def sizes(self) -> _Sizes:

@@ -8,17 +8,19 @@ step        gradients only: the optimizer works in place
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.labels import IGNORED
+from inlay.core.upstream import tree_leaves
 from inlay.kernels import labelled_head
+from inlay.kernels.alike import shortening
 from inlay.plan.ledger import Entry, Ledger
 from inlay.plan.setting import Setting
 from inlay.plan.standins import Standins, answering_autocast
@@ -43,40 +45,48 @@ class Trace:
     bytes_moved: float
 
 
-def trace(model: Any, adapter: Adapter, setting: Setting, *, task: str, gpu: bool, quantised: set[int]) -> Trace:
-    """Run a step of `model`, whose parameters are on the meta device."""
+class Trial(NamedTuple):
+    """Memory while the output head's two ways are compared.
+
+    Attributes:
+        peak: role → bytes.
+        few: it was tried on few tokens, as many for any larger batch.
+    """
+
+    peak: Mapping[str, float]
+    few: bool
+
+
+def trace(
+    model: Any, adapter: Adapter, setting: Setting, *, task: str, gpu: bool, quantised: set[int], tried: Trial
+) -> Trace:
+    """Run a step of `model`, whose parameters are on the meta device, after `trial` and `warm`."""
     batch = inputs(model, setting, task)
-    ledger = Ledger([*model.parameters(), *model.buffers(), *adapter.tensors().values(), *batch.values()])
-    cached = getattr(model.config, "use_cache", None)
-    if setting.checkpointing:
-        model.config.use_cache = False  # as transformers does, with a warning
-        again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), Standins(gpu=gpu, quantised=quantised))}
-        model.activation_checkpointing_enable(again)
+    ledger = _ledger(model, adapter, batch)
     trunk = getattr(model, "base_model", model)
+
+    def trunk_begins(*_: Any) -> None:
+        if ledger.phase == "loss":  # a prompt went through it before the rows
+            ledger.phase = "forward"
 
     def trunk_is_over(*_: Any) -> None:
         if ledger.phase == "forward":
             ledger.phase = "loss"
 
-    hook = trunk.register_forward_hook(trunk_is_over) if trunk is not model else None
+    hooks = []
+    if trunk is not model:
+        hooks = [trunk.register_forward_pre_hook(trunk_begins), trunk.register_forward_hook(trunk_is_over)]
     try:
-        with answering_autocast(), ledger:
+        with _checkpointing(model, setting, gpu, quantised), answering_autocast(), shortening(ledger.rounds), ledger:
             with Standins(gpu=gpu, quantised=quantised):
-                ledger.phase = "trial"
-                labelled_head.forget(model)
-                with torch.no_grad():
-                    model(**batch)
                 ledger.phase = "forward"
                 loss = model(**batch)["loss"]  # the scores are let go of here, as in the training loop
             ledger.phase = "backward"
             loss.backward()
             del loss
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
-        if setting.checkpointing:
-            model.activation_checkpointing_disable()
-            model.config.use_cache = cached
     trained = [p for p in adapter.parameters() if p.requires_grad]
     grads = [p.grad for p in trained if p.grad is not None]
     kept = {number for grad in grads if (number := ledger.number_of(grad)) is not None}
@@ -86,12 +96,75 @@ def trace(model: Any, adapter: Adapter, setting: Setting, *, task: str, gpu: boo
         parameter.grad = None
     phases = ("forward", "loss", "backward")
     return Trace(
-        peaks={**peaks, "step": {"gradients": sum(sizes)}},
+        peaks={"trial": tried.peak, **peaks, "step": {"gradients": sum(sizes)}},
         gradients=sum(sizes),
         largest_gradient=max(sizes, default=0.0),
         flops=sum(ledger.flops.get(p, 0.0) for p in phases),
         bytes_moved=sum(ledger.bytes_moved.get(p, 0.0) for p in phases),
     )
+
+
+def trial(model: Any, adapter: Adapter, setting: Setting, *, task: str, gpu: bool, quantised: set[int]) -> Trial:
+    """Run the part of the first call that compares the output head's two ways, as far as there is one."""
+    batch = inputs(model, setting, task)
+    ledger = _ledger(model, adapter, batch)
+    trunk = getattr(model, "base_model", model)
+    tokens = [0]  # of each pass
+
+    def passes(_: Any, args: Any, kwargs: Any) -> None:
+        if labelled_head.compared(model):
+            raise _Compared
+        tokens.append(max(t.shape[:2].numel() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)))
+
+    # Not at the head: who watches that sees all scores.
+    hook = trunk.register_forward_pre_hook(passes, with_kwargs=True)
+    labelled_head.forget(model)
+    try:
+        with _checkpointing(model, setting, gpu, quantised), answering_autocast(), shortening(ledger.rounds), ledger:
+            with Standins(gpu=gpu, quantised=quantised), torch.no_grad(), suppress(_Compared):
+                ledger.phase = "trial"
+                model(**batch)
+    finally:
+        hook.remove()
+    return Trial(replay(ledger.entries, set()).get("trial", {}), few=max(tokens) <= labelled_head.TRIAL_TOKENS)
+
+
+def warm(model: Any, task: str) -> None:
+    """A forward pass of a few tokens, in which fast paths try what they try once.
+
+    That is little beside a step, and would blur the difference of two.
+    """
+    batch = inputs(model, Setting(batch=1, length=8, padded=False), task)
+    labels = batch.pop("labels")
+    if task == "seq2seq":
+        batch["decoder_input_ids"] = labels
+    with answering_autocast(), Ledger([]), Standins(gpu=False):
+        model(**batch)
+
+
+class _Compared(Exception):
+    """The head's two ways have been compared, and what would follow is not asked for."""
+
+
+def _ledger(model: Any, adapter: Adapter, batch: Mapping[str, Tensor]) -> Ledger:
+    return Ledger([*model.parameters(), *model.buffers(), *adapter.tensors().values(), *batch.values()])
+
+
+@contextmanager
+def _checkpointing(model: Any, setting: Setting, gpu: bool, quantised: set[int]) -> Iterator[None]:
+    """As the setting has it; afterwards the model is as before."""
+    if not setting.checkpointing:
+        yield
+        return
+    cached = getattr(model.config, "use_cache", None)
+    model.config.use_cache = False  # as transformers does, with a warning
+    again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), Standins(gpu=gpu, quantised=quantised))}
+    model.activation_checkpointing_enable(again)
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+        model.config.use_cache = cached
 
 
 def replay(entries: list[Entry], gradients: set[int]) -> dict[str, dict[str, float]]:
