@@ -120,7 +120,7 @@ def trial(model: Any, adapter: Adapter, setting: Setting, *, task: str, gpu: boo
     hook = trunk.register_forward_pre_hook(passes, with_kwargs=True)
     labelled_head.forget(model)
     try:
-        with _checkpointing(model, setting, gpu, quantised), answering_autocast(), shortening(ledger.rounds), ledger:
+        with _checkpointing(model, setting, gpu, quantised), answering_autocast(), shortening(ledger.rounds), ledger:  # noqa: SIM117
             with Standins(gpu=gpu, quantised=quantised), torch.no_grad(), suppress(_Compared):
                 ledger.phase = "trial"
                 model(**batch)
