@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+from inlay.core.contracts.method import Method
 from inlay.methods import built_in, registry
 from inlay.methods._row import Row, declared
 from inlay.train.hyper import fields_of
@@ -32,12 +33,17 @@ def listing() -> str:
     """The text of the file."""
     own = {key: cls for key, cls in registry().items() if key in built_in()}
     imports = sorted((key.replace("-", "_"), cls.__name__) for key, cls in own.items())
-    rows = {key: Row(cls.__name__, cls.family, settings(cls)) for key, cls in own.items()}
+    rows = {key: row(cls) for key, cls in own.items()}
     return formatted(
         HEAD
         + "".join(f"    from inlay.methods.{module} import {name} as {name}\n" for module, name in imports)
         + f"\nDECLARED = {declared()!r}\nMETHODS: dict[str, Row] = {rows!r}\n"
     )
+
+
+def row(cls: type[Method]) -> Row:
+    """One method's."""
+    return Row(cls.__name__, cls.family, settings(cls), accounts=cls.account is not Method.account)
 
 
 def settings(cls: Any) -> dict[str, tuple[str, Any]]:

@@ -70,6 +70,7 @@ def bottleneck(place: str) -> dict[str, tuple[int, ...]]:
 
 def inner(tensors: dict[str, Tensor], place: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     at = f"{place}.adapters.mine"
+    tensors = {name: value.to(x.dtype) for name, value in tensors.items()}
     low = function(F.linear(x, tensors[f"{at}.adapter_down.0.weight"], tensors[f"{at}.adapter_down.0.bias"]))
     return F.linear(low, tensors[f"{at}.adapter_up.weight"], tensors[f"{at}.adapter_up.bias"])
 

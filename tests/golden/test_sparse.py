@@ -306,7 +306,7 @@ def test_a_finished_diff_is_written_as_its_entries(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["lt-sft", "diff-pruning", "adalora"])
 def test_a_run_gives_what_the_schedule_ends_in(method: str, tmp_path: Path) -> None:
     """The best adapter of a run is not one from the first phase, however well that does."""
-    from inlay.formats.native import read_header
+    from inlay.formats.header import read_header
     from inlay.train import RunConfig, run
     from tests import tiny
 

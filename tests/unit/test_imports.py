@@ -274,6 +274,15 @@ def test_help_is_light() -> None:
     assert loaded_by(f"{run}\nexcept SystemExit as end:\n    assert not end.code, end.code") == set()
 
 
+@pytest.mark.parametrize("adapter", ["native/lora", "peft/lora", "adapterhub/lora"])
+def test_inspecting_is_light(adapter: str) -> None:
+    path = Path(__file__).parents[1] / "formats" / "golden" / adapter
+    run = (
+        f"import sys; sys.argv = ['inlay', 'inspect', {str(path)!r}]\ntry:\n    from inlay.cli.main import main; main()"
+    )
+    assert loaded_by(f"{run}\nexcept SystemExit as end:\n    assert not end.code, end.code") == set()
+
+
 def loaded_by(code: str) -> set[str]:
     """Which heavy libraries a fresh interpreter has imported after running `code`."""
     report = f"\nimport sys\nprint('loaded:', *sorted({HEAVY!r} & set(sys.modules)))"

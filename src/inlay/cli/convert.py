@@ -109,21 +109,21 @@ def _task_of(base: str | None) -> str:
 
 
 def _task_type(adapter: Path, source: str) -> str:
-    from inlay.formats.peft.config import read_config
+    from inlay.formats.configuration import read_config
 
     return str(read_config(adapter).get("task_type")) if source == "peft" else ""
 
 
 def _shapes(adapter: Path, source: str, pickles: bool) -> dict[str, tuple[int, ...]]:
     """Name → shape of the stored tensors."""
-    from inlay.formats import adapterhub, native
+    from inlay.formats import header
     from inlay.formats.archive import archive, open_archive
-    from inlay.formats.peft.config import WEIGHTS
+    from inlay.formats.configuration import HUB_WEIGHTS, WEIGHTS
 
     match source:
         case "native":
-            return {n: tuple(t["shape"]) for n, t in native.read_header(adapter)["tensors"].items()}
+            return {n: tuple(t["shape"]) for n, t in header.read_header(adapter)["tensors"].items()}
         case "tensors":
             return archive(adapter, allow_pickle=pickles).shapes
-    names = WEIGHTS if source == "peft" else adapterhub.WEIGHTS
+    names = WEIGHTS if source == "peft" else HUB_WEIGHTS
     return open_archive(adapter, *names, allow_pickle=pickles).shapes

@@ -66,7 +66,7 @@ def describe(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
 
 
 def _native(folder: Path) -> dict[str, Any]:
-    from inlay.formats.native import read_header
+    from inlay.formats.header import read_header
     from inlay.train.record import read_record
 
     header = read_header(folder)
@@ -96,7 +96,12 @@ def _native(folder: Path) -> dict[str, Any]:
 
 
 def _account(header: dict[str, Any]) -> dict[str, Any]:
-    """What the method itself has to tell, from the few tensors that it looks at."""
+    """What the method itself has to tell, from the few tensors that it looks at. Most have nothing: no torch then."""
+    from inlay.methods._listed import listed
+
+    row = listed(header["method"]["method"])
+    if row is not None and not row.accounts:
+        return {}
     from safetensors import SafetensorError, safe_open
 
     from inlay.core.errors import AdapterFileError, ConfigError

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from inlay.core.contracts.adapter import Adapter
 from inlay.core.errors import AdapterFileError, ConfigError, OutputError, UnsupportedError
-from inlay.core.forward.roster import roster_of
+from inlay.formats import configuration, header
+
+if TYPE_CHECKING:  # `inlay inspect` tells formats apart without torch
+    from torch import nn
+
+    from inlay.core.contracts.adapter import Adapter
 
 FORMATS = ("native", "peft")
 
@@ -25,6 +28,7 @@ def save(model: nn.Module, name: str, folder: str | Path, *, format: str = "nati
         OutputError: the folder cannot be written, or has another adapter that would be read in this one's place.
             What was there before is still there.
     """
+    from inlay.core.forward.roster import roster_of
     from inlay.formats import native, peft
 
     if format not in FORMATS:
@@ -37,7 +41,7 @@ def save(model: nn.Module, name: str, folder: str | Path, *, format: str = "nati
     adapter = roster.require(name)
     if format == "native":
         return native.write(model, adapter, Path(folder))
-    if native.recognises(Path(folder)) and not native.holds(Path(folder), adapter):
+    if header.recognises(Path(folder)) and not native.holds(Path(folder), adapter):
         raise OutputError(
             f"{folder} has an adapter in inlay's own format with other values, which would be loaded instead of it; "
             "choose another folder, or remove it"
@@ -97,19 +101,17 @@ def format_of(path: Path) -> str:
     Raises:
         AdapterFileError: nothing is there, or a configuration that cannot be read.
     """
-    from inlay.formats import adapterhub, native, peft
-
     if not path.exists():
         raise AdapterFileError(f"{path}: no such file or folder; expected an adapter")
-    if path.is_file() and path.name != native.FILE:
+    if path.is_file() and path.name != header.FILE:
         return "tensors"
-    if native.recognises(path):
+    if header.recognises(path):
         return "native"
-    if peft.recognises(path):
+    if configuration.is_pefts(path):
         return "peft"
-    if adapterhub.recognises(path):
+    if configuration.is_adapterhubs(path):
         return "adapterhub"
-    below = sorted(p.parent.name for p in path.glob(f"*/{peft.FILE}")) if path.is_dir() else []
-    if below and not (path / native.FILE).exists():
+    below = sorted(p.parent.name for p in path.glob(f"*/{configuration.FILE}")) if path.is_dir() else []
+    if below and not (path / header.FILE).exists():
         raise AdapterFileError(f"{path}: holds several adapters ({', '.join(below)}); give the folder of one of them")
     return "native"

@@ -32,10 +32,9 @@ from inlay.core.model.roles import layer_of
 from inlay.core.model.select import Places
 from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive, open_archive
+from inlay.formats.configuration import FILE, HUB_WEIGHTS, Config, read_config
 from inlay.formats.exchange import CRASHES, Entry, Reading, restore
-from inlay.formats.peft.config import FILE, Config, read_config
 
-WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 POST_NORM = (
     "bert",
     "roberta",
@@ -57,15 +56,10 @@ NONLINEAR = {"relu": "relu", "gelu": "gelu", "swish": "silu", "silu": "silu"}
 NOT_HERE = "has no counterpart in inlay"
 
 
-def recognises(folder: Path) -> bool:
-    """Whether `folder` holds an adapter in AdapterHub's format."""
-    return (folder / FILE).is_file() and isinstance(read_config(folder).get("config"), dict)
-
-
 def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, allow_pickle: bool) -> Adapter:
     """Attach an adapter from AdapterHub's files, strictly."""
     whole = read_config(folder)
-    archive = open_archive(folder, *WEIGHTS, allow_pickle=allow_pickle)
+    archive = open_archive(folder, *HUB_WEIGHTS, allow_pickle=allow_pickle)
     config = Config(dict(whole["config"]), folder / FILE)
     hub = Hub(config, ModelView(model), archive, str(whole.get("name", "")))
     width = whole.get("hidden_size")

@@ -6,59 +6,22 @@ and only in PyTorch's zip form with uncompressed members, so that it cannot expa
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from inlay.core.errors import AdapterFileError
+from inlay.formats.header import header_of
 
-HEADER_LIMIT = 64 * 2**20  # bytes; a real header has a few hundred for each tensor
+if TYPE_CHECKING:  # importing torch takes seconds, and shapes need none of it
+    from torch import Tensor
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-
-
-def header_of(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, checked against the file's size.
-
-    Raises:
-        ValueError: they do not.
-        OSError: the file cannot be read.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise ValueError(f"its header claims {length} bytes, but the file has {size}")
-        try:
-            raw = json.loads(file.read(length))
-        except RecursionError as error:
-            raise ValueError("its header is nested too deeply") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("__metadata__", {}), dict):
-        raise ValueError("its header is not a table of tensors")
-    tensors = [t for n, t in raw.items() if n != "__metadata__"]
-    if not all(map(_describes, tensors)):
-        raise ValueError("its header lacks the type, shape or place of some tensor")
-    end = max((t["data_offsets"][1] for t in tensors), default=0)
-    if 8 + length + end != size:
-        raise ValueError(f"its tensors end at byte {8 + length + end}, but the file has {size}")
-    return raw
-
-
-def _describes(entry: Any) -> bool:
-    """Whether an entry of a header describes a tensor completely."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-        return False
-    shape, place = entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
-        return False
-    return all(type(number) is int for number in [*shape, *place])
 
 
 @dataclass(frozen=True)
@@ -120,6 +83,9 @@ def archive(path: Path, *, allow_pickle: bool) -> Archive:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
+    import torch
+    from torch import Tensor
+
     try:
         with zipfile.ZipFile(path) as parts:
             unfolded = sum(part.file_size for part in parts.infolist())

@@ -15,9 +15,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from inlay.core.errors import AdapterFileError
-from inlay.formats import adapterhub, format_of, loralib, native
+from inlay.formats import format_of, single
 from inlay.formats.archive import Archive, archive, open_archive
-from inlay.formats.peft.config import WEIGHTS, WITHOUT_EFFECT, read_config
+from inlay.formats.configuration import HUB_WEIGHTS, WEIGHTS, WITHOUT_EFFECT, read_config
+from inlay.formats.header import read_header
 
 # PEFT's word → our method, for every family that is read.
 PEFT_METHODS = {
@@ -46,7 +47,7 @@ def describe(path: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
         case "peft":
             file, said = open_archive(path, *WEIGHTS, allow_pickle=allow_pickle), _peft(read_config(path))
         case "adapterhub":
-            file, said = open_archive(path, *adapterhub.WEIGHTS, allow_pickle=allow_pickle), _hub(read_config(path))
+            file, said = open_archive(path, *HUB_WEIGHTS, allow_pickle=allow_pickle), _hub(read_config(path))
         case "tensors":
             file = archive(path, allow_pickle=allow_pickle)
             said = _single(file)
@@ -68,7 +69,7 @@ def base_named(path: Path) -> str | None:
     """The base that an adapter's file names: a hub id, or a folder on some machine; None if it names none."""
     match format_of(path):
         case "native":
-            named = native.read_header(path).get("base_name")
+            named = read_header(path).get("base_name")
         case "tensors":
             return None
         case kind:
@@ -115,9 +116,9 @@ def _hub(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _single(file: Archive) -> dict[str, Any]:
-    found = loralib.kind_of(file)
-    ranks = sorted({shape[0] for name, shape in file.shapes.items() if name.endswith(loralib.LORA[0])})
-    ends = (*loralib.LORA, loralib.SCALE)
+    found = single.kind_of(file)
+    ranks = sorted({shape[0] for name, shape in file.shapes.items() if name.endswith(single.LORA[0])})
+    ends = (*single.LORA, single.SCALE)
     whole = sorted({n.rpartition(".")[0] for n in file.shapes if not n.endswith(ends)})
     return {
         "name": "default",
@@ -144,7 +145,7 @@ def _tensors(file: Archive) -> dict[str, dict[str, Any]]:
         return {n: {"dtype": TYPES.get(types[n], types[n]), "shape": list(s)} for n, s in file.shapes.items()}
     try:
         _ = file.shapes  # the header is checked against the file's size before the file is opened
-        with safe_open(file.path, framework="pt") as opened:
+        with safe_open(file.path, framework="numpy") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             return {name: {"dtype": part.get_dtype(), "shape": list(part.get_shape())} for name, part in parts.items()}
     except (SafetensorError, OSError) as error:

@@ -24,9 +24,7 @@ from inlay.core.model.select import Places
 from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive, archive
 from inlay.formats.exchange import Entry, Reading, restore
-
-LORA = (".lora_A", ".lora_B")
-SCALE = ".multi_lora_b"
+from inlay.formats.single import LORA, SCALE, kind_of
 
 
 def read(
@@ -44,22 +42,6 @@ def read(
     else:
         reading = _ia3(file, ModelView(model), wrong)
     return restore(model, reading, file, name=name or "default", trainable=trainable, wrong=wrong)
-
-
-def kind_of(file: Archive) -> str:
-    """``loralib`` or ``t-few``, by the names of the tensors.
-
-    Raises:
-        AdapterFileError: it is neither.
-    """
-    if any(n.endswith(LORA) for n in file.shapes):
-        return "loralib"
-    if any(n.endswith(SCALE) for n in file.shapes):
-        return "t-few"
-    raise AdapterFileError(
-        f"{file.path}: has neither loralib's lora_A and lora_B nor t-few's multi_lora_b; expected the tensors of one "
-        "adapter"
-    )
 
 
 def _lora(file: Archive, view: ModelView, alpha: float | None, wrong: list[str]) -> Reading:

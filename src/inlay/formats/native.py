@@ -30,13 +30,9 @@ from inlay.core.forward.roster import held_by_others
 from inlay.core.install import install
 from inlay.core.model.fingerprint import Fingerprint, fingerprint
 from inlay.core.model.select import Places
-from inlay.formats.archive import header_of
 from inlay.formats.exchange import CRASHES, Weightless
+from inlay.formats.header import FILE, FORMAT, read_header
 from inlay.formats.provenance import shareable
-
-FILE = "adapter.safetensors"
-FORMAT = 1
-KEYS = {"format", "name", "method", "places", "modules_to_save", "base", "base_name", "digest", "inlay"}
 
 
 def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
@@ -67,15 +63,6 @@ def write(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
     return path
 
 
-def recognises(folder: Path) -> bool:
-    """Whether `folder` has an adapter in our format. (AdapterHub gives its file the same name.)"""
-    path = folder / FILE if folder.is_dir() else folder
-    try:
-        return path.name == FILE and "inlay" in header_of(path).get("__metadata__", {})
-    except (OSError, ValueError):
-        return False
-
-
 def holds(folder: Path, adapter: Adapter) -> bool:
     """Whether the adapter in `folder` has the same values as this one."""
     return bool(read_header(folder)["digest"] == digest_of(_stored(adapter)[1]))
@@ -85,42 +72,6 @@ def _stored(adapter: Adapter) -> tuple[Method, dict[str, Tensor]]:
     """What is written: the method as it is stored, and the tensors as they are in the file."""
     method, tensors = adapter.method.stored(adapter)
     return method, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def read_header(folder: Path) -> dict[str, Any]:
-    """The header of a stored adapter, with ``tensors``: name → {"dtype", "shape"}. No tensor is read.
-
-    Raises:
-        AdapterFileError: there is no adapter, or its header was not written by inlay.
-    """
-    path = folder / FILE if folder.is_dir() or not folder.suffix else folder
-    try:
-        raw = header_of(path)
-        header = json.loads(raw.pop("__metadata__", {}).get("inlay", "null"))
-    except FileNotFoundError as error:
-        raise AdapterFileError(f"{folder}: no {FILE} there; expected a folder that inlay.save wrote") from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise AdapterFileError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
-    if not _complete(header):
-        raise AdapterFileError(f"{path}: not an adapter of inlay's format {FORMAT} (its header lacks or adds entries)")
-    return {
-        **header,
-        "path": str(path),
-        "tensors": {n: {"dtype": t["dtype"], "shape": t["shape"]} for n, t in raw.items()},
-    }
-
-
-def _complete(header: Any) -> bool:
-    """Whether every entry is present and has its type. What the entries mean is only found out by loading."""
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        return False
-    types = {"name": str, "method": dict, "places": dict, "modules_to_save": list, "base": dict, "digest": str}
-    return (
-        KEYS >= set(header) >= KEYS - {"base_name", "inlay"}
-        and all(isinstance(header[key], kind) for key, kind in types.items())
-        and isinstance(header["method"].get("method"), str)
-        and all(value is None or isinstance(value, str) for value in header["base"].values())
-    )
 
 
 def read(model: nn.Module, folder: Path, *, name: str | None, trainable: bool, copies: bool = True) -> Adapter:

@@ -12,11 +12,13 @@ class Row(NamedTuple):
         cls: name of its class.
         family: as in the methods table.
         settings: hyper-parameter → its type, as written in Python, and its default, as written in YAML.
+        accounts: whether it has something to tell of a stored adapter (`Method.account`).
     """
 
     cls: str
     family: str
     settings: dict[str, tuple[str, Any]]
+    accounts: bool = False
 
 
 def declared() -> str:

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from inlay.methods.unipelt import UniPELT as UniPELT
     from inlay.methods.vera import VeRA as VeRA
 
-DECLARED = "511cc6d00cb7853900c921b4c2e191e948a1677f85c2d2c5618ea4c3e1f204f8"
+DECLARED = "3d4d46a13c99a2dd31b6e499da3046ee645a56f6acc3e362f10735bc9606b18d"
 METHODS: dict[str, Row] = {
     "lora": Row(
         cls="LoRA",
@@ -66,6 +66,7 @@ METHODS: dict[str, Row] = {
             "rank_pattern": ("Mapping[str, int] | tuple[tuple[str, int], ...]", ()),
             "alpha_pattern": ("Mapping[str, float] | tuple[tuple[str, float], ...]", ()),
         },
+        accounts=False,
     ),
     "dora": Row(
         cls="DoRA",
@@ -77,6 +78,7 @@ METHODS: dict[str, Row] = {
             "rank_pattern": ("Mapping[str, int] | tuple[tuple[str, int], ...]", ()),
             "alpha_pattern": ("Mapping[str, float] | tuple[tuple[str, float], ...]", ()),
         },
+        accounts=False,
     ),
     "adalora": Row(
         cls="AdaLoRA",
@@ -95,23 +97,29 @@ METHODS: dict[str, Row] = {
             "total_steps": ("int | None", None),
             "rank_pattern": ("Mapping[str, int] | tuple[tuple[str, int], ...]", ()),
         },
+        accounts=False,
     ),
     "lora-plus": Row(
         cls="LoRAPlus",
         family="low rank",
         settings={"rank": ("int", 8), "alpha": ("float", 16.0), "dropout": ("float", 0.0), "ratio": ("float", 16.0)},
+        accounts=False,
     ),
     "lora-fa": Row(
         cls="LoRAFA",
         family="low rank",
         settings={"rank": ("int", 8), "alpha": ("float", 16.0), "dropout": ("float", 0.0), "corrected": ("bool", True)},
+        accounts=False,
     ),
     "pissa": Row(
         cls="PiSSA",
         family="low rank",
         settings={"rank": ("int", 8), "alpha": ("float | None", None), "niter": ("int | None", None)},
+        accounts=False,
     ),
-    "olora": Row(cls="OLoRA", family="low rank", settings={"rank": ("int", 8), "alpha": ("float", 16.0)}),
+    "olora": Row(
+        cls="OLoRA", family="low rank", settings={"rank": ("int", 8), "alpha": ("float", 16.0)}, accounts=False
+    ),
     "eva": Row(
         cls="EVA",
         family="low rank",
@@ -125,6 +133,7 @@ METHODS: dict[str, Row] = {
             "whiten": ("bool", False),
             "rank_pattern": ("Mapping[str, int] | tuple[tuple[str, int], ...]", ()),
         },
+        accounts=False,
     ),
     "loftq": Row(
         cls="LoftQ",
@@ -138,6 +147,7 @@ METHODS: dict[str, Row] = {
             "iterations": ("int", 5),
             "niter": ("int | None", None),
         },
+        accounts=True,
     ),
     "dylora": Row(
         cls="DyLoRA",
@@ -151,11 +161,13 @@ METHODS: dict[str, Row] = {
             "serve_rank": ("int | None", None),
             "seed": ("int", 0),
         },
+        accounts=False,
     ),
     "vera": Row(
         cls="VeRA",
         family="low rank",
         settings={"rank": ("int", 256), "dropout": ("float", 0.0), "start": ("float", 0.1), "seed": ("int", 0)},
+        accounts=False,
     ),
     "loha": Row(
         cls="LoHa",
@@ -166,6 +178,7 @@ METHODS: dict[str, Row] = {
             "rank_pattern": ("Mapping[str, int] | tuple[tuple[str, int], ...]", ()),
             "alpha_pattern": ("Mapping[str, float] | tuple[tuple[str, float], ...]", ()),
         },
+        accounts=False,
     ),
     "lokr": Row(
         cls="LoKr",
@@ -179,6 +192,7 @@ METHODS: dict[str, Row] = {
             "rank_pattern": ("Mapping[str, int] | tuple[tuple[str, int], ...]", ()),
             "alpha_pattern": ("Mapping[str, float] | tuple[tuple[str, float], ...]", ()),
         },
+        accounts=False,
     ),
     "oft": Row(
         cls="OFT",
@@ -189,23 +203,32 @@ METHODS: dict[str, Row] = {
             "share_blocks": ("bool", False),
             "neumann_terms": ("int | None", None),
         },
+        accounts=False,
     ),
     "boft": Row(
         cls="BOFT",
         family="orthogonal",
         settings={"block_size": ("int", 8), "factors": ("int", 2), "scaled": ("bool", False)},
+        accounts=False,
     ),
-    "ia3": Row(cls="IA3", family="rescaling", settings={"entering": ("tuple[str, ...] | None", None)}),
+    "ia3": Row(cls="IA3", family="rescaling", settings={"entering": ("tuple[str, ...] | None", None)}, accounts=False),
     "houlsby": Row(
-        cls="Houlsby", family="adapter", settings={"bottleneck": ("int", 64), "nonlinearity": ("str", "gelu")}
+        cls="Houlsby",
+        family="adapter",
+        settings={"bottleneck": ("int", 64), "nonlinearity": ("str", "gelu")},
+        accounts=False,
     ),
     "pfeiffer": Row(
-        cls="Pfeiffer", family="adapter", settings={"reduction": ("int", 16), "nonlinearity": ("str", "relu")}
+        cls="Pfeiffer",
+        family="adapter",
+        settings={"reduction": ("int", 16), "nonlinearity": ("str", "relu")},
+        accounts=False,
     ),
     "parallel": Row(
         cls="ParallelAdapter",
         family="adapter",
         settings={"bottleneck": ("int", 64), "scale": ("float", 4.0), "nonlinearity": ("str", "relu")},
+        accounts=False,
     ),
     "compacter": Row(
         cls="Compacter",
@@ -216,11 +239,15 @@ METHODS: dict[str, Row] = {
             "rank": ("int", 1),
             "nonlinearity": ("str", "gelu_new"),
         },
+        accounts=False,
     ),
-    "bitfit": Row(cls="BitFit", family="selective", settings={}),
-    "norm-tuning": Row(cls="NormTuning", family="selective", settings={}),
+    "bitfit": Row(cls="BitFit", family="selective", settings={}, accounts=False),
+    "norm-tuning": Row(cls="NormTuning", family="selective", settings={}, accounts=False),
     "trainable-tokens": Row(
-        cls="TrainableTokens", family="selective", settings={"tokens": ("tuple[int, ...]", ()), "head": ("bool", False)}
+        cls="TrainableTokens",
+        family="selective",
+        settings={"tokens": ("tuple[int, ...]", ()), "head": ("bool", False)},
+        accounts=False,
     ),
     "fish-mask": Row(
         cls="FishMask",
@@ -230,6 +257,7 @@ METHODS: dict[str, Row] = {
             "samples": ("int", 1024),
             "chosen": ("Mapping[str, int] | tuple[tuple[str, int], ...]", ()),
         },
+        accounts=False,
     ),
     "lt-sft": Row(
         cls="LTSFT",
@@ -240,6 +268,7 @@ METHODS: dict[str, Row] = {
             "total_steps": ("int | None", None),
             "chosen": ("Mapping[str, int] | tuple[tuple[str, int], ...]", ()),
         },
+        accounts=False,
     ),
     "diff-pruning": Row(
         cls="DiffPruning",
@@ -254,6 +283,7 @@ METHODS: dict[str, Row] = {
             "total_steps": ("int | None", None),
             "chosen": ("Mapping[str, int] | tuple[tuple[str, int], ...]", ()),
         },
+        accounts=False,
     ),
     "prompt-tuning": Row(
         cls="PromptTuning",
@@ -264,6 +294,7 @@ METHODS: dict[str, Row] = {
             "text": ("str", ""),
             "labels": ("tuple[str, ...]", ()),
         },
+        accounts=False,
     ),
     "p-tuning": Row(
         cls="PTuning",
@@ -274,6 +305,7 @@ METHODS: dict[str, Row] = {
             "projection": ("int | None", None),
             "template": ("tuple[int | str | tuple[int, ...], ...]", ()),
         },
+        accounts=False,
     ),
     "multitask-prompt": Row(
         cls="MultitaskPromptTuning",
@@ -284,6 +316,7 @@ METHODS: dict[str, Row] = {
             "text": ("str", ""),
             "shared_with": ("str", ""),
         },
+        accounts=False,
     ),
     "prefix-tuning": Row(
         cls="PrefixTuning",
@@ -294,11 +327,13 @@ METHODS: dict[str, Row] = {
             "init": ("Literal['random', 'text']", "random"),
             "text": ("str", ""),
         },
+        accounts=False,
     ),
     "llama-adapter": Row(
         cls="LLaMAAdapter",
         family="soft prompt",
         settings={"length": ("int", 10), "depth": ("int | None", None), "gate": ("Literal['tanh', 'raw']", "tanh")},
+        accounts=False,
     ),
     "loreft": Row(
         cls="LoReFT",
@@ -310,6 +345,7 @@ METHODS: dict[str, Row] = {
             "tied": ("bool", True),
             "dropout": ("float", 0.0),
         },
+        accounts=False,
     ),
     "stack": Row(
         cls="Stack",
@@ -331,6 +367,7 @@ METHODS: dict[str, Row] = {
                 ],
             )
         },
+        accounts=False,
     ),
     "in-parallel": Row(
         cls="Parallel",
@@ -352,6 +389,7 @@ METHODS: dict[str, Row] = {
                 ],
             )
         },
+        accounts=False,
     ),
     "average": Row(
         cls="Average",
@@ -382,6 +420,7 @@ METHODS: dict[str, Row] = {
             ),
             "weights": ("tuple[float, ...]", (0.5, 0.5)),
         },
+        accounts=False,
     ),
     "mam": Row(
         cls="MAM",
@@ -392,6 +431,7 @@ METHODS: dict[str, Row] = {
             "scale": ("float", 4.0),
             "projection": ("int | None", 512),
         },
+        accounts=False,
     ),
     "unipelt": Row(
         cls="UniPELT",
@@ -402,6 +442,7 @@ METHODS: dict[str, Row] = {
             "projection": ("int | None", 512),
             "rank": ("int", 8),
         },
+        accounts=False,
     ),
     "fusion": Row(
         cls="AdapterFusion",
@@ -411,6 +452,7 @@ METHODS: dict[str, Row] = {
             "methods": ("tuple[Method, ...]", []),
             "regularisation": ("float", 0.01),
         },
+        accounts=False,
     ),
     "ladder": Row(
         cls="LadderSideTuning",
@@ -424,7 +466,8 @@ METHODS: dict[str, Row] = {
             "attention": ("bool | None", None),
             "output": ("Literal['side', 'both']", "side"),
         },
+        accounts=False,
     ),
-    "top-layers": Row(cls="TopLayers", family="baseline", settings={"top": ("int", 2)}),
-    "full": Row(cls="FullFineTuning", family="baseline", settings={}),
+    "top-layers": Row(cls="TopLayers", family="baseline", settings={"top": ("int", 2)}, accounts=False),
+    "full": Row(cls="FullFineTuning", family="baseline", settings={}, accounts=False),
 }

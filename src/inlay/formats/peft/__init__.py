@@ -19,11 +19,11 @@ from inlay.core.contracts.adapter import Adapter
 from inlay.core.errors import AdapterFileError, ConfigError, UnsupportedError, UserError, nearest, problems
 from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive, open_archive
+from inlay.formats.configuration import FILE, WEIGHTS, Config, read_config
 from inlay.formats.exchange import CRASHES, Reading, Writing, restore, store
 from inlay.formats.peft import adaption, deltas, low_rank, prompts, rescaling, settings, tokens
-from inlay.formats.peft.config import FILE, WEIGHTS, Config, read_config
 
-__all__ = ["FAMILIES", "FILE", "LEFT_OUT", "WRITERS", "read", "recognises", "write"]
+__all__ = ["FAMILIES", "FILE", "LEFT_OUT", "WRITERS", "read", "write"]
 
 FAMILIES: Mapping[str, Callable[[Config, ModelView, Archive], Reading]] = {
     "LORA": low_rank.read,
@@ -67,11 +67,6 @@ LEFT_OUT: Mapping[str, str] = {
     "pissa": "that it started as a part of the weight: it becomes a LoRA of twice the rank",
     "prefix-tuning": "the projection; its final keys and values are written",
 }
-
-
-def recognises(folder: Path) -> bool:
-    """Whether `folder` has an adapter in PEFT's format."""
-    return (folder / FILE).is_file() and "peft_type" in read_config(folder)
 
 
 def read(

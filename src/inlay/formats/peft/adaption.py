@@ -21,9 +21,9 @@ from inlay.core.model.roles import layer_of
 from inlay.core.model.select import Places
 from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive
+from inlay.formats.configuration import Config
 from inlay.formats.exchange import Entry, Reading, Writing
 from inlay.formats.peft.common import PREFIX, header
-from inlay.formats.peft.config import Config
 from inlay.formats.peft.copies import read_copies, write_copies
 from inlay.formats.peft.prompts import the_prompt
 

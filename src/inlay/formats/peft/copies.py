@@ -18,8 +18,8 @@ from torch import Tensor
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.model.layer import read_weight
 from inlay.core.model.view import ModelView
+from inlay.formats.configuration import Config
 from inlay.formats.exchange import Entry
-from inlay.formats.peft.config import Config
 from inlay.formats.peft.targets import saved_modules
 
 Check = Callable[[Mapping[str, Tensor]], "str | None"]

@@ -24,10 +24,10 @@ from inlay.core.contracts.pieces import DeltaPiece
 from inlay.core.errors import UnsupportedError
 from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive
+from inlay.formats.configuration import Config
 from inlay.formats.exchange import Entry, Reading, Writing
 from inlay.formats.peft import settings, targets
 from inlay.formats.peft.common import PREFIX, header, places_of
-from inlay.formats.peft.config import Config
 from inlay.formats.peft.copies import read_copies, write_copies
 
 Shape = tuple[int, ...]

@@ -27,10 +27,10 @@ from inlay.core.errors import UnsupportedError
 from inlay.core.model.select import Places
 from inlay.core.model.view import AttentionPlace, ModelView
 from inlay.formats.archive import Archive
+from inlay.formats.configuration import Config
 from inlay.formats.exchange import Entry, Reading, Writing
 from inlay.formats.peft import targets
 from inlay.formats.peft.common import PROMPT_PREFIX, header
-from inlay.formats.peft.config import Config
 from inlay.formats.peft.copies import read_copies, write_copies
 
 NAME = "prompt_embeddings"

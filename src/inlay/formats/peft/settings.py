@@ -16,8 +16,8 @@ from inlay.core.contracts.site_pattern import frozen, value_at
 from inlay.core.errors import UnsupportedError
 from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive
+from inlay.formats.configuration import Config
 from inlay.formats.peft import targets
-from inlay.formats.peft.config import Config
 
 TRAINING = ("init_weights", "rank_dropout", "module_dropout", "rank_dropout_scale", "fan_in_fan_out")
 SMALL = 1e-5  # PEFT's AdaLoRA divides by rank + 1e-5

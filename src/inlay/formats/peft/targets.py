@@ -16,7 +16,7 @@ from typing import Any
 
 from inlay.core.contracts.site_pattern import pinned
 from inlay.core.model.view import ModelView
-from inlay.formats.peft.config import Config
+from inlay.formats.configuration import Config
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),

@@ -14,10 +14,10 @@ from inlay.core.errors import UnsupportedError
 from inlay.core.model.select import Places
 from inlay.core.model.view import ModelView
 from inlay.formats.archive import Archive
+from inlay.formats.configuration import Config
 from inlay.formats.exchange import Entry, Reading, Writing
 from inlay.formats.peft import targets
 from inlay.formats.peft.common import PREFIX, header
-from inlay.formats.peft.config import Config
 from inlay.formats.peft.copies import read_copies, same_values, write_copies
 
 SUFFIX = ".trainable_tokens_delta"

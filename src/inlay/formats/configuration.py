@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`, read strictly: every key is used, has no effect, or is refused by name."""
+"""PEFT's and AdapterHub's `adapter_config.json`, read strictly: keys are used, without effect, or refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from inlay.core.errors import AdapterFileError
 
 FILE = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's
+HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")  # AdapterHub's
 
 LARGEST = 16 * 2**20  # bytes of a configuration; a real one has a few thousand
 MOST = 2**40  # no rank, length or block is larger; products of sizes must fit into 64 bits
@@ -99,3 +100,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path}: expected a JSON object, found a {type(values).__name__}")
     return values
+
+
+def is_pefts(folder: Path) -> bool:
+    """Whether `folder` has an adapter in PEFT's format."""
+    return (folder / FILE).is_file() and "peft_type" in read_config(folder)
+
+
+def is_adapterhubs(folder: Path) -> bool:
+    """Whether `folder` has an adapter in AdapterHub's format."""
+    return (folder / FILE).is_file() and isinstance(read_config(folder).get("config"), dict)
