@@ -75,6 +75,8 @@ def plan(
     skeleton = _skeleton(base, task)
     chosen = partial(_chosen, skeleton, precision, half_planned(gpu, device), gpu or device_named(device or "cpu"))
     start = _start(skeleton, chosen, quantize, gradient_checkpointing, batch_size, accumulate, max_length)
+    if not as_json:
+        typer.echo(str(chosen(start.quantisation is not None)))
     methods = _methods(method or ("lora" if memory is not None else None), set_)
     machine = _machine(gpu, device)
     if memory == "gpu":
