@@ -1,7 +1,7 @@
 """Every method in every precision: on a base of 16 bits, cast with its adapters, and under autocast.
 
-Processors and types differ in what they have operators of: no decomposition is there for 16 bits, an LSTM of bfloat16 on
-some processors only. Run it as it is and with `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`.
+Processors and types differ in what they have operators of: decompositions are for 32 bits and more, an LSTM of bfloat16
+is there on some processors only. Run it as it is and with `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`.
 """
 
 from __future__ import annotations
