@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from inlay.machine.precision import half_of
+
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -41,6 +43,28 @@ def test_a_table(config: Path, command: Command, monkeypatch: pytest.MonkeyPatch
     assert code == 0 and "activations" in out and "lora" in out and "T4" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--gpu", "T4"), "fp16"),
+        (("--gpu", "RTX 4090"), "bf16"),
+        (("--gpu", "T4", "--precision", "fp32"), "fp32"),
+        (("--gpu", "V100", "--quantize", "nf4"), "fp16"),
+    ],
+)
+def test_weights_in_what_the_gpu_computes(
+    config: Path, command: Command, tmp_path: Path, words: tuple[str, ...], expected: str
+) -> None:
+    """A base stored in bfloat16, planned for what training would make of it there."""
+    values = json.loads((config / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**values, "dtype": "bfloat16"}), encoding="utf-8")
+    plain = ("--method", "lora", "--batch-size", 2, "--max-length", 16)
+    code, out, _ = command("plan", "--base", tmp_path, *plain, *words, "--json")
+    assert code == 0 and json.loads(out)["plans"][0]["setting"]["precision"] == expected
+    code, out, _ = command("plan", "--base", tmp_path, *plain, *words)
+    assert code == 0 and out.startswith(f"precision: {expected} (")
+
+
 def test_search(config: Path, command: Command, tmp_path: Path) -> None:
     chart = tmp_path / "plan.html"
     words = ("--memory", "24GiB", "--gpu", "RTX 4090", "--max-length", 64, "--batch-size", 2, "--plot", chart)
@@ -53,7 +77,7 @@ def test_search(config: Path, command: Command, tmp_path: Path) -> None:
 
 
 def test_what_is_not_said_is_as_in_training(config: Path, command: Command, tmp_path: Path) -> None:
-    """Beside quantised weights bf16, and a low-rank method at every linear layer; float16 on a GPU only."""
+    """What the device computes, and beside quantised weights a low-rank method at every linear layer."""
     facts = json.loads((config / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(facts | {"dtype": "float16"}))
     few, fixed = ("--batch-size", 1, "--max-length", 16, "--json"), ("--method", "lora", "--base", tmp_path)
@@ -65,9 +89,9 @@ def test_what_is_not_said_is_as_in_training(config: Path, command: Command, tmp_
     def precisions(*words: object) -> dict[object, object]:
         return {p["setting"]["quantisation"]: p["setting"]["precision"] for p in plans(*words)}  # type: ignore[index]
 
-    assert precisions() == {None: "fp32"} and precisions("--gpu", "T4") == {None: "fp16"}
+    assert precisions() == {None: half_of("cpu") or "fp32"} and precisions("--gpu", "T4") == {None: "fp16"}
     searched = plans("--memory", "gpu", "--gpu", "T4")
-    assert precisions("--memory", "gpu", "--gpu", "T4") == {None: "fp16", "nf4": "bf16"}
+    assert precisions("--memory", "gpu", "--gpu", "T4") == {None: "fp16", "nf4": "fp16"}
     trained = {p["setting"]["quantisation"]: p["trainable"] for p in searched}  # type: ignore[index]
     (everywhere,), (quantised,) = plans("--where", "all-linear"), plans("--quantize", "int8")
     assert trained["nf4"] == quantised["trainable"] == everywhere["trainable"] != trained[None]

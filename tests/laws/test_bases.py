@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import inlay
 from inlay.bases import trial
@@ -82,7 +83,6 @@ class Quantised(Specimen):
 
 @cache
 def _quantised(name: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as notices
 
     notices.disable_progress_bar()
@@ -224,6 +224,27 @@ def test_fingerprints_tell_bases_and_formats_apart() -> None:
     assert "quantised weights" in four.differences(fingerprint(other))[0]
 
 
+def test_a_quantised_base_is_the_same_on_every_machine(name: str) -> None:
+    """The codes of a weight depend on what it was rounded to before, so that must not depend on what is computed in."""
+    dense: Any = DENSE.build()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        options: dict[str, Any] = {"read_in": torch.bfloat16}
+        model = read_quantised(AutoModelForCausalLM, dense.config, dense.state_dict(), name, dtype, **options)[0]
+        layer = model.model.layers[0].mlp.up_proj
+        if name in ("nf4", "fp4"):
+            assert layer.compute_dtype == layer.weight.quant_state.dtype == dtype
+        assert model.lm_head.weight.dtype == model.config.dtype == dtype
+        found.append(fingerprint(model))
+        train(inlay.attach(model, inlay.LoRA(rank=2), where="all-linear"))
+        model.train()
+        assert model(input_ids=torch.tensor([[3, 4, 5]])).logits.dtype == dtype
+        merged = inlay.merge(model, "default")
+        assert merged.layers and model(input_ids=torch.tensor([[3, 4, 5]])).logits.dtype == dtype
+    assert found[0].quantised is not None and {f.quantised for f in found} == {found[0].quantised}
+    assert all(f.differences(found[0]) == found[0].differences(f) == [] for f in found)
+
+
 def test_an_adapter_of_a_quantised_base_fits_the_dense_one(tmp_path: Any) -> None:
     model = specimen("nf4").build()
     train(inlay.attach(model, inlay.LoRA(rank=2), name="one"))
@@ -257,7 +278,7 @@ def test_a_quantised_module_is_not_copied(where: str) -> None:
 
 def test_rows_that_the_library_computes_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 4-bit base that somebody else has loaded, with rows that blocks of 64 do not divide, on a CPU."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from inlay.bases import bitsandbytes as room
 

@@ -42,7 +42,7 @@ QuantizeAsTrained = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(help=f"In which the base is held and computed: {choices('precision')}. Default: auto, as for train."),
+    typer.Option(help=f"Precision to hold the base and compute in: {choices('precision')}. Default: auto."),
 ]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read tensors from a pickle (.bin, .pt) that you trust.")

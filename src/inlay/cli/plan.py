@@ -85,6 +85,8 @@ def plan(
     if limit is None:
         planners = {m.name: _planner(skeleton, m, where, start.quantisation, machine) for m in methods}
         rows, refused = _each(planners, start, as_json)
+        if not as_json:
+            typer.echo(str(chosen(start.quantisation is not None)))
         _show_plans(rows, refused, machine, name, as_json)
         shown = rows
     else:
@@ -95,6 +97,8 @@ def plan(
         ]
         room = limit - machine.overhead_bytes
         fits = _search(ways, room, batch_size, max_length, gradient_checkpointing)
+        if not as_json:
+            typer.echo(str(chosen(start.quantisation is not None)))
         _show_fits(fits, limit, machine, name, as_json)
         shown = [fit.fits for fit in fits if fit.fits is not None]
     if plot is not None:

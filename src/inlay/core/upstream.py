@@ -233,6 +233,7 @@ def save_progress(trainer: Any, folder: str) -> None:
     """Write a `Trainer`'s optimizer, schedule and random states as it reads them on resuming. Instead: nothing."""
     trainer._save_optimizer_and_scheduler(folder)
     trainer._save_rng_state(folder)
+    trainer._save_scaler(folder)  # where there is one
 
 
 def use_one_device(arguments: Any) -> None:

@@ -111,18 +111,14 @@ def half_planned(gpu: str | None, device: str | None) -> Precision | None:
     """
     if gpu is not None:
         return "fp16" if machine_named(gpu).name in WITHOUT_BF16 else "bf16"
-    return half_of(device or "cpu")
+    return half_of(_there(device or "cpu"))
 
 
 def calibrate(device: str = "cpu") -> Machine:
     """Measure this machine: a product of matrices as training has them, and a sum of vectors larger than any cache."""
     import torch
 
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device!r} is unknown; known: cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here; name the one to plan for with --gpu, or give --device cpu")
-    at = torch.device(device)
+    at = torch.device(_there(device))
 
     def rate(dtype: torch.dtype) -> float:
         size = 1024 if at.type == "cpu" else 8192
@@ -141,6 +137,17 @@ def calibrate(device: str = "cpu") -> Machine:
         overhead_bytes=GPU_OVERHEAD_BYTES if at.type == "cuda" else resident_bytes(),
         measured=True,
     )
+
+
+def _there(device: str) -> str:
+    """The kind of a device, if there is one here."""
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is unknown; known: cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here; name the one to plan for with --gpu, or give --device cpu")
+    return device
 
 
 def resident_bytes() -> float:

@@ -130,7 +130,7 @@ class RunConfig(BaseModel):
     precision: Annotated[
         Asked,
         BeforeValidator(lambda value: "auto" if value is None else value),  # as run.yaml of earlier versions has it
-        _says("In which the base is held and computed; auto is what this machine does fast and safely."),
+        _says("Precision to hold the base and compute in; auto is what this machine computes fast and safely."),
     ] = "auto"
     quantize: Annotated[
         Quantization | None, _says("Format of the base's weights (QLoRA: nf4). Default: as they are.")

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 # Gradients of losses near one are far below 8 (65,504 / 2^13), and a lost first step is a share of a short run; what
 # is still lost at 2^13 is smaller than 1e-11.
 FIRST = 2.0**13
+FACTOR = 0.5  # by which an overflow lowers the scale
 LEAST = 1.0  # at which gradients overflow that no scale has enlarged: the base itself leaves float16's range
 
 
@@ -32,7 +33,7 @@ class Scaling(TrainerCallback):
     def __init__(self, accelerator: Any, skipped: Callable[[], None]) -> None:
         self.accelerator, self.skipped = accelerator, skipped
         self.optimizer: Any = None  # accelerate's, around the one that steps
-        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=FIRST)
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=FIRST, backoff_factor=FACTOR)
         accelerator.unscale_gradients = self._unscale  # its own acts under its autocast only
 
     def _unscale(self, optimizer: Any = None) -> None:

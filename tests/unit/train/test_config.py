@@ -44,6 +44,14 @@ def test_all_mistakes_in_one_message() -> None:
         assert part in str(caught.value)
 
 
+def test_precision_is_auto_unless_asked_for() -> None:
+    plain = {"data": "rows.jsonl", "out": "run"}
+    assert RunConfig.of(plain).precision == RunConfig.of({**plain, "precision": None}).precision == "auto"
+    assert RunConfig.of({**plain, "precision": "fp16"}).precision == "fp16"
+    with pytest.raises(ConfigError, match=r"precision is 'half'"):
+        RunConfig.of({**plain, "precision": "half"})
+
+
 def test_missing_and_contradicting() -> None:
     with pytest.raises(ConfigError, match="out is missing"):
         RunConfig.of({"data": "x"})

@@ -6,13 +6,15 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from inlay.core.errors import ConfigError
+from inlay.machine.precision import dtype_of
 from inlay.train import load_base
-from inlay.train.loading import collapse
+from inlay.train.loading import collapse, precision_for
 from tests import tiny
 
 
@@ -23,6 +25,43 @@ def test_a_base_with_all_its_weights(llama: Path, capfd: pytest.CaptureFixture[s
     assert base.fresh == () and type(base.model).__name__ == "LlamaForCausalLM"
     assert capfd.readouterr() == ("", "")
     assert load_base(llama, dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def narrow(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, stored in bfloat16."""
+    folder = tmp_path_factory.mktemp("narrow")
+    base = load_base(llama, precision="bf16")
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("half", [None, "bf16", "fp16"])
+def test_the_precision_is_the_devices(llama: Path, narrow: Path, half: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inlay.train.loading.half_of", lambda device: half)
+    expected = dtype_of(half or "fp32")
+    assert load_base(narrow).model.dtype == expected and precision_for(narrow).precision == (half or "fp32")
+    assert load_base(llama).model.dtype == torch.float32  # as it is stored
+    assert load_base(narrow, precision="stored").model.dtype == torch.bfloat16
+    assert load_base(narrow, precision="fp16").model.dtype == torch.float16
+    assert load_base(llama, precision="fp16", dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    packed = load_base(llama, quantize="int8").model
+    assert {p.dtype for p in packed.parameters() if p.dtype != torch.int8} == {expected}
+
+
+def test_a_type_that_only_the_weights_tell(narrow: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(narrow, folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("dtype") == "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_base(folder, precision="stored").model.dtype == torch.bfloat16
+
+
+def test_no_such_precision(llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"precision 'bf61' is unknown; did you mean 'bf16'\?"):
+        load_base(llama, precision="bf61")  # type: ignore[arg-type]
 
 
 def test_fresh_heads_are_found(llama: Path, bert: Path) -> None:

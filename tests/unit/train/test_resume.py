@@ -77,6 +77,25 @@ def test_the_same_numbers(
     assert (whole.adapter / FILE).read_bytes() == (again.adapter / FILE).read_bytes()
 
 
+def test_the_precision_stays(completions: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine that would choose another; a run of a version without ``auto`` used what is stored."""
+    asked = config(completions, llama, tmp_path / "run", precision="bf16")
+    with killed_after(1):
+        run(asked, progress=False)
+    monkeypatch.setattr("inlay.train.loading.half_of", lambda device: None)
+    file = tmp_path / "run" / "run.yaml"
+    saved = file.read_text(encoding="utf-8")
+    assert "precision: bf16\n" in saved
+    assert resumed_config(tmp_path / "run", {}).precision == "bf16"
+    assert resumed_config(tmp_path / "run", {"precision": "auto"}).precision == "bf16"
+    with pytest.raises(ConfigError, match="precision is 'fp32', but the run has 'bf16'"):
+        resumed_config(tmp_path / "run", {"precision": "fp32"})
+    for quantize, precision in (("null", "fp32"), ("nf4", "bf16")):
+        early = saved.replace("precision: bf16\n", "precision: null\n")
+        file.write_text(early.replace("quantize: null", f"quantize: {quantize}"), encoding="utf-8")
+        assert resumed_config(tmp_path / "run", {}).precision == precision
+
+
 def test_heads_and_early_stopping(bert: Path, tmp_path: Path) -> None:
     data = tiny.jsonl(tmp_path / "rows.jsonl", "classification")
     asked = config(data, bert, tmp_path / "a", eval_every=2, save_every=2, steps=30, early_stopping=2)
