@@ -32,6 +32,7 @@ import inlay.bases  # registers the layer types that can be read
 from inlay.baselines import baselines
 from inlay.bases.loading import LIBRARIES
 from inlay.bases.trial import refusal
+from inlay.cli.methods import describe
 from inlay.cli.schema import run_schema, written
 from inlay.core.build import build
 from inlay.core.contracts.method import Method, SubsetMethod
@@ -39,8 +40,10 @@ from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
 from inlay.core.model.select import Places
 from inlay.formats.peft import WRITERS
 from inlay.methods import built_in
+from inlay.methods._row import declared
 from inlay.testing.laws.scaffold import put
 from inlay.testing.models import ZOO
+from inlay.train import load_base
 from inlay.train.options import described
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +164,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed_table, "options": option_table,
 }  # fmt: skip
 PAGES = ("README.md", "docs/quality.md", "docs/speed.md", "docs/training.md")
+
+
+def counted() -> str:
+    """What `inlay methods` shows of the embedded base."""
+    rows = describe(load_base(None, precision="stored").model)
+    return f"{written({'declared': declared(), 'rows': rows})}\n"
+
+
 WHOLE: dict[str, Callable[[], str]] = {
+    "src/inlay/cli/methods.json": counted,
     "src/inlay/methods/_table.py": listing,
     "src/inlay/train/run.schema.json": lambda: f"{written(run_schema())}\n",
 }

@@ -283,6 +283,11 @@ def test_inspecting_is_light(adapter: str) -> None:
     assert loaded_by(f"{run}\nexcept SystemExit as end:\n    assert not end.code, end.code") == set()
 
 
+def test_the_list_of_methods_is_light() -> None:
+    run = "import sys; sys.argv = ['inlay', 'methods']\ntry:\n    from inlay.cli.main import main; main()"
+    assert loaded_by(f"{run}\nexcept SystemExit as end:\n    assert not end.code, end.code") == set()
+
+
 def loaded_by(code: str) -> set[str]:
     """Which heavy libraries a fresh interpreter has imported after running `code`."""
     report = f"\nimport sys\nprint('loaded:', *sorted({HEAVY!r} & set(sys.modules)))"
