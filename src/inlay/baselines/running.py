@@ -16,8 +16,7 @@ from inlay.data import Template, labels_of
 from inlay.data import fingerprint as rows_fingerprint
 from inlay.train.config import RunConfig
 from inlay.train.folder import RunFolder, write_beside, write_text
-from inlay.train.loading import base_source, load_base, precision_for
-from inlay.train.prepare import absolute
+from inlay.train.loading import absolute, base_source, load_base, precision_for
 from inlay.train.quiet import quiet_libraries
 from inlay.train.record import TrainingRecord, versions
 from inlay.train.rows import UNBOUNDED_CONTEXT, context_of, read_rows, roles_of, split_rows

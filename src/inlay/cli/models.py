@@ -115,7 +115,7 @@ def base_of(folders: Sequence[str]) -> str | None:
     from inlay.formats.describing import base_named
     from inlay.formats.provenance import LOCAL
     from inlay.train import read_record
-    from inlay.train.prepare import absolute
+    from inlay.train.loading import absolute
 
     found: dict[str, str | None] = {}
     for folder in folders:

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import varlen
 
 from inlay.core.errors import UnsupportedError
 from inlay.core.forward.host import Host
@@ -238,6 +237,8 @@ def at_once(
     query: Tensor, key: Tensor, value: Tensor, runs: tuple[TextRun, ...], window: int | None, scale: float | None
 ) -> Tensor:
     """Causal attention within each text, in one call: (1, heads, tokens, size) → (1, tokens, heads, size)."""
+    from torch.nn.attention import varlen  # brings the compiler along, which takes a second to import
+
     starts, longest = _starts(runs, query.device)
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     seen = (-1 if window is None else window - 1, 0)

@@ -106,6 +106,12 @@ def load_base(
     return Base(model, tokenizer, fresh)
 
 
+def absolute(source: str) -> str:
+    """A local path in full; a hub id as it is."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
 def base_source(path: str | Path | None) -> str:
     """The folder or hub id that `path` means.
 

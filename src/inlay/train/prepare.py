@@ -16,7 +16,7 @@ from inlay.core.contracts.method import Method
 from inlay.core.errors import ConfigError, problems
 from inlay.train.config import RunConfig, Task
 from inlay.train.hyper import build_method, usual_places
-from inlay.train.loading import Base, base_source, load_base, precision_for
+from inlay.train.loading import Base, absolute, base_source, load_base, precision_for
 from inlay.train.members import located, standing
 from inlay.train.optimizers import check_optimizer
 from inlay.train.packing import PackingCollator, packs
@@ -269,12 +269,6 @@ def _resolved(config: RunConfig, task: Task, method: Method, layout: Layout, row
         out=str(Path(config.out).expanduser().resolve()),
     )
     return resolved, total
-
-
-def absolute(source: str) -> str:
-    """A local path in full; a hub id as it is."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else source
 
 
 def _check_reporters(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
 import inlay
 from inlay.core.errors import UnsupportedError
@@ -143,7 +144,7 @@ def test_the_kernel_for_all_texts_is_told_what_they_are(
         return out[0].transpose(0, 1)
 
     monkeypatch.setattr(packed, "_takes_all", lambda *_: True)
-    monkeypatch.setattr(packed.varlen, "varlen_attn", documented)
+    monkeypatch.setattr(varlen, "varlen_attn", documented)
     prepared(model)
     ours, own = step(model, adapter, together)
     assert calls
