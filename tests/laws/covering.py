@@ -40,7 +40,6 @@ def left_out(method: Method, specimen: Specimen) -> frozenset[str]:
     return ABOUT_RUNNING if covered and specimen.name in ARCHITECTURES else frozenset()
 
 
-@cache
 def one_of_each_make() -> dict[Make, type[Method]]:
     """The methods that stand for all that are made of the same sorts of pieces: the first of each."""
     found: dict[Make, type[Method]] = {}
@@ -49,6 +48,7 @@ def one_of_each_make() -> dict[Make, type[Method]]:
     return found
 
 
+@cache
 def make(method: type[Method]) -> Make:
     """What the core sees of a method: the sorts of its pieces, at which sites, with which views."""
     for name in KINDS:
@@ -67,4 +67,3 @@ def _sort(piece: object) -> tuple[object, ...]:
     if isinstance(piece, PromptPiece):
         return ("keys and values" if isinstance(piece.prompt, KeyValuePrompt) else "tokens",)
     return ("difference",)
-

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,7 +80,6 @@ assert torch.equal(model(**batch).logits, base)
 """
 CONFIG = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
-
 
 PLANNED = "plan --method lora,scale-shift --gpu T4 --max-length 16 --base base"
 COMMANDS = {"inspect": "inspect stored", "methods": "methods", "plan": PLANNED}

@@ -97,7 +97,7 @@ def refusal(specimen: Specimen, method: Method) -> str | None:
 
 
 def forward(specimen: Specimen, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Scores, without a loss: its two ways are tried on every fresh model. That labels change no score `silence` asks."""
+    """Scores without a loss, whose two ways are tried on every fresh model; `silence` holds that labels change none."""
     given = {k: v for k, v in batch.items() if k != "labels"}
     if specimen.task == "seq2seq":
         given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]
