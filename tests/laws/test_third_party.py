@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +21,10 @@ check_method(inlay.methods()["scale-shift"], [ZOO[name] for name in ("llama", "g
 """
 COMPILED = """
 import inlay
-from inlay.testing import SLOW_LAWS, check_method
+from inlay.testing import SLOW_LAWS
 from inlay.testing.models import ZOO
 
-check_method(inlay.methods()["scale-shift"], [ZOO["llama"]], SLOW_LAWS)
+SLOW_LAWS["compiling"](ZOO["llama"], inlay.methods()["scale-shift"]())
 """
 LIFE = """
 import torch
@@ -82,61 +81,82 @@ assert torch.equal(model(**batch).logits, base)
 CONFIG = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 
+PLANNED = "plan --method lora,scale-shift --gpu T4 --max-length 16 --base base"
+COMMANDS = {"inspect": "inspect stored", "methods": "methods", "plan": PLANNED}
+# What the process with the package does: one after another, because each process imports torch and transformers.
+PROCESS = """
+import contextlib, io, json, sys, traceback
 
-@pytest.fixture
-def installed(tmp_path: Path) -> dict[str, str]:
-    """The environment of a process that has the package ``ssf`` installed: one module and its metadata."""
-    (tmp_path / "ssf.py").write_text(readme_method(), encoding="utf-8")
-    metadata = tmp_path / "ssf-1.0.dist-info"
+from inlay.cli.main import main
+
+programs, commands = json.load(sys.stdin)
+told = {}
+for name, program in programs.items():
+    try:
+        exec(program, {})
+    except BaseException:
+        told[name] = traceback.format_exc()
+for name, words in commands.items():
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            main([*words.split(), "--json"])
+    except SystemExit as ended:
+        told[name] = json.loads(out.getvalue()) if not ended.code else f"exit code {ended.code}"
+    except BaseException:
+        told[name] = traceback.format_exc()
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a process that has the package ``ssf`` installed, one module and its metadata: what commands print, and of
+    programs that fail the traceback."""
+    folder = tmp_path_factory.mktemp("installed")
+    (folder / "ssf.py").write_text(readme_method(), encoding="utf-8")
+    metadata = folder / "ssf-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: ssf\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[inlay.methods]\nscale-shift = ssf:ScaleShift\n")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-
-
-def run(environment: dict[str, str], folder: Path, program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=folder, capture_output=True, text=True)
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **CONFIG})
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    asked = json.dumps([{"laws": LAWS, "compiled": COMPILED, "life": LIFE}, COMMANDS])
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS], env=environment, cwd=folder, input=asked, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def command(environment: dict[str, str], folder: Path, *words: str) -> Any:
-    """What `inlay WORDS --json` prints."""
-    program = f"import sys; from inlay.cli.main import main; sys.argv = {['inlay', *words, '--json']!r}; main()"
-    return json.loads(run(environment, folder, program))
+def test_all_laws(told: dict[str, Any]) -> None:
+    assert "laws" not in told, told["laws"]
 
 
-def test_all_laws(installed: dict[str, str], tmp_path: Path) -> None:
-    run(installed, tmp_path, LAWS)
+def test_it_compiles(told: dict[str, Any]) -> None:
+    assert "compiled" not in told, told["compiled"]
 
 
-@pytest.mark.slow
-def test_it_compiles(installed: dict[str, str], tmp_path: Path) -> None:
-    run(installed, tmp_path, COMPILED)
-
-
-def test_attaching_mixed_batches_merging_and_storage(installed: dict[str, str], tmp_path: Path) -> None:
-    run(installed, tmp_path, LIFE)
-    facts = command(installed, tmp_path, "inspect", "stored")
+def test_attaching_mixed_batches_merging_and_storage(told: dict[str, Any]) -> None:
+    assert "life" not in told, told["life"]
+    facts = told["inspect"]
     assert (facts["method"], facts["hyper_parameters"]) == ("scale-shift", {"shift": True})
 
 
-def test_a_row_in_the_methods_table(installed: dict[str, str], tmp_path: Path) -> None:
-    rows = {row["method"]: row for row in command(installed, tmp_path, "methods")["methods"]}
+def test_a_row_in_the_methods_table(told: dict[str, Any]) -> None:
+    rows = {row["method"]: row for row in told["methods"]["methods"]}
     assert rows["scale-shift"]["merges"] and rows["scale-shift"]["mixed_batches"]
     assert rows["scale-shift"]["trained"] > 0
     assert rows["scale-shift"]["quantised_bases"]["nf4"] is True
 
 
-def test_a_row_of_the_plan(installed: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **CONFIG})
-    )
-    words = ("--base", str(tmp_path), "--method", "lora,scale-shift", "--gpu", "T4", "--max-length", "16")
-    told = command(installed, tmp_path, "plan", *words)
-    assert told["refused"] == {}
-    rows = {row["method"]: row for row in told["plans"]}
-    plan = rows["scale-shift"]
+def test_a_row_of_the_plan(told: dict[str, Any]) -> None:
+    assert told["plan"]["refused"] == {}
+    plan = {row["method"]: row for row in told["plan"]["plans"]}["scale-shift"]
     # gains of 32 queries and 16 values in two layers; without biases in this base nothing is shifted
     assert plan["trainable"] == 2 * (32 + 16)
     assert plan["memory_bytes"]["optimizer"] == 8 * plan["trainable"] and plan["disk_bytes"] == 4 * plan["trainable"]

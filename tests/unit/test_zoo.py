@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inlay.testing.models import ZOO
-from inlay.testing.specimen import IGNORED_LABEL, Side, Specimen, _built
+from inlay.testing.specimen import IGNORED_LABEL, Side, Specimen, _mould
 
 EVERY = pytest.mark.parametrize("specimen", ZOO.values(), ids=ZOO.keys())
 PADDED = pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_every_parameter_is_random(specimen: Specimen) -> None:
 @EVERY
 def test_building_again_gives_the_same_values_in_a_model_of_its_own(specimen: Specimen) -> None:
     first = specimen.build()
-    _built.cache_clear()
+    _mould.cache_clear()
     second = specimen.build()
     assert not first.training
     for (name, a), (other, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
@@ -51,7 +51,7 @@ def test_building_again_gives_the_same_values_in_a_model_of_its_own(specimen: Sp
 
 
 def test_building_leaves_the_random_state_alone() -> None:
-    _built.cache_clear()
+    _mould.cache_clear()
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)

@@ -7,7 +7,6 @@ order one.
 
 from __future__ import annotations
 
-import copy
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from inlay.testing.mould import Mould
 
 Kind = Literal["decoder", "encoder", "seq2seq", "vision", "plain"]
 Task = Literal["causal", "classification", "seq2seq", "features"]
@@ -66,7 +67,7 @@ class Specimen:
         Args:
             dtype: of the parameters; buffers keep theirs, as `from_pretrained` does.
         """
-        model = copy.deepcopy(_built(self))
+        model = _mould(self).cast()
         if dtype is not torch.float32:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
@@ -177,7 +178,7 @@ def _generator(*key: object) -> torch.Generator:
 
 
 @cache
-def _built(specimen: Specimen) -> nn.Module:
+def _mould(specimen: Specimen) -> Mould:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = specimen.factory()
@@ -187,7 +188,7 @@ def _built(specimen: Specimen) -> nn.Module:
         # Without an end token every row generates as long as asked, so that lengths can be compared.
         generation.eos_token_id = None
         generation.pad_token_id = PAD
-    return model.eval()
+    return Mould(model.eval())
 
 
 def randomise(model: nn.Module, seed: object) -> None:

@@ -14,21 +14,23 @@ from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.method import Method
 from inlay.core.errors import RouteError, UnsupportedError
 from inlay.testing.laws.scaffold import (
+    PARTNERS,
     ROWS,
     Broken,
+    accompany,
     attached,
+    bare,
+    by_itself,
     close,
     forward,
     gradients,
     hold,
     is_subset,
     loss,
-    partners,
     put,
     same,
-    train,
 )
-from inlay.testing.specimen import Specimen
+from inlay.testing.specimen import Side, Specimen
 
 RESUMED = ("llama", "bert", "t5", "sequential")  # one of each kind: the loop does not depend on the architecture
 
@@ -114,8 +116,8 @@ def resuming(specimen: Specimen, method: Method) -> None:
 def rows_are_independent(specimen: Specimen, method: Method) -> None:
     """A batch of several adapters equals one row at a time; wrong counts raise."""
     model = attached(specimen, method)
-    for name, partner in partners(method).items():
-        train(put(specimen, model, partner, name), seed=len(name))
+    for partner in PARTNERS:
+        accompany(specimen, model, partner)
     names: list[str | None] = ["one", None, "two", "three", "one"]
     if is_subset(model, "one"):
         try:
@@ -133,9 +135,11 @@ def rows_are_independent(specimen: Specimen, method: Method) -> None:
                 return
             mixed = forward(specimen, model, batch)
         for i, chosen in enumerate(names):
-            alone = specimen.row(batch, i)
-            with inlay.use(model, chosen):
-                solo = forward(specimen, model, alone)
+            if chosen == "one":
+                with inlay.use(model, chosen):
+                    solo = forward(specimen, model, specimen.row(batch, i))
+            else:
+                solo = _row_alone(specimen, chosen, len(names), i, ragged, side)
             row = mixed[i : i + 1]
             if specimen.task == "causal" and ragged:
                 row = row[:, batch["attention_mask"][i].bool()]
@@ -150,6 +154,13 @@ def rows_are_independent(specimen: Specimen, method: Method) -> None:
         raise Broken(f"{len(names)} rows went through a route of {len(wrong)}")
 
 
+@cache
+def _row_alone(specimen: Specimen, name: str | None, rows: int, row: int, ragged: bool, side: Side) -> Tensor:
+    """What the base or a partner answers to a row of `rows_are_independent`, where nothing else is attached."""
+    batch = specimen.batch(rows, 4, ragged, side)
+    return forward(specimen, by_itself(specimen, name), specimen.row(batch, row))
+
+
 def _holds_back(specimen: Specimen, model: nn.Module, batch: dict[str, Tensor]) -> None:
     """A model that cannot be routed row by row refuses a mixed batch instead of guessing."""
     try:
@@ -162,7 +173,7 @@ def _holds_back(specimen: Specimen, model: nn.Module, batch: dict[str, Tensor]) 
 def mixed_training(specimen: Specimen, method: Method) -> None:
     """The gradients of a mixed batch are those of its rows trained alone."""
     model = attached(specimen, method)
-    train(put(specimen, model, inlay.LoRA(rank=2), "two"))
+    accompany(specimen, model, "two")
     if is_subset(model, "one") or specimen.shares_projections:
         return
     names: list[str | None] = ["two", "one", None, "one"]
@@ -190,25 +201,45 @@ def generation(specimen: Specimen, method: Method) -> None:
     if not specimen.supports_generate:
         return
     model: Any = attached(specimen, method)
-    train(put(specimen, model, inlay.LoRA(rank=2), "two"))
-    names: list[str | None] = [None, "two", None] if is_subset(model, "one") else ["one", "two", None]
+    accompany(specimen, model, "two")
+    names: list[str | None] = [None, "two", None] if is_subset(model, "one") else ["two", "one", None]
     batch = specimen.prompts(3, 6, ragged=True)
-    for options in ({}, {"use_cache": False}, {"num_beams": 3}):
-        settings = {"max_new_tokens": 4, "do_sample": False, **options}
-        with inlay.use(model, names):
-            mixed = model.generate(**batch, **settings)
-        for i, name in enumerate(names):
-            alone = {k: v[i : i + 1][:, batch["attention_mask"][i].bool()] for k, v in batch.items()}
-            with inlay.use(model, name):
-                solo = model.generate(**alone, **settings)
-            hold(torch.equal(mixed[i, -4:], solo[0, -4:]), f"row {i} ({name}) generates otherwise alone, {options}")
-    with inlay.use(model, "one"):
-        hold(
-            torch.equal(
-                model.generate(**batch, max_new_tokens=4), model.generate(**batch, max_new_tokens=4, use_cache=False)
-            ),
-            "generation with a cache differs from generation without",
-        )
+
+    def generated(choice: Any, rows: dict[str, Tensor] = batch, **options: Any) -> Tensor:
+        with inlay.use(model, choice):
+            return _generated(model, rows, **options)
+
+    mixed, own = generated(names), generated("one")
+    hold(torch.equal(generated(names, use_cache=False), mixed), "a mixed batch generates otherwise without a cache")
+    hold(torch.equal(generated("one", use_cache=False), own), "generation with a cache differs from generation without")
+    beams = generated(names, num_beams=3)
+    for i, name in enumerate(names):
+        if name == "one":
+            solo, solo_beams = own[i], generated(name, _unpadded(batch, i), num_beams=3)[0]
+        else:
+            solo, solo_beams = (_generated_alone(specimen, name, i, n) for n in (1, 3))
+        hold(torch.equal(mixed[i], solo), f"row {i} ({name}) generates otherwise alone")
+        hold(torch.equal(beams[i], solo_beams), f"row {i} ({name}) generates otherwise alone, with beams")
+
+
+NEW = 4  # tokens to generate
+
+
+def _generated(model: Any, rows: dict[str, Tensor], **options: Any) -> Tensor:
+    found: Tensor = model.generate(**rows, max_new_tokens=NEW, do_sample=False, **options)
+    return found[:, -NEW:]
+
+
+def _unpadded(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    kept = batch["attention_mask"][row].bool()
+    return {k: v[row : row + 1][:, kept] for k, v in batch.items()}
+
+
+@cache
+def _generated_alone(specimen: Specimen, name: str | None, row: int, beams: int) -> Tensor:
+    """What the base or a partner makes of a row of `generation`, where nothing else is attached."""
+    batch = specimen.prompts(3, 6, ragged=True)
+    return _generated(by_itself(specimen, name), _unpadded(batch, row), num_beams=beams)[0]
 
 
 def checkpointing(specimen: Specimen, method: Method) -> None:
@@ -216,7 +247,7 @@ def checkpointing(specimen: Specimen, method: Method) -> None:
     model: Any = attached(specimen, method)
     if not getattr(model, "supports_gradient_checkpointing", False):
         return
-    train(put(specimen, model, inlay.LoRA(rank=2), "two"))
+    accompany(specimen, model, "two")
     batch = specimen.batch(3, 8)
     alone = is_subset(model, "one") or specimen.shares_projections
     routes: list[Any] = ["one", "two"] if alone else ["one", ["one", "two", None]]
@@ -257,10 +288,8 @@ def _reentrant_works(specimen: Specimen) -> bool:
 def precision(specimen: Specimen, method: Method) -> None:
     """A bfloat16 base keeps its type throughout, adapters stay float32, and autocast works."""
     model = attached(specimen, method, dtype=torch.bfloat16)
-    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in specimen.batch(3, 9).items()}
-    out = specimen.logits(model(**batch))
-    with inlay.use(model, None):
-        own = forward(specimen, model, batch).dtype  # BART's is float32: it adds a float32 buffer at the end
+    own, rounding = _rounded(specimen)
+    out = specimen.logits(model(**_in_half(specimen.batch(3, 9))))
     hold(out.dtype == own, f"a base that answers in {own} answers in {out.dtype}")
     out.float().square().mean().backward()
     for parameter in inlay.adapters(model)["one"].parameters():
@@ -268,16 +297,26 @@ def precision(specimen: Specimen, method: Method) -> None:
         hold(
             parameter.grad is not None and bool(parameter.grad.isfinite().all()), "a gradient is missing or not finite"
         )
-    full = attached(specimen, method)
-    for chosen, factor in ((None, 0.0), ("one", 3.0)):
-        with inlay.use(full, chosen):
-            plain = forward(specimen, full, specimen.batch(3, 9))
-            with torch.autocast("cpu", torch.bfloat16):
-                cast = forward(specimen, full, specimen.batch(3, 9))
-        if chosen is None:  # what rounding does to the base itself: much, where it sends tokens to other experts
-            own_error = float((cast.float() - plain.float()).abs().max())
-        else:
-            close(cast, plain, "autocast computes something else", max(0.15, factor * own_error))
+    full, batch = attached(specimen, method), specimen.batch(3, 9)
+    plain = forward(specimen, full, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = forward(specimen, full, batch)
+    close(cast, plain, "autocast computes something else", max(0.15, 3 * rounding))
+
+
+@cache
+def _rounded(specimen: Specimen) -> tuple[torch.dtype, float]:
+    """Of the base itself: the type of what it answers in half precision (BART's is float32: it adds a float32 buffer
+    at the end), and what autocast does to it (much, where rounding sends tokens to other experts)."""
+    own = forward(specimen, specimen.build(dtype=torch.bfloat16), _in_half(specimen.batch(3, 9))).dtype
+    plain = bare(specimen, 3, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = forward(specimen, by_itself(specimen, None), specimen.batch(3, 9))
+    return own, float((cast.float() - plain.float()).abs().max())
+
+
+def _in_half(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
 
 
 def compiling(specimen: Specimen, method: Method) -> None:
@@ -285,9 +324,9 @@ def compiling(specimen: Specimen, method: Method) -> None:
     model, batch = attached(specimen, method), specimen.batch(2, 12)
     if specimen.task != "seq2seq":
         del batch["labels"]  # transformers' own loss logs while it is traced
-    train(put(specimen, model, inlay.LoRA(rank=2), "two"))
+    accompany(specimen, model, "two")
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for route in ("one", "two", None, "one"):
+    for route in ("one", "two", "one"):
         with inlay.use(model, route):
             close(forward(specimen, compiled, batch), forward(specimen, model, batch), f"compiled, {route}")  # type: ignore[arg-type]

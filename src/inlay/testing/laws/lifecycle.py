@@ -17,15 +17,28 @@ from inlay.core.contracts.method import Method
 from inlay.core.errors import AdapterFileError, AdapterNameError, BaseMismatchError, ConfigError
 from inlay.core.forward.host import Host
 from inlay.core.hosts import Hosts
-from inlay.testing.laws.scaffold import Broken, attached, census, forward, hold, parts, put, same, train
+from inlay.testing.laws.scaffold import (
+    Broken,
+    accompany,
+    attached,
+    bare,
+    census,
+    close,
+    forward,
+    hold,
+    parts,
+    put,
+    same,
+    train,
+)
 from inlay.testing.specimen import Specimen
 
 
 def identity(specimen: Specimen, method: Method) -> None:
     """A fresh adapter changes nothing, and no initialisation changes the base."""
-    model, batch = specimen.build(), specimen.batch(2, 0)
+    model, batch, before = specimen.build(), specimen.batch(2, 0), bare(specimen, 2, 0)
     model.requires_grad_(False)
-    before, weights = forward(specimen, model, batch), {n: p.clone() for n, p in model.named_parameters()}
+    weights = {n: p.clone() for n, p in model.named_parameters()}
     put(specimen, model, method)
     with inlay.use(model, None):
         same(forward(specimen, model, batch), before, "the base's outputs changed")
@@ -37,11 +50,11 @@ def identity(specimen: Specimen, method: Method) -> None:
 
 def silence(specimen: Specimen, method: Method) -> None:
     """A trained adapter has an effect, and none at all while the base is chosen or after an exception."""
-    batch = specimen.batch(2, 0)
-    bare = specimen.build()
-    bare.requires_grad_(False)
+    batch, before = specimen.batch(2, 0), bare(specimen, 2, 0)
     model = attached(specimen, method)
-    changed, before = forward(specimen, model, batch), forward(specimen, bare, batch)
+    changed = forward(specimen, model, batch)
+    with torch.no_grad():
+        close(specimen.logits(model(**batch)), changed, "labels change the scores")
     hold(float((changed - before).abs().max()) > 1e-3, "a trained adapter has no effect")
     with inlay.use(model, None):
         same(forward(specimen, model, batch), before, "the base was chosen, something else answered")
@@ -102,7 +115,7 @@ def detach_restores(specimen: Specimen, method: Method) -> None:
         parameter.requires_grad_(parameter.is_floating_point() and i % 3 != 0)
     before, outputs = census(model), forward(specimen, model, batch)
     train(put(specimen, model, method))
-    train(put(specimen, model, inlay.LoRA(rank=2), "two"))
+    accompany(specimen, model, "two")
     with inlay.use(model, "two"):
         kept = forward(specimen, model, batch)
     inlay.detach(model, "one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,8 +97,20 @@ def refusal(specimen: Specimen, method: Method) -> str | None:
 
 
 def forward(specimen: Specimen, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Scores without a loss, whose two ways are tried on every fresh model; `silence` holds that labels change none."""
+    given = {k: v for k, v in batch.items() if k != "labels"}
+    if specimen.task == "seq2seq":
+        given["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])  # type: ignore[operator]
     with torch.no_grad():
-        return specimen.logits(model(**batch))
+        return specimen.logits(model(**given))
+
+
+@cache
+def bare(specimen: Specimen, rows: int, seed: int) -> Tensor:
+    """What the base itself answers."""
+    model = specimen.build()
+    model.requires_grad_(False)
+    return forward(specimen, model, specimen.batch(rows, seed))
 
 
 def census(model: nn.Module) -> dict[str, Any]:
@@ -120,9 +133,27 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def partners(method: Method) -> dict[str, Method]:
-    """Other methods for a mixed batch: one that changes layers and one that reads inputs."""
-    return {"two": inlay.LoRA(rank=2), "three": inlay.IA3()}
+# Company for the adapter in question: one that changes layers and one that rescales them.
+PARTNERS: dict[str, Method] = {"two": inlay.LoRA(rank=2), "three": inlay.IA3()}
+
+
+def accompany(specimen: Specimen, model: nn.Module, name: str) -> Adapter:
+    """Put a trained partner on a model, the same one whatever is there already."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapter = put(specimen, model, PARTNERS[name], name)
+    train(adapter, seed=len(name))
+    return adapter
+
+
+@cache
+def by_itself(specimen: Specimen, name: str | None) -> nn.Module:
+    """The base, or a partner alone on it: what rows that are not the adapter's are compared with, for every method."""
+    model = specimen.build()
+    model.requires_grad_(False)
+    if name is not None:
+        accompany(specimen, model, name)
+    return model
 
 
 def is_subset(model: nn.Module, name: str) -> bool:
