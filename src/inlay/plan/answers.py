@@ -62,30 +62,39 @@ _ANSWERS: dict[Any, _Answer] = {}
 _KINDS: dict[Any, _Kind] = {}
 
 
-def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
-    """What ``func(*args, **kwargs)`` returns and how much work it is, asked of torch where it was not before."""
+def recalled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work, Sequence[Tensor]] | None:
+    """What ``func(*args, **kwargs)`` returns, how much work it is, and the new tensors among what it returns.
+
+    None where torch was not asked this before.
+    """
+    kind = _KINDS.get(func)
+    if kind is None or kind.makes not in ("new", "written"):
+        return None
+    try:
+        known = _ANSWERS.get(_key(func, args, kwargs))
+    except (_Unknown, TypeError):
+        return None
+    if known is None:
+        return None
+    if known.made is None:
+        written = [args[at] if isinstance(at, int) else kwargs[at] for at in kind.written]
+        return (written[0] if len(written) == 1 else tuple(written)), known.work, ()
+    made = [torch.empty_strided(size, stride, dtype=dtype, device=META) for size, stride, dtype in known.made]
+    return (made[0] if len(made) == 1 else tuple(made)), known.work, made
+
+
+def asked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
+    """The same, by running it; kept where it may be."""
     kind = _KINDS.get(func)
     if kind is None:
         kind = _KINDS[func] = _kind_of(func)
+    out = func(*args, **kwargs)
     if kind.makes == "views":
-        return func(*args, **kwargs), NOTHING
-    if kind.makes == "other":
-        return _asked(func, args, kwargs)
-    try:
-        key = _key(func, args, kwargs)
-        known = _ANSWERS.get(key)
-    except (_Unknown, TypeError):
-        return _asked(func, args, kwargs)
-    if known is None:
-        out, work = _asked(func, args, kwargs)
-        if len(_ANSWERS) < MOST:
-            _keep(kind, key, func, args, kwargs, out, work)
-        return out, work
-    if known.made is None:
-        made = [args[at] if isinstance(at, int) else kwargs[at] for at in kind.written]
-    else:
-        made = [torch.empty_strided(size, stride, dtype=dtype, device=META) for size, stride, dtype in known.made]
-    return (made[0] if len(made) == 1 else tuple(made)), known.work
+        return out, NOTHING
+    work = _work(func, args, kwargs, out)
+    if kind.makes != "other" and len(_ANSWERS) < MOST:
+        _keep(kind, func, args, kwargs, out, work)
+    return out, work
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -99,11 +108,6 @@ def tensors_in(values: Any) -> list[Tensor]:
         elif isinstance(value, (list, tuple)):
             found += [v for v in value if isinstance(v, Tensor)]
     return found
-
-
-def _asked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Work]:
-    out = func(*args, **kwargs)
-    return out, _work(func, args, kwargs, out)
 
 
 def _work(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
@@ -166,14 +170,18 @@ def _kind_of(func: Any) -> _Kind:
     return _Kind("written", tuple(written)) if len(written) == len(returned) else _Kind("other")
 
 
-def _keep(kind: _Kind, key: Any, func: Any, args: Any, kwargs: Any, out: Any, work: Work) -> None:
+def _keep(kind: _Kind, func: Any, args: Any, kwargs: Any, out: Any, work: Work) -> None:
     """Keep an answer, where nothing came of the call that a new tensor of that shape would not give."""
     outputs = [out] if isinstance(out, Tensor) else list(out)
     if not all(isinstance(t, Tensor) and t.is_meta for t in outputs):
         return
+    try:
+        key = _key(func, args, kwargs)
+        hash(key)
+    except (_Unknown, TypeError):
+        return
     if kind.makes == "written":
-        if _key(func, args, kwargs) == key:  # what was written into has not been given another shape
-            _ANSWERS[key] = _Answer(None, work)
+        _ANSWERS[key] = _Answer(None, work)
         return
     storages = {storage_number(t.untyped_storage()) for t in (*tensors_in(args), *tensors_in([*kwargs.values()]))}
     for tensor in outputs:

@@ -14,6 +14,7 @@ values, namely whether its result is that of its naive twin, is answered with ye
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -29,9 +30,11 @@ from inlay.core.upstream import (
     tree_leaves,
     tree_map_only,
 )
-from inlay.plan.answers import META, NOTHING, Work, answer, tensors_in
+from inlay.plan.answers import META, NOTHING, Work, asked, recalled, tensors_in
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)
+_FILLED = (torch.ops.aten.zeros.default, torch.ops.aten.ones.default, torch.ops.aten.full.default)
+LARGE = 2**14  # numbers
 _ASKED = (LOOK_AT_NUMBER, torch.ops.aten.equal.default)
 CPU = torch.device("cpu")
 
@@ -67,24 +70,36 @@ class Ledger(TorchDispatchMode):
         self._alive: dict[int, tuple[int, Any]] = {}
         self._count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def see(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and note what it makes and how much work it is."""
         kwargs = dict(kwargs) if kwargs else {}
-        given = tensors_in((*args, *kwargs.values()) if kwargs else args)
-        without = sum([t.is_meta for t in given])
-        if without:
-            if func in _ASKED:
-                return _answer(func, given[0])
-            if without < len(given):
-                args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
-        elif kwargs.get("device") == META and _whole(given, args, kwargs):
-            kwargs["device"] = CPU
-        out, work = _grouped_product(args, kwargs) if func is GROUPED_PRODUCT else answer(func, args, kwargs)
-        for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
-            self._note(tensor)
+        known = recalled(func, args, kwargs)
+        if known is not None:
+            out, work, made = known
+            for tensor in made:
+                self._note(tensor)
+        elif func in _ASKED and (looked_at := args[0]).is_meta:
+            return _answer(func, looked_at)
+        else:
+            out, work = self._run(func, args, kwargs)
+            for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
+                self._note(tensor)
         if work is not NOTHING:
             self.flops[self.phase] = self.flops.get(self.phase, 0.0) + work.flops
             self.bytes_moved[self.phase] = self.bytes_moved.get(self.phase, 0.0) + work.bytes_moved
         return out
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Work]:
+        """What torch says, of tensors that are all without values, or all with them."""
+        given = tensors_in((*args, *kwargs.values()) if kwargs else args)
+        without = sum([t.is_meta for t in given])
+        if 0 < without < len(given):
+            args, kwargs = tree_map_only(Tensor, _without_values, (args, kwargs))
+        elif not without and kwargs.get("device") == META and _whole(given, args, kwargs):
+            kwargs["device"] = CPU
+        elif func in _FILLED and _is_large(args, kwargs):
+            kwargs["device"] = META
+        return _grouped_product(args, kwargs) if func is GROUPED_PRODUCT else asked(func, args, kwargs)
 
     def rounds(self, steps: range) -> Iterator[int]:
         """Of a loop whose rounds are `alike`: the first three, and the last.
@@ -127,6 +142,16 @@ class Ledger(TorchDispatchMode):
         self._alive[address] = (number, weakref.ref(storage, forget))
 
 
+# Not in the class: what torch finds there it hides from its compiler, which costs more than the rest of `see`.
+Ledger.__torch_dispatch__ = Ledger.see
+
+
+def _is_large(args: Any, kwargs: Any) -> bool:
+    """Whether a tensor of floating-point numbers is made that nobody looks into: a mask, and no table of rates."""
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return bool(dtype.is_floating_point) and math.prod(args[0]) >= LARGE
+
+
 def _answer(func: Any, tensor: Tensor) -> bool | int | float:
     if func is torch.ops.aten.equal.default or tensor.dtype == torch.bool:
         return True
@@ -139,7 +164,7 @@ def _grouped_product(args: Any, kwargs: Any) -> tuple[Tensor, Work]:
     def narrow(tensor: Tensor) -> Tensor:
         return tensor.to(torch.bfloat16) if tensor.is_meta and tensor.is_floating_point() else tensor
 
-    made, work = answer(GROUPED_PRODUCT, tree_map_only(Tensor, narrow, args), tree_map_only(Tensor, narrow, kwargs))
+    made, work = asked(GROUPED_PRODUCT, tree_map_only(Tensor, narrow, args), tree_map_only(Tensor, narrow, kwargs))
     return made.to(args[0].dtype), work
 
 
