@@ -111,7 +111,7 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
         "__doc__": cls.__doc__,
     }
     bases: tuple[type, ...] = (cls,)
-    if features & {"forward", *wrappers.ORDER}:
+    if features & set(wrappers.ORDER):
         body["forward"] = _forward(cls)
         body["__setattr__"] = _set_attribute(cls, root="root" in features)
     if "root" in features and hasattr(cls, "generate"):
@@ -145,7 +145,7 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
         for name, wrap in host.wrappers:
             if name not in wrappers.OFF:
                 inner = functools.partial(wrap, host, inner)
-        return host.run(inner, args, kwargs) if "forward" in host.features else inner(*args, **kwargs)
+        return inner(*args, **kwargs)
 
     forward.itself = forward  # type: ignore[attr-defined]
     return forward

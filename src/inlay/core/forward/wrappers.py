@@ -1,9 +1,10 @@
 """What may stand around a module's forward: one ordered list, and the one switch of the fast paths.
 
-    caller ─▶ norm ─▶ … ─▶ root ─▶ … ─▶ rotary ─▶ the module's own forward        `ORDER` from right to left
+    caller ─▶ … ─▶ forward ─▶ norm ─▶ … ─▶ root ─▶ … ─▶ rotary ─▶ the module's own forward        `ORDER` from right to left
 
 Who computes a wrapper registers it under a name of `ORDER` (`core/prompts/prompting.py`, `inlay.kernels`); where it
-stands is said here and nowhere else. A wrapper that only saves time or memory is a *fast path*: its name is in
+stands is said here and nowhere else. ``forward`` is the adapters themselves (`core/forward/host.py`): what is named
+behind it sees a module's input before any adapter does. A wrapper that only saves time or memory is a *fast path*: its name is in
 `FAST_PATHS`, beside those that are no wrappers, and while a name is switched off the code is in force that the fast
 path stands for.
 """
@@ -26,9 +27,11 @@ Wrapper = Callable[..., Any]
 ORDER = (
     *("rotary", "weighing", "pooler", "stack", "source", "root"),
     *("dropout", "attention-backward", "gated-mlp", "loss-at-labels", "norm", "trunk-cache"),
+    *("forward", "read-positions"),
 )
+AROUND_ADAPTERS = frozenset(ORDER[ORDER.index("forward") :])  # they change nothing of what the module itself computes
 # Inside `root`, around the model's own forward; innermost first.
-AROUND_ROOT = ("packing", "loss-at-labels")
+AROUND_ROOT = ("packing", "loss-at-labels", "read-positions")
 
 FAST_PATHS = {
     "fused-update": "a linear layer and its low-rank update in one pass, forward and backward",
@@ -39,6 +42,7 @@ FAST_PATHS = {
     "attention-backward": "a faster backward pass for attention in half precision on the CPU, and its dropout",
     "dropout": "masks of dropout drawn by a seed instead of kept",
     "gated-mlp": "gated feed-forwards that keep less for the backward pass",
+    "read-positions": "layers computed at the positions that a pooled output reads: no padding, the last block's first",
     "norm": "root-mean-square norms that keep less for the backward pass",
     "packing": "texts behind one another in place of padding, in training runs",
     "trunk-cache": "states below the lowest trained layer computed once, in training runs",
