@@ -1,6 +1,6 @@
 """Which calls of a model may go the short way: the root's part.
 
-Where nothing of a model's output but what pools it is returned, a step need not compute what nobody reads:
+Of a model that pools its states, and returns nothing else, a step need not compute what nobody reads:
 
     padding         positions whose mask is 0 reach no output: linear layers and activations compute the rest
     the last block  what pools only a row's first position needs only that of queries, attention's output and the
@@ -8,8 +8,8 @@ Where nothing of a model's output but what pools it is returned, a step need not
 
 Attention, norms, residuals and the base's dropout keep every position, so masks of dropout stay the base's own. Which
 modules this holds for is tried on a copy of the model (`trial.py`), at the first call of a form: the names and types of
-its arguments, what kinds of deltas act, whether it trains, its precision, the order of size of its length. Models
-that return hidden states, scores of tokens or keys fail the trial, and their calls go on as before.
+its arguments, what kinds of deltas act, whether it trains, its precision, the order of size of its length. A model that
+returns hidden states or scores of tokens is seen to read every position, padding included, of all but keys and values.
 
 What a trial cannot say is refused at every call, or noticed:
 
@@ -44,7 +44,8 @@ from inlay.core.hosts import hosts_of
 from inlay.kernels.lazy import Mode
 from inlay.kernels.read_positions.index import Index
 from inlay.kernels.read_positions.modules import FEATURE, Short, asking, parameters
-from inlay.kernels.read_positions.trial import Batch, Found, tried, with_first
+from inlay.kernels.read_positions.probe import Batch, with_first
+from inlay.kernels.read_positions.trial import Found, tried
 
 FEWEST = 128  # positions in a batch: below, gathering takes what the products save
 FEWEST_TOKENS = 4  # in a row, so that first and last, masked and not can be told apart
@@ -177,13 +178,17 @@ def _plain(value: Any) -> bool:
 
 def _form(batch: Batch, training: bool, kinds: frozenset[Any]) -> Form:
     """What calls that one trial speaks for have in common."""
-    given = sorted((n, _kind(v)) for n, v in batch.given.items() if v is not None)
+    given = sorted((n, _kind(batch, n, v)) for n, v in batch.given.items() if v is not None)
     autocast = Mode.now(torch.device("cpu")).autocast
     return (*given, training, autocast, kinds, batch.tokens.bit_length())
 
 
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {value.dim()}" if isinstance(value, Tensor) else repr(value)
+def _kind(batch: Batch, name: str, value: Any) -> str:
+    """Of something with an entry for every position also which one all are, as a trial knows no others then."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    same = name not in (batch.text, batch.mask) and batch.by_position(value) and bool((value == value[0, 0]).all())
+    return f"{value.dtype} {value.dim()} {value[0, 0].tolist() if same else ''}"
 
 
 def _kinds(adapter: Adapter | None) -> frozenset[Any] | None:

@@ -75,8 +75,8 @@ class Index:
 
 def check(grad: Tensor) -> None:
     """Raise unless the gradient of what nobody reads is zero, or not finite."""
-    largest = float(grad.abs().max()) if grad.numel() else 0.0
-    if largest and math.isfinite(largest):  # a training that diverged has nan everywhere
+    size = float(torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32)))
+    if size and math.isfinite(size):  # a training that diverged has nan everywhere
         raise UnsupportedError(
             "a gradient came from positions that no output was seen to read when this model was tried (padding, or "
             "all but a row's first in the last block), so this step's loss is wrong: what the model reads depends on "

@@ -30,7 +30,13 @@ FEATURE = "read-positions"
 
 
 class Asked(Protocol):
-    """What the candidates of one model do while it is in force."""
+    """What the candidates of one model do while it is in force.
+
+    Attributes:
+        roster: of the model; another one may be called inside of its forward, with modules at the same paths.
+    """
+
+    roster: Roster
 
     def at(self, host: Host, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A candidate's forward."""
@@ -53,7 +59,9 @@ def asking(asked: Asked) -> Iterator[None]:
 def candidate(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a module that may compute some positions only."""
     asked = None if torch.compiler.is_compiling() else _ASKED.get()
-    return inner(*args, **kwargs) if asked is None else asked.at(host, inner, args, kwargs)
+    if asked is None or asked.roster is not host.roster:
+        return inner(*args, **kwargs)
+    return asked.at(host, inner, args, kwargs)
 
 
 def only(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,7 +92,7 @@ class Short:
     def at(self, host: Host, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         index = self.wanted.get(host.path)
         x = only(args, kwargs)
-        if index is None or host.roster is not self.roster or not index.fits(x):
+        if index is None or not index.fits(x):
             return inner(*args, **kwargs)
         _, entering = self.waiting.pop(id(x), (None, None))
         if entering is None:

@@ -2,9 +2,8 @@
 
 The copy shares the base's frozen values and has trained ones of its own, moved at random, so that a head or a gate that
 is still zero hides no reader; it is run in a context of its own, so neither the model nor what it is used for sees
-anything of it. It is given a few rows of the caller's, changed so that what the model reads can depend on nothing else
-than the mask: rows padded at the right, at the left, with holes and not at all, tokens (and whatever else has an entry
-for every position) put into another order over all rows, special tokens among them.
+anything of it. It is given a few rows of the caller's in which everything but the mask is put into another order
+(`probe.py`), so that what the model is seen to read depends on nothing else.
 
     look    a backward pass tells at which positions of a module's output the outputs depend on it: at a row's first
             only, or at none that is masked (the first is never left out); and each module is tried on some positions
@@ -28,37 +27,17 @@ from torch.utils._pytree import tree_leaves
 
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.forward.host import Forward, Host, Storage
-from inlay.core.forward.roster import roster_of
+from inlay.core.forward.roster import Roster, roster_of
 from inlay.core.forward.route import Route
 from inlay.core.hosts import hosts_of
 from inlay.kernels.read_positions.index import Index
 from inlay.kernels.read_positions.modules import Asked, Short, asking, only
+from inlay.kernels.read_positions.probe import ROWS, Batch, drawn, with_first
 
-ROWS = 4  # of a trial
 GARBAGE = 1e3  # times a normal number
 MOVED = 0.05  # what is added to trained values, times a normal number
 # Relative to the norm: a product of fewer rows may sum in another order.
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a model is called with.
-
-    Attributes:
-        given: its arguments by name.
-        rows, tokens: of its text.
-        text: the name of the tokens, or of their embeddings.
-        mask: the name of the padding mask, None where there is none.
-        padding: the padding token, where the text is tokens and it is known.
-    """
-
-    given: dict[str, Any]
-    rows: int
-    tokens: int
-    text: str
-    mask: str | None = None
-    padding: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +55,10 @@ class Found:
     first: frozenset[str]
     handed: frozenset[str] = frozenset()
     agreeing: bool = False
+
+    @property
+    def modules(self) -> frozenset[str]:
+        return self.masked | self.first
 
     def wanted(self, unmasked: Index | None, first: Index) -> dict[str, Index]:
         """Module → what is needed of it.
@@ -100,17 +83,20 @@ def tried(model: nn.Module, adapter: Adapter | None, batch: Batch) -> tuple[Foun
     try:
         with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_same, _same), drawing_apart:
             twin = twin_of(model, adapter)
-            for agreeing in (False,) if batch.padding is None else (False, True):
-                found = _Trial(twin, adapter, batch, agreeing).found()
-                if found is not None:
-                    return found, getattr(getattr(twin, "config", None), "__dict__", {})
+            found, complete = _Trial(twin, adapter, batch).found()
+            if not complete and batch.padding is not None:
+                other, _ = _Trial(twin, adapter, batch, agreeing=True).found()
+                if other is not None and (found is None or len(other.modules) > len(found.modules)):
+                    found = other
+            if found is not None:
+                return found, getattr(getattr(twin, "config", None), "__dict__", {})
     except Exception:  # whatever a model does when it is copied, or reads tokens in another order
         pass
     return None, {}
 
 
 def twin_of(model: nn.Module, adapter: Adapter | None) -> nn.Module:
-    """A copy that shares every value but one adapter's, which are moved at random, and whose deltas draw nothing."""
+    """A copy that shares every value but one adapter's, which are moved at random."""
     own = set() if adapter is None else {id(p) for p in adapter.parameters()}
     hosts = hosts_of(model)
     others = {name for name in hosts.roster.adapters if adapter is None or name != adapter.name}
@@ -127,8 +113,6 @@ def twin_of(model: nn.Module, adapter: Adapter | None) -> nn.Module:
         for parameter in roster_of(twin).adapters[adapter.name].parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True).add_(_normal(parameter, generator), alpha=MOVED)
-    for module in roster_of(twin).adapters[adapter.name].modules():
-        module.eval()
     return twin
 
 
@@ -139,57 +123,38 @@ def _stores(module: nn.Module) -> bool:
 class _Trial:
     """Looks at a twin, and proves what it saw."""
 
-    def __init__(self, twin: nn.Module, adapter: Adapter | None, batch: Batch, agreeing: bool) -> None:
+    def __init__(self, twin: nn.Module, adapter: Adapter | None, batch: Batch, agreeing: bool = False) -> None:
         self.twin, self.batch, self.agreeing = twin, batch, agreeing
         self.roster = roster_of(twin)
         self.name = None if adapter is None else adapter.name
-        own = [] if adapter is None else self.roster.adapters[adapter.name].parameters()
-        self.trained = [p for p in own if p.requires_grad]
+        self.adapter = None if adapter is None else self.roster.adapters[adapter.name]
+        self.trained = [] if self.adapter is None else [p for p in self.adapter.parameters() if p.requires_grad]
         self.tolerance = 0.0
 
-    def found(self) -> Found | None:
-        """What both agree in, None where that is nothing."""
+    def found(self) -> tuple[Found | None, bool]:
+        """What both agree in, None where that is nothing; and whether it is all that could be."""
+        config = getattr(self.twin, "config", None)
         with self.roster.bind(Route((self.name,)), None):
-            given, unmasked = self.drawn(seed=0)
-            found = self.look(given, unmasked)
-            given, unmasked = self.drawn(seed=1)
-            return found if found.masked | found.first and self.proves(found, given, unmasked) else None
+            given, unmasked = drawn(self.batch, config, self.agreeing, seed=0)
+            self.quieten(given)
+            found, complete = self.look(given, unmasked)
+            given, unmasked = drawn(self.batch, config, self.agreeing, seed=1)
+            proved = bool(found.modules) and self.proves(found, given, unmasked)
+        return (found, complete) if proved else (None, False)
 
-    def drawn(self, seed: int) -> tuple[dict[str, Any], Tensor]:
-        """Arguments for the model, and which positions of them are not masked, (rows, tokens)."""
-        batch, generator = self.batch, torch.Generator().manual_seed(seed)
-        rows = torch.randperm(batch.rows, generator=generator)[torch.arange(ROWS) % batch.rows]
-        order = torch.randperm(ROWS * batch.tokens, generator=generator)
-        given = dict(batch.given)
-        for name, value in given.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch.rows:
-                given[name] = value[rows]
-                if value.dim() > 1 and value.shape[1] == batch.tokens:
-                    given[name] = given[name].flatten(0, 1)[order].unflatten(0, (ROWS, batch.tokens))
-        unmasked = torch.ones(ROWS, batch.tokens, dtype=torch.bool)
-        if batch.mask is not None:
-            unmasked = masks(batch.tokens, generator)
-            given[batch.mask] = unmasked.to(given[batch.mask].dtype)
-        ids = given[batch.text]
-        if not ids.is_floating_point():
-            given[batch.text] = self.with_special(ids, unmasked, generator)
-        return given, unmasked
-
-    def with_special(self, ids: Tensor, unmasked: Tensor, generator: torch.Generator) -> Tensor:
-        """Tokens with each special one of the configuration at some place, and padding where that is told."""
-        config: Any = getattr(self.twin, "config", None)
-        size = getattr(config, "vocab_size", 0)
-        special = [v for n, v in getattr(config, "__dict__", {}).items() if n.endswith("_token_id") and type(v) is int]
-        places = torch.randperm(ids.numel(), generator=generator).tolist()
-        flat = ids.flatten().clone()
-        for place, token in zip(places, [token for token in special if 0 <= token < size], strict=False):
-            flat[place] = token
-        if self.agreeing:
-            others = flat[flat != self.batch.padding]
-            other = others[torch.randint(others.numel(), flat.shape, generator=generator)]
-            flat = torch.where(flat == self.batch.padding, other, flat)
-            flat = flat.masked_fill(~unmasked.flatten(), self.batch.padding or 0)
-        return flat.view(ids.shape)
+    def quieten(self, given: Mapping[str, Any]) -> None:
+        """Leave deltas that draw (dropout) in evaluation, where they can be compared; all others stay as they are."""
+        inside = [m for module in (self.adapter.modules() if self.adapter else ()) for m in module.modules()]
+        modes, states = [m.training for m in inside], []
+        for training in (modes, [False] * len(inside)):
+            for module, mode in zip(inside, training, strict=True):
+                module.training = mode
+            with torch.no_grad():
+                self.run(given)
+            states.append(torch.get_rng_state())
+        if torch.equal(*states):
+            for module, mode in zip(inside, modes, strict=True):
+                module.training = mode
 
     def run(self, given: Mapping[str, Any], asked: Asked | None = None) -> list[Tensor]:
         """Every tensor of what the model returns, the same entries dropped every time.
@@ -208,10 +173,11 @@ class _Trial:
             raise TypeError("an output of an unknown kind")
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def look(self, given: Mapping[str, Any], unmasked: Tensor) -> Found:
-        """Which modules read what, by a backward pass from everything that the model returns."""
+    def look(self, given: Mapping[str, Any], unmasked: Tensor) -> tuple[Found, bool]:
+        """What is read of which modules, by a backward pass from everything that the model returns; and whether
+        something can be left out of all that go by position."""
         needed = with_first(unmasked)
-        seen = _Look(Index.of(needed))
+        seen = _Look(self.roster, Index.of(needed))
         with torch.enable_grad():
             total = _sum(self.run(given, seen))
             taps = [call.tap for calls in seen.calls.values() for call in calls]
@@ -226,15 +192,15 @@ class _Trial:
                 first.add(path)
             elif self.batch.mask is not None and not (read & ~needed).any():
                 masked.add(path)
-        alone = self.by_position(seen, masked | first)
+        alone = self.by_position(seen)
         kinds = [frozenset(masked & alone), frozenset(first & alone)]
         handed = frozenset().union(*map(seen.handed, kinds))
-        return Found(*kinds, handed, self.agreeing)
+        return Found(*kinds, handed, self.agreeing), alone <= masked | first
 
-    def by_position(self, seen: _Look, paths: set[str]) -> set[str]:
-        """Those of the modules that give the same for some positions alone, but for those inside of another one."""
+    def by_position(self, seen: _Look) -> set[str]:
+        """The modules that give the same for some positions alone, but for those inside of another one."""
         chosen: set[str] = set()
-        for path in sorted(paths, key=lambda p: p.count(".")):
+        for path in sorted(seen.calls, key=lambda p: p.count(".")):
             inside = any(path.startswith(f"{other}.") for other in chosen)
             if not inside and path not in seen.spoiled and all(map(self.same_alone(seen, path), seen.calls[path])):
                 chosen.add(path)
@@ -260,9 +226,10 @@ class _Trial:
         with torch.no_grad():
             plain = self.run(given)
             for garbage in (0.0, GARBAGE):
-                if not _equal(self.run(given, _Fill(read, garbage)), plain):
+                if not _equal(self.run(given, _Fill(self.roster, read, garbage)), plain):
                     return False
-            disturbed = self.run(given, _Fill({path: ~where for path, where in read.items()}, GARBAGE))
+            others = {path: ~where for path, where in read.items()}
+            disturbed = self.run(given, _Fill(self.roster, others, GARBAGE))
         by_row = [_by_row(a, b) for a, b in zip(plain, disturbed, strict=True) if a.dim() and a.shape[0] == ROWS]
         if not by_row or not torch.stack(by_row).any(0).all():
             return False
@@ -300,6 +267,7 @@ class _Call:
 class _Look:
     """Notes the calls of candidates: of those with one tensor for another, by position and without a random draw."""
 
+    roster: Roster
     index: Index
     calls: dict[str, list[_Call]] = field(default_factory=dict)
     spoiled: set[str] = field(default_factory=set)
@@ -329,10 +297,11 @@ class _Look:
         return tapped
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Fill:
     """Lets modules compute, and puts garbage of a size at the positions that are not kept."""
 
+    roster: Roster
     kept: Mapping[str, Tensor]
     size: float
 
@@ -342,19 +311,6 @@ class _Fill:
             return out
         garbage = _normal(out, torch.Generator().manual_seed(0)) * self.size
         return torch.where(kept.view(*kept.shape, *[1] * (out.dim() - 2)), out, garbage)
-
-
-def masks(tokens: int, generator: torch.Generator) -> Tensor:
-    """Rows whose padding is at the right, at the left, anywhere with both ends, and nowhere: true is text."""
-    at = torch.arange(tokens)
-    holes = torch.rand(tokens, generator=generator) < 0.5
-    holes[[0, -1]], holes[tokens // 2] = False, True
-    return torch.stack([at < max(2, 2 * tokens // 3), at >= tokens // 3, holes, at >= 0])
-
-
-def with_first(unmasked: Tensor) -> Tensor:
-    """The positions that are not masked, and every row's first: what pools the first reads it in any case."""
-    return unmasked.index_fill(1, torch.tensor(0), True)
 
 
 def _sum(outs: list[Tensor]) -> Tensor:
