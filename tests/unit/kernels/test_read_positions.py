@@ -100,7 +100,7 @@ def results(model: Any, given: dict[str, Any], *, on: bool = True) -> list[Tenso
 
 def equal(some: list[Tensor], others: list[Tensor], tolerance: float = 1e-5) -> None:
     assert len(some) == len(others) > 2
-    largest = max(float(other.abs().max()) for other in others[2:])  # gradients may be nought but rounding (of key biases)
+    largest = max(float(other.abs().max()) for other in others[2:])  # a key's bias has a gradient of rounding only
     for one, other in zip(some, others, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * largest)
 
@@ -471,7 +471,8 @@ def test_another_attention_is_tried_again(took: Took) -> None:
     assert calls._SEEN[model].trials == before + 1
 
 
-def test_trials_end() -> None:
+def test_trials_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "MOST_TRIALS", 3)
     model, given = attached(), batch()
     model(**given)
     for number in range(calls.MOST_TRIALS + 2):
@@ -772,7 +773,8 @@ def test_taking_and_putting_back() -> None:
     assert torch.equal(index.take(x)[0], x[chosen]) and torch.equal(index.put(index.take(x)), x * chosen[..., None])
     torch.autograd.gradcheck(lambda t: index.take(t), x)
     torch.autograd.gradgradcheck(lambda t: index.take(t).square(), x)
-    torch.autograd.gradcheck(lambda t: index.put(t)[chosen], torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True))
+    y = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda t: index.put(t)[chosen], y)
     with pytest.raises(UnsupportedError, match="a gradient came from positions"):
         index.put(index.take(x)).sum().backward()
     with pytest.raises(UnsupportedError, match="a gradient came from positions"):

@@ -1,12 +1,12 @@
 """What may stand around a module's forward: one ordered list, and the one switch of the fast paths.
 
-    caller ─▶ … ─▶ forward ─▶ norm ─▶ … ─▶ root ─▶ … ─▶ rotary ─▶ the module's own forward        `ORDER` from right to left
+    caller ─▶ … ─▶ forward ─▶ norm ─▶ … ─▶ root ─▶ … ─▶ rotary ─▶ the module's own        `ORDER` from right to left
 
 Who computes a wrapper registers it under a name of `ORDER` (`core/prompts/prompting.py`, `inlay.kernels`); where it
 stands is said here and nowhere else. ``forward`` is the adapters themselves (`core/forward/host.py`): what is named
-behind it sees a module's input before any adapter does. A wrapper that only saves time or memory is a *fast path*: its name is in
-`FAST_PATHS`, beside those that are no wrappers, and while a name is switched off the code is in force that the fast
-path stands for.
+behind it sees a module's input before any adapter does. A wrapper that only saves time or memory is a *fast path*: its
+name is in `FAST_PATHS`, beside those that are no wrappers, and while a name is switched off the code is in force that
+the fast path stands for.
 """
 
 from __future__ import annotations

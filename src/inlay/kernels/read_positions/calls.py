@@ -86,7 +86,7 @@ _KINDS: weakref.WeakKeyDictionary[Adapter, frozenset[Any] | None] = weakref.Weak
 
 def around(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The model's own forward."""
-    short = None if transformed() or torch.jit.is_tracing() else _short(host, args, kwargs)
+    short = None if transformed() or torch._C._get_tracing_state() else _short(host, args, kwargs)
     if short is None:
         return inner(*args, **kwargs)
     with asking(short):
@@ -155,7 +155,7 @@ def _found(
 
 def _batch(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch | None:
     """The call, where it is one of texts on a CPU that is worth the trouble, with nothing unknown in it."""
-    given = kwargs if not args else {**dict(zip(parameters(host.original_class), args, strict=False)), **kwargs}
+    given = kwargs if not args else {**dict(zip(parameters(host.original_class.forward), args, strict=False)), **kwargs}
     text = next((n for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
     if text is None:
         return None
@@ -169,7 +169,7 @@ def _batch(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch |
         return None
     padding = getattr(getattr(host.module, "config", None), "pad_token_id", None)
     told = padding if text == "input_ids" and mask is not None and type(padding) is int else None
-    return Batch(given, *x.shape[:2], text, None if mask is None else "attention_mask", told)
+    return Batch(given, x.shape[0], x.shape[1], text, None if mask is None else "attention_mask", told)
 
 
 def _plain(value: Any) -> bool:
@@ -206,7 +206,7 @@ def _kinds(adapter: Adapter | None) -> frozenset[Any] | None:
 
 
 def _unmasked(batch: Batch) -> Tensor | None:
-    """Which positions are not masked, (rows, tokens); None where the mask says something else, or all of some row is."""
+    """Which positions are not masked, (rows, tokens); None where the mask says something else, or masks a whole row."""
     x = batch.given[batch.text]
     if batch.mask is None:
         return torch.ones(x.shape[:2], dtype=torch.bool)

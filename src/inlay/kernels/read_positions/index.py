@@ -41,7 +41,7 @@ class Index:
         needed = flat.nonzero().squeeze(1)
         back = torch.full((flat.numel(),), needed.numel(), device=flat.device)
         back[needed] = torch.arange(needed.numel(), device=flat.device)
-        return Index(*chosen.shape, needed, back, flat.logical_not().nonzero().squeeze(1))
+        return Index(chosen.shape[0], chosen.shape[1], needed, back, flat.logical_not().nonzero().squeeze(1))
 
     def fits(self, x: Any) -> bool:
         """Whether x is a plain tensor on the CPU with one entry for every position of the batch."""
@@ -68,7 +68,7 @@ class Index:
         return made
 
     def nothing(self, y: Tensor) -> Tensor:
-        """Zeros in the place of `put(y)`, for what is handed over as y; they take no memory, and nobody may read them."""
+        """Zeros in the place of `put(y)`, where y is handed over; they take no memory, and nobody may read them."""
         made: Tensor = _Nothing.apply(y, (self.rows, self.tokens, *y.shape[2:]))  # type: ignore[no-untyped-call]
         return made
 
@@ -104,7 +104,7 @@ class _Put(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, index: Index, checked: bool) -> Tensor:
         ctx.index, ctx.checked = index, checked
         with_rest = torch.cat([y.squeeze(0), y.new_zeros(1, *y.shape[2:])])
-        return with_rest.index_select(0, index.back).unflatten(0, (index.rows, index.tokens))
+        return with_rest.index_select(0, index.back).view(index.rows, index.tokens, *y.shape[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -126,15 +126,15 @@ def is_candidate(module: nn.Module, view: ModelView) -> bool:
         module is not view.model
         and view.output_head is None
         and not getattr(config, "is_encoder_decoder", False)
-        and "attention_mask" in parameters(type(view.model))
+        and "attention_mask" in parameters(type(view.model).forward)
         and (_linear(module) or _activation(module) or _made_of_them(module))
     )
 
 
 @lru_cache(maxsize=64)
-def parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     """The names of the arguments of a class's forward, in order."""
-    found = inspect.signature(inspect.unwrap(kind.forward)).parameters.values()
+    found = inspect.signature(inspect.unwrap(forward)).parameters.values()
     return tuple(p.name for p in found if p.name != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
 
 
@@ -145,7 +145,8 @@ def _linear(module: nn.Module) -> bool:
 
 def _activation(module: nn.Module) -> bool:
     """Something that keeps nothing of its own and draws nothing; whether it goes entry by entry is tried."""
-    return not (module._parameters or module._buffers or module._modules or isinstance(module, (_DropoutNd, nn.Identity)))
+    holds = module._parameters or module._buffers or module._modules
+    return not holds and not isinstance(module, (_DropoutNd, nn.Identity))
 
 
 def _made_of_them(module: nn.Module) -> bool:

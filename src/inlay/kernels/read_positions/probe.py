@@ -1,9 +1,9 @@
 """What a trial gives the copy of a model: rows of the caller's in which nothing but the mask says what is where.
 
-    masks      padding at the right, at the left, anywhere, and none
-    tokens     in another order over all rows; each special token of the configuration once a row, at a masked position
-               of one row and at another of the next, and at no first one
-    the rest   whatever else has an entry for every position, in another order, too
+masks      padding at the right, at the left, anywhere, and none
+tokens     in another order over all rows; each special token of the configuration once a row, at a masked position
+           of one row and at another of the next, and at no first one
+the rest   whatever else has an entry for every position, in another order, too
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def _special(config: Any) -> list[int]:
     return sorted({v for v in values if type(v) is int and 0 <= v < size})
 
 
-def _text(
-    ids: Tensor, unmasked: Tensor, special: list[int], padding: int | None, generator: torch.Generator
-) -> Tensor:
+def _text(ids: Tensor, unmasked: Tensor, special: list[int], padding: int | None, generator: torch.Generator) -> Tensor:
     """Tokens with each special one once a row; with padding, where it is given, at all masked positions only."""
     plain = ids[~torch.isin(ids, torch.tensor(special))]
     if plain.numel():

@@ -16,7 +16,6 @@ anything of it. It is given a few rows of the caller's in which everything but t
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -193,9 +192,9 @@ class _Trial:
             elif self.batch.mask is not None and not (read & ~needed).any():
                 masked.add(path)
         alone = self.by_position(seen)
-        kinds = [frozenset(masked & alone), frozenset(first & alone)]
-        handed = frozenset().union(*map(seen.handed, kinds))
-        return Found(*kinds, handed, self.agreeing), alone <= masked | first
+        whole, beginning = frozenset(masked & alone), frozenset(first & alone)
+        handed = seen.handed(whole) | seen.handed(beginning)
+        return Found(whole, beginning, handed, self.agreeing), alone <= masked | first
 
     def by_position(self, seen: _Look) -> set[str]:
         """The modules that give the same for some positions alone, but for those inside of another one."""
