@@ -153,7 +153,7 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
     }
     bases: tuple[type, ...] = (cls,)
     moves = "positions" in features and cls is nn.Embedding
-    asks = moves or bool(features & {"forward", *wrappers.ORDER})
+    asks = moves or bool(features & set(wrappers.ORDER))
     if asks:
         body["forward"] = _forward(cls, moves=moves)
         body["__setattr__"] = _set_attribute(cls, root="root" in features)
@@ -197,7 +197,7 @@ def _forward(cls: type[nn.Module], *, moves: bool) -> Callable[..., Any]:
         for name, wrap in host.wrappers:
             if name not in wrappers.OFF:
                 inner = functools.partial(wrap, host, inner)
-        return host.run(inner, args, kwargs) if "forward" in host.features else inner(*args, **kwargs)
+        return inner(*args, **kwargs)
 
     return forward
 

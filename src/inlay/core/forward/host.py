@@ -109,8 +109,8 @@ class Host:
 
     # -- the forward --------------------------------------------------------------------------
 
-    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's forward under the current route."""
+    def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward under the current route: the wrapper ``forward``."""
         route = self.roster.current()
         if self.roster.merged is not None:
             self.roster.check_merged(route)
@@ -149,7 +149,11 @@ class Host:
 
     def _runs_linear(self) -> bool:
         """Whether the module's forward runs exactly the code of a linear layer."""
-        return self.original_class.forward is LINEAR and self.original_forward is None and self.features == {"forward"}
+        return (
+            self.original_class.forward is LINEAR
+            and self.original_forward is None
+            and self.features <= wrappers.AROUND_ADAPTERS
+        )
 
     def _mixed(self, route: Route, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A mixed batch: one call of the base; before and after it, each adapter's rows separately."""
@@ -289,3 +293,6 @@ def _on_tensor(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(y, tuple):
         return (change(y[0]), *y[1:])
     return change(y)
+
+
+wrappers.register("forward", Host.run)

@@ -1,10 +1,11 @@
 """The wrappers that may stand around a module's forward, in one ordered list, and the switch of the fast paths.
 
-    caller ─▶ norm ─▶ … ─▶ root ─▶ … ─▶ rotary ─▶ the module's own forward        `ORDER` from right to left
+    caller ─▶ … ─▶ forward ─▶ norm ─▶ … ─▶ root ─▶ … ─▶ rotary ─▶ the module's own        `ORDER` from right to left
 
 The file that implements a wrapper registers it under a name of `ORDER` (`core/prompts/prompting.py`, `inlay.kernels`);
-the order is decided here and nowhere else. A wrapper that only saves time or memory is a *fast path*. Its name is in
-`FAST_PATHS`, together with the fast paths that are no wrappers; while it is switched off, the plain code runs.
+the order is decided here and nowhere else. ``forward`` is the adapters themselves (`core/forward/host.py`): the names
+behind it see a module's input before any adapter does. A wrapper that only saves time or memory is a *fast path*. Its
+name is in `FAST_PATHS`, together with those that are no wrappers; while it is switched off, the plain code runs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ Wrapper = Callable[..., Any]
 ORDER = (
     *("rotary", "weighing", "pooler", "stack", "source", "root"),
     *("dropout", "attention-backward", "gated-mlp", "loss-at-labels", "norm", "trunk-cache"),
+    *("forward", "read-positions"),
 )
+AROUND_ADAPTERS = frozenset(ORDER[ORDER.index("forward") :])  # they change nothing of what the module itself computes
 # Inside `root`, around the model's own forward; innermost first.
-AROUND_ROOT = ("packing", "loss-at-labels")
+AROUND_ROOT = ("packing", "loss-at-labels", "read-positions")
 
 FAST_PATHS = {
     "fused-update": "a linear layer and its low-rank update in one pass, forward and backward",
@@ -38,6 +41,7 @@ FAST_PATHS = {
     "attention-backward": "a faster backward pass of half-precision attention on the CPU, and its dropout",
     "dropout": "dropout masks drawn again from a seed instead of stored",
     "gated-mlp": "gated feed-forwards that store less for the backward pass",
+    "read-positions": "layers computed only at positions that a pooled output reads: no padding, the last block's first",
     "norm": "RMS norms that store less for the backward pass",
     "packing": "several texts in one row instead of padding, in training runs",
     "trunk-cache": "hidden states below the lowest trained layer computed once, in training runs",
