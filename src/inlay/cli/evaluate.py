@@ -12,7 +12,8 @@ import typer
 
 from inlay.cli import flags
 from inlay.cli.importing import importing
-from inlay.cli.output import number, show_table, stages, write_json
+from inlay.cli.output import stages, write_json
+from inlay.cli.tables import show_table, told, told_number
 
 if TYPE_CHECKING:
     from inlay.cli.models import Loaded
@@ -155,7 +156,7 @@ def _report(
         return
     _show(found, told["adapter"], told["data"])
     for name, fact in more.items():
-        typer.echo(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in fact.items()))
+        typer.echo(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {told(value)}" for key, value in fact.items()))
 
 
 def _purpose(
@@ -237,6 +238,6 @@ def _show(found: Evaluation, adapter: str | None, data: str) -> None:
 
     scales = {name: metric.scale for name, metric in METRICS.items()}
     units = {"loss": "nats a token", "perplexity": "≥ 1", "bits_per_byte": "bits a byte", **scales}
-    rows = [(name, units[name], number(value)) for name, value in found["metrics"].items()]
+    rows = [(name, units[name], told_number(value, 4)) for name, value in found["metrics"].items()]
     title = f"{adapter or 'base'} on {data} ({found['rows']:,} rows, {found['kind']})"
     show_table(title, ("metric", "scale", "score"), rows, numbers=("score",))
