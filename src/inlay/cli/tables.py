@@ -2,6 +2,7 @@
 
 show_table   things of one kind, a row each; too narrow a terminal costs columns, then lines, never parts of words
 show_facts   one thing, a line a fact
+show_text    a paragraph
 Rows         a table whose rows come one after another
 told         one value
 """
@@ -59,6 +60,12 @@ def show_facts(title: str, facts: Mapping[str, object]) -> None:
     _heading(title)
     room = max(SHORTEST, _width() - names - 7)
     _print_table(None, rows, [names, min(room, max((_widest(value) for _, value in rows), default=0))], [False, False])
+
+
+def show_text(text: str) -> None:
+    """A paragraph on standard output, broken between words."""
+    for line in lines_of(printable(text), _width()):
+        typer.echo(line)
 
 
 class Rows:
