@@ -63,7 +63,11 @@ def combine(
         f"{out}: {report.method} by {how}, worst relative error {told_number(report.worst, 4)} of {len(sites)} sites",
         ("site", "rank", "error", "spectral"),
         [
-            (key, error.rank or "–", *("–" if e is None else told_number(e, 4) for e in (error.frobenius, error.spectral)))
+            (
+                key,
+                error.rank or "–",
+                *("–" if e is None else told_number(e, 4) for e in (error.frobenius, error.spectral)),
+            )
             for key, error in sites[:WORST]
         ],
         numbers=("rank", "error", "spectral"),

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-
 def write_json(data: Any) -> None:
     """One JSON document on standard output; numbers that JSON does not know (nan, infinity) become null."""
     sys.stdout.write(json.dumps(_finite(data), ensure_ascii=False, indent=2, allow_nan=False) + "\n")

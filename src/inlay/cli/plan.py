@@ -57,6 +57,9 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda: this machine, measured in a moment. Default: cpu.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine anew, not only once a month.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a chart to this HTML file.")] = None,
     as_json: flags.AsJson = False,
 ) -> None:
@@ -76,7 +79,7 @@ def plan(
     chosen = partial(_chosen, skeleton, precision, half_planned(gpu, device), gpu or device_named(device or "cpu"))
     start = _start(skeleton, chosen, quantize, gradient_checkpointing, batch_size, accumulate, max_length)
     methods = _methods(method or ("lora" if memory is not None else None), set_)
-    machine = _machine(gpu, device)
+    machine = _machine(gpu, device, measure)
     if memory == "gpu":
         limit = machine.memory if gpu is not None else None
         if limit is None:
@@ -180,10 +183,10 @@ def _methods(words: str | None, set_: list[str] | None) -> list[Any]:
     return [method_named(name)() for name in names]
 
 
-def _machine(gpu: str | None, device: str | None) -> Machine:
+def _machine(gpu: str | None, device: str | None, measure: bool) -> Machine:
     from inlay.plan import calibrate, machine_named
 
-    return machine_named(gpu) if gpu is not None else calibrate(device or "cpu")
+    return machine_named(gpu) if gpu is not None else calibrate(device or "cpu", anew=measure)
 
 
 def _planner(skeleton: Skeleton, method: Any, where: str | None, quantize: str | None, machine: Machine) -> Planner:
@@ -338,9 +341,11 @@ def _speed(plan: Plan) -> str:
 
 
 def _footnote(machine: Machine) -> str:
-    from inlay.sizes import told_bytes
+    from inlay.sizes import told_age, told_bytes
 
-    how = "measured just now" if machine.measured else "from its data sheet, at the shares of it that training reaches"
+    how = "from its data sheet, at the shares of it that training reaches"
+    if machine.age is not None:
+        how = f"measured {told_age(machine.age)}" + (" (--measure does it again)" if machine.age >= 60 else "")
     return (
         f"Speed: {machine.name}, {how}. The process itself takes {told_bytes(machine.overhead_bytes)} besides, "
         "before there is a model."
