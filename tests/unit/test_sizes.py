@@ -44,7 +44,8 @@ def test_what_is_told() -> None:
 
 @pytest.mark.parametrize(
     "amount, told",
-    [(0.0, "0"), (0.31, "0.3"), (0.04, "0.04"), (0.0002, "0.0002"), (0.99, "1.0"), (3.14, "3.1"), (9.96, "10"), (12_345.6, "12,346")],
+    [(0.0, "0"), (0.31, "0.3"), (0.04, "0.04"), (0.0002, "0.0002"), (0.99, "1.0"), (3.14, "3.1"), (9.96, "10"),
+     (12_345.6, "12,346")],
 )  # fmt: skip
 def test_speeds_are_never_told_as_nothing(amount: float, told: str) -> None:
     assert told_rate(amount) == told

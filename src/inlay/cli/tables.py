@@ -13,7 +13,6 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import typer
 

@@ -1,4 +1,4 @@
-"""How fast a machine is: measured in less than a second for this one, and kept, known figures for GPUs that are not here."""
+"""How fast a machine is: this one measured in less than a second, and kept; data sheets of GPUs that are not here."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class Metrics(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with loss, tokens per second and time left, scores below it; plain lines where standard error is no terminal.
+    """A bar with loss, tokens per second and time left, scores below it; plain lines where nobody watches.
 
     Args:
         console: where to; None is standard error.
