@@ -38,6 +38,23 @@ def test_evaluate_likelihood_and_answers(command: Command, base: Path, rows: Pat
     assert code == 0 and "bits a byte" in out and "exact_match" in out
 
 
+def test_evaluate_answers_some_prompts_unasked(command: Command, base: Path, rows: Path, tmp_path: Path) -> None:
+    """Rows of prompt and completion show how often the answer is right, over how many prompts, and can do without."""
+    words = ("evaluate", "--base", base, "--data", rows, "--max-new-tokens", 2)
+    found = document(command(*words, "--json"))
+    assert list(found["metrics"]) == ["loss", "perplexity", "exact_match"]
+    assert found["answered"] == {"prompts": 4, "of": 4}
+    assert document(command(*words, "--answers", 2, "--json"))["answered"] == {"prompts": 2, "of": 4}
+    code, out, _ = command(*words, "--answers", 1)
+    assert code == 0 and "exact_match: of the answers to 1 of 4 prompts" in out
+    found = document(command(*words, "--answers", 0, "--json"))
+    assert list(found["metrics"]) == ["loss", "perplexity"] and found["answered"] is None
+    code, _, err = command(*words, "--answers", 0, "--metrics", "loss,bleu")
+    assert code == 2 and "nothing to compare for bleu" in err
+    file = tmp_path / "answers.jsonl"
+    assert command(*words, "--predictions", file)[0] == 0 and len(file.read_text().splitlines()) == 4
+
+
 def test_evaluate_asks_as_training_did(command: Command, base: Path, rows: Path, make_adapter: Make) -> None:
     plain = make_adapter(inlay.LoRA(rank=2))
     told = make_adapter(inlay.LoRA(rank=2), separator=" => ", prompt_template="Say: {prompt}")
@@ -73,7 +90,8 @@ def test_evaluate_other_columns_and_bad_input(command: Command, base: Path, rows
     assert command(*words)[0] == 2
     code, out, err = command("evaluate", "--base", base, "--data", rows, "--metrics", "bluu,accuracy")
     assert code == 2 and out == "" and "did you mean 'bleu'" in err and "'accuracy' is not for" in err
-    code, _, err = command("evaluate", "--base", base, "--data", rows, "--predictions", tmp_path / "p.jsonl")
+    words = ("evaluate", "--base", base, "--data", rows, "--predictions", tmp_path / "p.jsonl")
+    code, _, err = command(*words, "--metrics", "loss")
     assert code == 2 and "--metrics exact_match" in err and not (tmp_path / "p.jsonl").exists()
     code, _, err = command("evaluate", "--base", base, "--data", tmp_path / "none.jsonl")
     assert code == 2 and "none.jsonl" in err and "Traceback" not in err

@@ -54,6 +54,7 @@ def evaluate(
         rows=len(rows.dataset),
         metrics={name: found[name] for name in names},
         predictions=predictions,
+        answered=None,
     )
     return evaluation, facts
 

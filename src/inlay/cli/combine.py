@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inlay.cli import flags
-from inlay.cli.output import number, show_table, write_json
+from inlay.cli.output import write_json
+from inlay.cli.tables import show_table, told_number
 
 if TYPE_CHECKING:
     from inlay.cli.models import Loaded
@@ -59,10 +60,14 @@ def combine(
         return
     sites = sorted(report.sites.items(), key=lambda site: -site[1].frobenius)
     show_table(
-        f"{out}: {report.method} by {how}, worst relative error {number(report.worst)} of {len(sites)} sites",
+        f"{out}: {report.method} by {how}, worst relative error {told_number(report.worst, 4)} of {len(sites)} sites",
         ("site", "rank", "error", "spectral"),
         [
-            (key, error.rank or "–", number(error.frobenius), "–" if error.spectral is None else number(error.spectral))
+            (
+                key,
+                error.rank or "–",
+                *("–" if e is None else told_number(e, 4) for e in (error.frobenius, error.spectral)),
+            )
             for key, error in sites[:WORST]
         ],
         numbers=("rank", "error", "spectral"),

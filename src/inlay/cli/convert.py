@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inlay.cli import flags
-from inlay.cli.output import show_table, write_json
+from inlay.cli.output import write_json
+from inlay.cli.tables import show_facts
 
 if TYPE_CHECKING:
     from inlay.train import TrainingRecord
@@ -77,8 +78,7 @@ def convert(
     if as_json:
         write_json(facts)
     else:
-        rows = [(key.replace("_", " "), value) for key, value in facts.items() if value is not None]
-        show_table(f"Converted {adapter}", ("", ""), rows)
+        show_facts(f"Converted {adapter}", {key: value for key, value in facts.items() if value is not None})
 
 
 def _base(adapter: Path, source: str, base: str | None, record: TrainingRecord | None, *, pickles: bool) -> Base:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inlay.cli import flags
-from inlay.cli.output import number, show_table, stages, write_json
+from inlay.cli.output import stages, write_json
+from inlay.cli.tables import show_table, told_number
 
 if TYPE_CHECKING:
     from inlay.evaluate.run import Prediction
@@ -206,20 +207,16 @@ def _show_scores(found: Sequence[Row], share: dict[str, float | None]) -> None:
     cells = [
         [
             row.model,
-            *(number(row.metrics[name], 3) for name in METRICS),
+            *(told_number(row.metrics[name], 3) for name in METRICS),
             f"{row.trained:,}",
             f"{row.seconds:.0f}",
         ]
         for row in found
     ]
     parts = ["–" if (part := share[name]) is None else f"{part:.0%}" for name in METRICS]
-    cells.append(["of the way", *parts, f"{found[1].trained / found[2].trained:.1%}", ""])
+    cells.append(["of the way", *parts, f"{found[1].trained / found[2].trained:.1%}", "–"])
     numbers = ("exact match", "ROUGE-L", "BLEU", "loss", "trained", "seconds")
-    show_table("Scores on held-out records", ("model", *numbers), cells, numbers=numbers, wrapped=())
-
-
-def _numbers(metrics: dict[str, float]) -> list[str]:
-    return [number(metrics[name], 3) for name in METRICS]
+    show_table("Scores on held-out records", ("model", *numbers), cells, numbers=numbers)
 
 
 def _short(text: str, limit: int = 90) -> str:

@@ -12,7 +12,8 @@ import typer
 
 from inlay.cli import flags
 from inlay.cli.importing import importing
-from inlay.cli.output import number, show_table, stages, write_json
+from inlay.cli.output import stages, write_json
+from inlay.cli.tables import show_table, show_text, told_number
 
 if TYPE_CHECKING:
     from inlay.cli.models import Loaded
@@ -35,6 +36,14 @@ def evaluate(
         typer.Option(
             help="Comma-separated. Texts: loss, perplexity, bits_per_byte, exact_match, bleu, rouge1, "
             "rouge2, rougeL, rougeLsum. Labels: accuracy, macro_f1, matthews. Numbers: pearson, spearman."
+        ),
+    ] = None,
+    answers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Generate answers to so many prompts, evenly spread; 0 is none. Default: all for the metrics or "
+            "predictions you name; else at most 64, fewer where answers are long.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
@@ -65,7 +74,7 @@ def evaluate(
         from inlay.baselines.scoring import evaluate_folder
         from inlay.cli.models import base_of, load_adapted, template_of
         from inlay.data import Reading, read_table
-        from inlay.evaluate.run import DEFAULTS, Settings, check_metrics
+        from inlay.evaluate.run import Settings, check_metrics
         from inlay.evaluate.run import evaluate as score
         from inlay.train import read_record
         from inlay.train.hyper import parse_fields
@@ -78,11 +87,14 @@ def evaluate(
     how = Reading(**parse_fields(Reading, reading or [], heading="--reading", noun="option"))
     dataset = read_table(data, split=split, reading=how)
     layout, task = _purpose(dataset, columns, task, record, base)
-    names = names if names is not None else list(DEFAULTS[layout.kind])
+    fitted = adapter is not None and is_fitted(adapter)
+    few = names is None and answers is None and predictions is None
+    names = names if names is not None else _usual(layout, 0 if fitted else answers)
     check_metrics(names, layout)
+    _check_answers(answers, names, layout, fitted)
     if predictions is not None:
         _check_predicts(predictions, names)
-    if adapter is not None and is_fitted(adapter):
+    if adapter is not None and fitted:
         with stages(as_json) as report:
             began = time.monotonic()
             scored = evaluate_folder(
@@ -115,6 +127,7 @@ def evaluate(
         label_names=_labels(loaded, record),
         template=template_of(record),
         on_long=on_long,
+        sample="few" if few else answers,
     )
     began = time.monotonic()
     with stages(as_json) as report:
@@ -155,7 +168,7 @@ def _report(
         return
     _show(found, told["adapter"], told["data"])
     for name, fact in more.items():
-        typer.echo(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in fact.items()))
+        typer.echo(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {told(value)}" for key, value in fact.items()))
 
 
 def _purpose(
@@ -215,6 +228,30 @@ def _labels(loaded: Loaded, record: TrainingRecord | None) -> list[str] | None:
     return [str(names[place]) for place in sorted(names)]
 
 
+def _usual(layout: Layout, answers: int | None) -> list[str]:
+    """The metrics where none is named."""
+    from inlay.evaluate.run import DEFAULTS
+
+    compared = ["exact_match"] if layout.kind == "completion" and answers != 0 else []
+    return [*DEFAULTS[layout.kind], *compared]
+
+
+def _check_answers(answers: int | None, names: Sequence[str], layout: Layout, fitted: bool) -> None:
+    from inlay.core.errors import ConfigError
+    from inlay.evaluate.metrics import METRICS
+
+    if answers is None:
+        return
+    compared = [name for name in names if name in METRICS]
+    if fitted or layout.kind in ("classification", "regression"):
+        what = "a baseline" if fitted else f"{layout.kind} data"
+        raise ConfigError(
+            f"--answers is for texts that a model generates, and {what} is scored on all rows; leave it out"
+        )
+    if answers == 0 and compared:
+        raise ConfigError(f"--answers 0 leaves nothing to compare for {', '.join(compared)}; leave one of them out")
+
+
 def _check_predicts(path: Path, names: Sequence[str]) -> None:
     from inlay.core.errors import ConfigError
     from inlay.evaluate.metrics import METRICS
@@ -237,6 +274,10 @@ def _show(found: Evaluation, adapter: str | None, data: str) -> None:
 
     scales = {name: metric.scale for name, metric in METRICS.items()}
     units = {"loss": "nats a token", "perplexity": "≥ 1", "bits_per_byte": "bits a byte", **scales}
-    rows = [(name, units[name], number(value)) for name, value in found["metrics"].items()]
+    rows = [(name, units[name], told_number(value, 4)) for name, value in found["metrics"].items()]
     title = f"{adapter or 'base'} on {data} ({found['rows']:,} rows, {found['kind']})"
     show_table(title, ("metric", "scale", "score"), rows, numbers=("score",))
+    compared = [name for name in found["metrics"] if name in METRICS]
+    if found["answered"] is not None:
+        told = f"{found['answered']['prompts']:,} of {found['answered']['of']:,} prompts"
+        show_text(f"{', '.join(compared)}: of the answers to {told} (--answers says how many, 0 none).")

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from inlay.cli import flags
-from inlay.cli.output import show_table, write_json
+from inlay.cli.output import write_json
+from inlay.cli.tables import show_facts, show_table, told
 
 SHOWN_DIGITS = 16  # of digests, in the table; --json has them whole
 
@@ -36,10 +37,9 @@ def inspect(
         shown["base"] = {part: (digest or "")[:SHOWN_DIGITS] for part, digest in facts["base"].items()}
     if facts["training"] is not None:
         shown["training"] = {key: v for key, v in facts["training"].items() if key != "data"}
-    rows = [(key.replace("_", " "), _plain(value)) for key, value in shown.items() if value is not None]
-    show_table(f"Adapter {facts['name']}", ("", ""), rows)
+    show_facts(f"Adapter {facts['name']}", {k: _lines(value) for k, value in shown.items() if value is not None})
     if tensors:
-        listed = [(n, t["dtype"], " × ".join(map(str, t["shape"]))) for n, t in facts["tensors"].items()]
+        listed = [(n, t["dtype"], " × ".join(map(told, t["shape"]))) for n, t in facts["tensors"].items()]
         show_table("Tensors", ("name", "type", "shape"), listed)
 
 
@@ -132,22 +132,10 @@ class _Stored(Mapping[str, Any]):
         return len(self.file.keys())
 
 
-def _plain(value: Any) -> str:
-    match value:
-        case None:
-            return "–"
-        case str():
-            return value.replace("\n", "\\n")
-        case int() if not isinstance(value, bool):
-            return f"{value:,}"
-        case dict():
-            lines = [f"{key}: {_plain(item)}" for key, item in value.items() if not isinstance(item, dict)]
-            lines += [f"{key}: " + ", ".join(f"{k} {v}" for k, v in i.items()) for key, i in _tables(value)]
-            return "\n".join(lines) or "–"
-        case list() | tuple():
-            return ", ".join(map(str, value)) or "–"
-    return str(value)
-
-
-def _tables(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(key, item) for key, item in values.items() if isinstance(item, dict)]
+def _lines(value: Any) -> Any:
+    """Several facts under one name on a line each."""
+    if isinstance(value, str):
+        return value.replace("\n", "\\n")
+    if not isinstance(value, dict) or not value:
+        return value
+    return "\n".join(f"{key}: {_lines(told(item))}" for key, item in value.items())

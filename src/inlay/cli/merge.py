@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from inlay.cli import flags
-from inlay.cli.output import show_table, write_json
+from inlay.cli.output import write_json
+from inlay.cli.tables import show_facts
 
 
 def merge(
@@ -45,7 +46,7 @@ def merge(
     if as_json:
         write_json({**facts, "rounding_errors": report.layers, "shares_lost": report.lost})
     else:
-        show_table(f"Merged {adapter}", ("", ""), [(key.replace("_", " "), value) for key, value in facts.items()])
+        show_facts(f"Merged {adapter}", facts)
 
 
 def check_requantize(model: Any, requantize: bool) -> None:

@@ -57,6 +57,9 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda: this machine, measured in a moment. Default: cpu.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine anew, not only once a month.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a chart to this HTML file.")] = None,
     as_json: flags.AsJson = False,
 ) -> None:
@@ -76,7 +79,7 @@ def plan(
     chosen = partial(_chosen, skeleton, precision, half_planned(gpu, device), gpu or device_named(device or "cpu"))
     start = _start(skeleton, chosen, quantize, gradient_checkpointing, batch_size, accumulate, max_length)
     methods = _methods(method or ("lora" if memory is not None else None), set_)
-    machine = _machine(gpu, device)
+    machine = _machine(gpu, device, measure)
     if memory == "gpu":
         limit = machine.memory if gpu is not None else None
         if limit is None:
@@ -180,10 +183,10 @@ def _methods(words: str | None, set_: list[str] | None) -> list[Any]:
     return [method_named(name)() for name in names]
 
 
-def _machine(gpu: str | None, device: str | None) -> Machine:
+def _machine(gpu: str | None, device: str | None, measure: bool) -> Machine:
     from inlay.plan import calibrate, machine_named
 
-    return machine_named(gpu) if gpu is not None else calibrate(device or "cpu")
+    return machine_named(gpu) if gpu is not None else calibrate(device or "cpu", anew=measure)
 
 
 def _planner(skeleton: Skeleton, method: Any, where: str | None, quantize: str | None, machine: Machine) -> Planner:
@@ -247,32 +250,51 @@ def _search(
 
 
 def _show_plans(plans: list[Plan], refused: dict[str, str], machine: Machine, base: str, as_json: bool) -> None:
-    from inlay.cli.output import show_table, write_json
+    from inlay.cli.output import write_json
+    from inlay.cli.tables import show_table, show_text
     from inlay.plan.chart import told_setting
+    from inlay.plan.setting import ROLES
     from inlay.sizes import told_bytes
 
     if as_json:
         rows = [plan.to_dict() for plan in plans]
         write_json({"base": base, "machine": machine.to_dict(), "plans": rows, "refused": refused})
         return
-    roles = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "temporary")
-    columns = ("method", "trained", *roles, "total", "tokens/s", "disk")
-    cells = [
-        [
-            plan.method, f"{plan.trainable:,}", *(told_bytes(getattr(plan.memory, role)) for role in roles),
-            told_bytes(plan.memory.total), _speed(plan), told_bytes(plan.disk_bytes),
-        ]
-        for plan in plans
-    ]  # fmt: skip
     setting = f": {told_setting(plans[0])}" if plans else ""
-    show_table(f"Training on {base}{setting}", columns, cells, numbers=columns[1:])
+    title = f"Training on {base}{setting}"
+    if len(plans) == 1 and not refused:
+        _show_plan(plans[0], title)
+    else:
+        columns = ("method", "trained", *ROLES, "total", "tokens/s", "disk")
+        cells = [
+            [
+                plan.method, f"{plan.trainable:,}", *(told_bytes(getattr(plan.memory, role)) for role in ROLES),
+                told_bytes(plan.memory.total), _speed(plan), told_bytes(plan.disk_bytes),
+            ]
+            for plan in plans
+        ]  # fmt: skip
+        # What is left out first differs least between methods.
+        lesser = ("weights", "logits", "disk", "temporary", "gradients", "adapter", "optimizer", "activations")
+        show_table(title, columns, cells, numbers=columns, lesser=lesser)
     for name, reason in refused.items():
-        typer.echo(f"{name} cannot be planned: {reason}")
-    typer.echo(_footnote(machine))
+        show_text(f"{name} cannot be planned: {reason}")
+    show_text(_footnote(machine))
+
+
+def _show_plan(plan: Plan, title: str) -> None:
+    """One method: its memory by role and the sum, then the rest."""
+    from inlay.cli.tables import show_facts
+    from inlay.plan.setting import ROLES
+    from inlay.sizes import told_bytes
+
+    facts = {"method": plan.method, "trained parameters": plan.trainable, "memory": told_bytes(plan.memory.total)}
+    facts |= {f"– {role}": told_bytes(getattr(plan.memory, role)) for role in ROLES}
+    show_facts(title, facts | {"tokens/s": _speed(plan), "on disk": told_bytes(plan.disk_bytes)})
 
 
 def _show_fits(fits: list[Fit], limit: int, machine: Machine, base: str, as_json: bool) -> None:
-    from inlay.cli.output import show_table, write_json
+    from inlay.cli.output import write_json
+    from inlay.cli.tables import show_table, show_text
     from inlay.sizes import told_bytes
 
     fitting = [fit for fit in fits if fit.fits is not None]
@@ -282,37 +304,48 @@ def _show_fits(fits: list[Fit], limit: int, machine: Machine, base: str, as_json
         ]
         write_json({"base": base, "machine": machine.to_dict(), "memory": limit, "settings": rows})
         return
-    columns = ("method", "weights", "checkpointing", "length", "batch", "total", "tokens/s", "next batch", "would need")
+    columns = ("method", "weights", "recompute", "length", "batch", "total", "tokens/s", "next batch", "would need")
     cells = []
     for fit in fits:
         shown = fit.fits or fit.beyond
         assert shown is not None, "a batch either fits or does not"
         beyond = (
-            ["–", "–"] if fit.beyond is None else [str(fit.beyond.setting.batch), told_bytes(fit.beyond.memory.total)]
+            ["–", "–"] if fit.beyond is None else [f"{fit.beyond.setting.batch:,}", told_bytes(fit.beyond.memory.total)]
         )
         fit_cells = (
             ["none", "–", "–"]
             if fit.fits is None
-            else [str(shown.setting.batch), told_bytes(shown.memory.total), _speed(shown)]
+            else [f"{shown.setting.batch:,}", told_bytes(shown.memory.total), _speed(shown)]
         )
         setting = shown.setting
         kept = "yes" if setting.checkpointing else "no"
-        cells.append([shown.method, setting.weights, kept, str(setting.length), *fit_cells, *beyond])
-    show_table(f"Training on {base} within {told_bytes(limit)}", columns, cells, numbers=columns[3:])
+        cells.append([shown.method, setting.weights, kept, f"{setting.length:,}", *fit_cells, *beyond])
+    show_table(
+        f"Training on {base} within {told_bytes(limit)}",
+        columns,
+        cells,
+        numbers=columns,
+        lesser=("would need", "next batch"),
+    )
+    show_text("recompute: activations, by --gradient-checkpointing.")
     if not fitting:
-        typer.echo("Nothing fits: give a smaller base, or shorter rows with --max-length.")
-    typer.echo(_footnote(machine))
+        show_text("Nothing fits: give a smaller base, or shorter rows with --max-length.")
+    show_text(_footnote(machine))
 
 
 def _speed(plan: Plan) -> str:
+    from inlay.sizes import told_rate
+
     speed = plan.tokens_per_second
-    return "–" if speed is None else f"{speed:,.0f}"
+    return "–" if speed is None else told_rate(speed)
 
 
 def _footnote(machine: Machine) -> str:
-    from inlay.sizes import told_bytes
+    from inlay.sizes import told_age, told_bytes
 
-    how = "measured just now" if machine.measured else "from its data sheet, at the shares of it that training reaches"
+    how = "from its data sheet, at the shares of it that training reaches"
+    if machine.age is not None:
+        how = f"measured {told_age(machine.age)}" + (" (--measure does it again)" if machine.age >= 60 else "")
     return (
         f"Speed: {machine.name}, {how}. The process itself takes {told_bytes(machine.overhead_bytes)} besides, "
         "before there is a model."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +52,7 @@ def train(
 
         write_json(result.to_dict())
         return
-    sys.stdout.write(_told(result))
+    _show(result)
 
 
 def _values(given: dict[str, Any], config: Path | None) -> dict[str, Any]:
@@ -115,7 +114,8 @@ def _several(runs: list[dict[str, Any]], *, together: bool, resume: bool, overwr
 
         write_json([result.to_dict() for result in results])
         return
-    sys.stdout.write("".join(map(_told, results)))
+    for result in results:
+        _show(result)
 
 
 def _settings(method: str, words: list[str]) -> dict[str, Any]:
@@ -150,12 +150,19 @@ def _is_baseline(method: str) -> bool:
     raise ConfigError(f"unknown method {method!r}{nearest(method, [*registry(), *BUILT_IN])}")
 
 
-def _told(result: Any) -> str:
-    scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in result.metrics.items())
+def _show(result: Any) -> None:
+    from inlay.cli.tables import show_facts, told_number
+    from inlay.sizes import told_rate, told_seconds
+
+    time = f"{told_seconds(result.seconds)} {'h' if result.seconds >= 3600 else 'min'}"
+    scores = {name: told_number(value, 4) for name, value in result.metrics.items()}
     if not result.steps:
-        return f"{result.adapter}: fitted in {result.seconds:.0f} s, nothing of the base is trained\n{scores}\n"
-    kept = f" (best: step {result.best_step})" if result.best_step not in (None, result.steps) else ""
-    return (
-        f"{result.adapter}: {result.trainable:,} trained parameters, {result.steps} steps{kept} "
-        f"in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s\n{scores}\n"
-    )
+        show_facts(f"{result.adapter}: fitted, nothing of the base is trained", {"time": time, **scores})
+        return
+    kept = f" (best: step {result.best_step:,})" if result.best_step not in (None, result.steps) else ""
+    facts = {
+        "trained parameters": result.trainable,
+        "steps": f"{result.steps:,}{kept}",
+        "time": f"{time}, {told_rate(result.tokens_per_second)} tokens/s",
+    }
+    show_facts(str(result.adapter), facts | scores)

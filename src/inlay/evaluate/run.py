@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from inlay.core.errors import ConfigError, nearest, problems
 from inlay.data import Layout, OnLong, Task, Template, encode, labels_of, origins, prompts
@@ -26,6 +27,7 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "regression": ("pearson", "spearman"),
     "text": ("loss", "perplexity", "bits_per_byte"),
 }
+FEW, FEW_TOKENS = 64, 4096  # prompts that are answered for a first look, and tokens written for them all together
 _SPARE_TOKENS = 16  # beyond the longest reference, so that a model that does not stop is seen not to
 _UNSTATED_CONTEXT = 1024
 
@@ -45,6 +47,7 @@ class Evaluation(TypedDict):
         rows: of the data set. Rows with the same prompt count as one answer with several references.
         metrics: by name; the scales are those of `METRICS`, ``loss`` is nats a token.
         predictions: in the order of the rows; empty where only likelihood was asked for.
+        answered: how many ``prompts`` a text was generated for, ``of`` how many; None where none was to be generated.
     """
 
     kind: str
@@ -52,6 +55,7 @@ class Evaluation(TypedDict):
     rows: int
     metrics: dict[str, float]
     predictions: list[Prediction]
+    answered: dict[str, int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,9 @@ class Settings:
         template: how training joined prompt and completion.
         on_long: what to do with rows above `max_length`; None splits plain text and refuses the rest.
         length_normalised: rank labels by nats a token, not by nats.
+        sample: generate answers to so many prompts only, spread evenly over those that leave room in the context;
+            ``few`` is at most `FEW`, and fewer where references are long. None answers all, and raises where one has
+            no room.
     """
 
     batch_size: int = 8
@@ -77,6 +84,7 @@ class Settings:
     template: Template = field(default_factory=Template)
     on_long: OnLong | None = None
     length_normalised: bool = True
+    sample: int | Literal["few"] | None = None
 
 
 _DEFAULT = Settings()
@@ -114,19 +122,21 @@ def evaluate(
     run = _Run(model, tokenizer, dataset, layout, task, settings, progress)
     found: dict[str, float] = {}
     predictions: list[Prediction] = []
+    answered: dict[str, int] | None = None
     if wanted := [name for name in names if name in LIKELIHOOD]:
         found |= run.likelihoods(wanted)
     compared = [name for name in names if name in METRICS]
     if compared:
-        predictions = run.predictions()
+        predictions, answered = run.predictions()
         answers, references = sides(predictions, layout)
-        found |= score(compared, answers, references)
+        found |= score(compared, answers, references) if predictions else dict.fromkeys(compared, math.nan)
     return Evaluation(
         kind=layout.kind,
         task=task,
         rows=len(dataset),
         metrics={name: found[name] for name in names},
         predictions=predictions,
+        answered=answered,
     )
 
 
@@ -172,10 +182,11 @@ class _Run:
         )
         return {name: getattr(found, name) for name in names}
 
-    def predictions(self) -> list[Prediction]:
+    def predictions(self) -> tuple[list[Prediction], dict[str, int] | None]:
+        """In the order of the rows; and `Evaluation.answered`."""
         if self.task in ("classification", "regression"):
-            return self._by_head()
-        return self._by_ranking() if self.layout.kind == "classification" else self._by_generation()
+            return self._by_head(), None
+        return (self._by_ranking(), None) if self.layout.kind == "classification" else self._by_generation()
 
     def _by_head(self) -> list[Prediction]:
         rows = self._encoded()
@@ -216,31 +227,54 @@ class _Run:
             for p, n in zip(asked, chosen, strict=True)
         ]
 
-    def _by_generation(self) -> list[Prediction]:
+    def _by_generation(self) -> tuple[list[Prediction], dict[str, int]]:
         groups: dict[str, list[str]] = {}
         ids: dict[str, list[int]] = {}
         for prompt in self._prompts():
             groups.setdefault(prompt.text, []).append(prompt.reference)
             ids[prompt.text] = prompt.input_ids
+        asked = self._sampled(groups, ids)
+        answered = {"prompts": len(asked), "of": len(ids)}
+        if not asked:
+            return [], answered
         written = generate_texts(
             self.model,
             self.tokenizer,
-            list(ids.values()),
-            max_new_tokens=self._room(list(ids.values()), groups),
+            [ids[text] for text in asked],
+            max_new_tokens=self._room([ids[text] for text in asked], {text: groups[text] for text in asked}),
             num_beams=self.settings.num_beams,
             batch_size=self.settings.batch_size,
-            progress=self._stage("texts", len(ids)),
+            progress=self._stage("texts", len(asked)),
         )
         return [
-            Prediction(prompt=text, prediction=answer, references=references)
-            for (text, references), answer in zip(groups.items(), written, strict=True)
-        ]
+            Prediction(prompt=text, prediction=answer, references=groups[text])
+            for text, answer in zip(asked, written, strict=True)
+        ], answered
+
+    def _sampled(self, groups: dict[str, list[str]], ids: dict[str, list[int]]) -> list[str]:
+        """The prompts that are answered."""
+        wanted = self.settings.sample
+        if wanted is None:
+            return list(ids)
+        size = context_size(self.model)
+        longest = self._longest([reference for group in groups.values() for reference in group])
+        new = self.settings.max_new_tokens or longest
+        taken = 0 if self.model.config.is_encoder_decoder else new
+        fitting = [text for text, row in ids.items() if row and (size is None or len(row) + taken <= size)]
+        if wanted == "few":
+            wanted = min(FEW, max(1, FEW_TOKENS // new))
+        count = min(wanted, len(fitting))
+        return [fitting[place * len(fitting) // count] for place in range(count)]
+
+    def _longest(self, references: Sequence[str]) -> int:
+        """Tokens of the longest reference and its end."""
+        return max(len(ids) for ids in self.tokenizer(list(references), verbose=False)["input_ids"]) + 1
 
     def _room(self, asked: Sequence[Sequence[int]], groups: dict[str, list[str]]) -> int:
         if self.settings.max_new_tokens is not None:
             return self.settings.max_new_tokens
         references = [reference for group in groups.values() for reference in group]
-        longest = max(len(ids) for ids in self.tokenizer(references, verbose=False)["input_ids"]) + 1
+        longest = self._longest(references)
         size = context_size(self.model)
         if size is None or self.model.config.is_encoder_decoder:
             return longest + _SPARE_TOKENS

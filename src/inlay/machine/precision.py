@@ -135,7 +135,7 @@ def precision_of(dtype: Any) -> Precision:
 
 def _cpu_has_bf16() -> bool:
     said = _flags()
-    return bool(kept("bf16", _circumstances(), _bf16_pays)) if said is None else said
+    return bool(kept("bf16", circumstances(), _bf16_pays).value) if said is None else said
 
 
 def _flags() -> bool | None:
@@ -147,15 +147,25 @@ def _flags() -> bool | None:
     return True if multiplies and not restricted else None
 
 
-def _circumstances() -> dict[str, Any]:
+def circumstances() -> dict[str, Any]:
+    """What the speed of this CPU depends on, as JSON: the processor, what of it is in use, and torch's version."""
     import torch
 
     return {
         "torch": torch.__version__,
-        "processor": [platform.machine(), platform.processor(), torch.cpu.get_capabilities()],
+        "processor": [platform.machine(), _processor(), torch.cpu.get_capabilities()],
         "in use": [torch.backends.cpu.get_cpu_capability(), torch.backends.mkldnn.is_available()],
         "restrictions": {name: os.environ.get(name) for name in _RESTRICTIONS},
     }
+
+
+def _processor() -> str:
+    """Its name, where the system tells one: Linux says it to nobody who asks for `platform.processor`."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
 
 
 def _bf16_pays() -> bool:

@@ -70,11 +70,11 @@ def check_chart(path: Path) -> None:
 
 
 def told_setting(plan: Plan) -> str:
-    """``nf4, checkpointing, 4 × 1024``."""
+    """``nf4, checkpointing, 4 × 1,024``."""
     setting = plan.setting
     words = [
         setting.weights,
         *(["checkpointing"] if setting.checkpointing else []),
-        f"{setting.batch} × {setting.length}",
+        f"{setting.batch:,} × {setting.length:,}",
     ]
     return ", ".join(words)

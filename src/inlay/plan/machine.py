@@ -1,18 +1,22 @@
-"""How fast a machine is: measured in a second or two for this one, known figures for GPUs that are not here."""
+"""How fast a machine is: this one measured in less than a second, and kept; data sheets of GPUs that are not here."""
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from inlay.core.errors import ConfigError, nearest
-from inlay.machine.precision import Precision, half_of
+from inlay.machine.kept import kept
+from inlay.machine.precision import Precision, circumstances, half_of, is_slow
 from inlay.plan.setting import Setting
 
 if TYPE_CHECKING:
+    import torch
+
     from inlay.plan.step import Trace
 
 GIGA = 10**9
@@ -39,6 +43,8 @@ GPUS: Mapping[str, tuple[int, float, float, float]] = {
 WITHOUT_BF16 = ("T4", "V100")  # GPUs before Ampere
 REACHED_PRODUCTS, REACHED_BANDWIDTH = 0.45, 0.7  # shares of the data sheet that training steps usually reach
 GPU_OVERHEAD_BYTES = 0.6 * 2**30  # the driver's context and the libraries' workspaces
+LASTS = 30 * 86_400  # seconds until this machine is measured anew
+LONG = 0.2  # seconds after which a speed is known well enough
 SPARE = 0.97  # share of a GPU's memory that can be used: what the allocator rounds up and cannot fill again
 
 
@@ -52,6 +58,7 @@ class Machine:
         bandwidth: bytes a second of everything else.
         overhead_bytes: taken before any tensor is there.
         measured: on this machine, not taken from a data sheet.
+        age: seconds since then; None where it was not measured.
     """
 
     name: str
@@ -61,6 +68,7 @@ class Machine:
     bandwidth: float
     overhead_bytes: float
     measured: bool
+    age: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         return {**asdict(self), "flops": dict(self.flops)}
@@ -114,28 +122,58 @@ def half_planned(gpu: str | None, device: str | None) -> Precision | None:
     return half_of(_there(device or "cpu"))
 
 
-def calibrate(device: str = "cpu") -> Machine:
-    """Measure this machine: a product of matrices as training has them, and a sum of vectors larger than any cache."""
+def calibrate(device: str = "cpu", *, anew: bool = False) -> Machine:
+    """This machine, measured in well under a second, once in `LASTS` for each processor, torch and number of threads.
+
+    Args:
+        anew: measure it in any case.
+
+    Raises:
+        ConfigError: no such device here.
+    """
     import torch
 
     at = torch.device(_there(device))
+    gpu = at.type == "cuda"
+    where = {"device": torch.cuda.get_device_name(at) if gpu else "cpu", "threads": torch.get_num_threads()}
+    found, age = kept(
+        "speed", circumstances() | where, lambda: _rates(at), usable=_are_rates, lasts=-1.0 if anew else LASTS
+    )
+    return Machine(
+        name=where["device"] if gpu else "this machine's CPU",
+        gpu=gpu,
+        memory=_memory(at),
+        flops={"fp32": found["fp32"], "bf16": found["bf16"], "fp16": found["bf16"]},
+        bandwidth=found["bandwidth"],
+        overhead_bytes=GPU_OVERHEAD_BYTES if gpu else resident_bytes(),
+        measured=True,
+        age=age,
+    )
+
+
+def _rates(at: torch.device) -> dict[str, float]:
+    """A product of matrices as training has them, in both precisions, and a sum of vectors larger than any cache."""
+    import torch
 
     def rate(dtype: torch.dtype) -> float:
-        size = 1024 if at.type == "cpu" else 8192
+        # A product in 16 bits that the processor only imitates takes a hundred times as long.
+        size = 8192 if at.type == "cuda" else 256 if is_slow(dtype, at.type) else 1024
         x, w = (torch.ones(size, size, dtype=dtype, device=at) for _ in range(2))
         return 2 * size**3 / _fastest(lambda: x @ w, at)
 
     long = torch.ones(2**24 if at.type == "cpu" else 2**27, device=at)
     moved = _fastest(lambda: torch.add(long, 1.0, out=long), at)
-    half = rate(torch.bfloat16)
-    return Machine(
-        name=torch.cuda.get_device_name(at) if at.type == "cuda" else "this machine's CPU",
-        gpu=at.type == "cuda",
-        memory=_memory(at),
-        flops={"fp32": rate(torch.float32), "bf16": half, "fp16": half},
-        bandwidth=2 * long.numel() * long.element_size() / moved,
-        overhead_bytes=GPU_OVERHEAD_BYTES if at.type == "cuda" else resident_bytes(),
-        measured=True,
+    return {
+        "fp32": rate(torch.float32),
+        "bf16": rate(torch.bfloat16),
+        "bandwidth": 2 * long.numel() * long.element_size() / moved,
+    }
+
+
+def _are_rates(found: Any) -> bool:
+    """Whether a file has what `_rates` gives."""
+    return isinstance(found, dict) and all(
+        isinstance(found.get(key), float) and 0 < found[key] < math.inf for key in ("fp32", "bf16", "bandwidth")
     )
 
 
@@ -184,7 +222,10 @@ def _fastest(work: object, at: object) -> float:
     import torch
 
     best = float("inf")
-    for _ in range(4):
+    began = time.perf_counter()
+    for attempt in range(4):
+        if attempt > 1 and time.perf_counter() - began > LONG:
+            break
         start = time.perf_counter()
         work()  # type: ignore[operator]
         if getattr(at, "type", "cpu") == "cuda":

@@ -7,12 +7,17 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from inlay.sizes import told_rate, told_seconds
 from inlay.train.folder import RunFolder, disk_errors
 from inlay.train.stop import StopRequest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
 
 CHECKPOINT_SECONDS = 600  # a killed run loses no more than this, however far apart its checkpoints are in steps
 _LINES = 10  # of progress where nobody watches
@@ -103,7 +108,7 @@ class Metrics(TrainerCallback):
             if not math.isfinite(line.get("grad_norm", 0.0)):  # of a step that was left out; JSON has no such number
                 del line["grad_norm"]
             speed = self.step_tokens / max(self.step_seconds, 1e-9)
-            line |= {"tokens": self.step_tokens, "tokens_per_second": round(speed, 1)}
+            line |= {"tokens": self.step_tokens, "tokens_per_second": round(speed, 3)}
             line |= {} if self.micro_batch is None else {"micro_batch": self.micro_batch}
             line |= {"skipped_steps": self.skipped} if self.skipped else {}
         elif "eval_loss" in logs:
@@ -116,67 +121,85 @@ class Metrics(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with loss, tokens per second and time left; plain lines where standard error is no terminal."""
+    """A bar with loss, tokens per second and time left, scores below it; plain lines where nobody watches.
 
-    def __init__(self, metrics: Metrics) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+    Args:
+        console: where to; None is standard error.
+    """
 
-        console = Console(stderr=True)
-        self.metrics, self.watched = metrics, console.is_terminal
-        self.evaluated = ""
-        self.bar = Bar(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
+    def __init__(self, metrics: Metrics, console: Console | None = None) -> None:
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.text import Text
+
+        self.console = console or Console(stderr=True)
+        self.metrics, self.watched = metrics, self.console.is_terminal
+        self.bar = _bar(self.console)
+        self.note = Text("", no_wrap=True, overflow="ellipsis")
+        self.shown = Group(self.bar, self.note)
+        self.live = Live(self.shown, console=self.console, refresh_per_second=4)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first, self.begun = state.global_step, time.monotonic()
         if self.watched:
             self.row = self.bar.add_task(
-                "training", total=state.max_steps, completed=state.global_step, loss="", speed="", note=""
+                "training", total=state.max_steps, completed=state.global_step, loss="", speed="", left=""
             )
-            self.bar.start()
+            self.live.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
+        step = f"step {state.global_step:,}/{state.max_steps:,}"
         if "eval_loss" in logs:
             scores = [
-                f"{key.removeprefix('eval_')} {logs[key]:.4f}" for key in ("eval_loss", "eval_accuracy") if key in logs
+                f"{key.removeprefix('eval_')} {logs[key]:,.4f}" for key in ("eval_loss", "eval_accuracy") if key in logs
             ]
-            self.evaluated = f"held out: {', '.join(scores)}"
+            told = f"{step}  held out: {', '.join(scores)}"
             if self.watched:
-                self.bar.update(self.row, description="training", note=self.evaluated)
+                self.note.plain = told
             else:
-                say(f"step {state.global_step}/{state.max_steps}  {self.evaluated}")
+                say(told)
         elif "loss" in logs:
-            loss, speed = f"loss {logs['loss']:.4f}", f"{self.metrics.tokens_per_second:,.0f} tokens/s"
+            loss, speed = f"loss {logs['loss']:,.4f}", f"{told_rate(self.metrics.tokens_per_second)} tokens/s"
             if self.watched:
-                self.bar.update(self.row, completed=state.global_step, loss=loss, speed=speed)
+                done = state.global_step
+                self.bar.update(self.row, completed=done, loss=loss, speed=speed, left=self._left(state))
             elif state.global_step % max(1, state.max_steps // _LINES) == 0:
-                say(f"step {state.global_step}/{state.max_steps}  {loss}  {speed}  {self._left(state)}")
+                say(f"{step}  {loss}  {speed}  {self._left(state)}")
 
     def evaluating(self, done: int, total: int) -> None:
         """Told by the trainer while it evaluates."""
         if self.watched:
-            self.bar.update(self.row, note=f"evaluating {done}/{total}")
+            self.note.plain = f"evaluating {done:,}/{total:,}"
 
     def close(self) -> None:
         """Take the bar down, however training ended."""
         if self.watched:
-            self.bar.stop()
+            self.live.stop()
 
     def _left(self, state: Any) -> str:
+        # By the pace since the beginning: a step of a large model takes longer than the half minute rich looks back.
         done = state.global_step - self.first
         seconds = (time.monotonic() - self.begun) / max(done, 1) * (state.max_steps - state.global_step)
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d} left"
+        return f"{told_seconds(seconds)} left"
+
+
+def _bar(console: Console) -> Bar:
+    """The row of a progress bar, of which only the bar itself gives way in a narrow terminal."""
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
+
+    def words(template: str) -> TextColumn:
+        return TextColumn(template, table_column=Column(no_wrap=True))
+
+    return Bar(
+        words("[bold]{task.description}"),
+        BarColumn(),
+        words("{task.completed:,.0f}/{task.total:,.0f}"),
+        *(words(f"{{task.fields[{name}]}}") for name in ("loss", "speed", "left")),
+        console=console,
+    )
 
 
 def say(line: str) -> None:

@@ -374,7 +374,7 @@ def _finish(
         seconds=round(metrics.seconds, 3),
         trainable=sum(p.numel() for p in prepared.adapter.parameters()),
         peak_memory_bytes=peak_memory_bytes(),
-        tokens_per_second=round(metrics.tokens_per_second, 1),
+        tokens_per_second=round(metrics.tokens_per_second, 3),
         precision=prepared.config.precision,
         skipped_steps=metrics.skipped,
         micro_batch=metrics.micro_batch,

@@ -57,6 +57,33 @@ def test_rows_with_one_prompt_are_references_of_one_answer(
     assert found["rows"] == 3
 
 
+def test_a_sample_is_spread_evenly_over_prompts_with_room(one_causal: Any, tokenizer: Any) -> None:
+    size = one_causal.config.max_position_embeddings
+    asked = [*(f"w{n}" for n in range(1, 9)), " ".join(["w1"] * size)]
+    rows = Dataset.from_dict({"prompt": asked, "completion": ["w4 w5"] * 9})
+
+    def answered(sample: Any) -> list[str]:
+        settings = Settings(sample=sample, max_new_tokens=2)
+        found = run(one_causal, tokenizer, rows, metrics=["exact_match"], settings=settings)
+        assert found["answered"] == {"prompts": len(found["predictions"]), "of": 9}
+        return [p["prompt"].strip() for p in found["predictions"]]
+
+    assert answered(4) == ["w1", "w3", "w5", "w7"]
+    assert answered("few") == answered(100) == asked[:8]
+    with pytest.raises(DataError, match="leaves no room"):
+        answered(None)
+    # Nothing that can be answered is a score that nobody knows, not an error.
+    none = run(one_causal, tokenizer, rows.select([8]), metrics=["exact_match"], settings=Settings(sample="few"))
+    assert math.isnan(none["metrics"]["exact_match"]) and none["answered"] == {"prompts": 0, "of": 1}
+
+
+def test_few_are_fewer_where_answers_are_long(one_causal: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inlay.evaluate.run.FEW_TOKENS", 8)
+    rows = Dataset.from_dict({"prompt": [f"w{n}" for n in range(1, 9)], "completion": ["w4 w5"] * 8})
+    found = run(one_causal, tokenizer, rows, metrics=["exact_match"], settings=Settings(sample="few"))
+    assert found["answered"] == {"prompts": 2, "of": 8}  # two tokens and the end, twice
+
+
 def test_labels_without_a_head_are_ranked(one_causal: Any, tokenizer: Any) -> None:
     found = run(one_causal, tokenizer, LABELLED)
     labels = ["w20", "w21", "w22"]

@@ -121,16 +121,29 @@ def test_forbidden_instructions_are_not_used() -> None:
 def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert cache_folder() == tmp_path / "cache" / "inlay"
-    assert kept("fact", {"torch": "1"}, lambda: 1) == 1
-    assert kept("fact", {"torch": "1"}, lambda: 2) == 1  # not measured again
-    assert kept("fact", {"torch": "2"}, lambda: 2) == 2  # under other circumstances
+    assert kept("fact", {"torch": "1"}, lambda: 1).value == 1
+    assert kept("fact", {"torch": "1"}, lambda: 2).value == 1  # not measured again
+    assert kept("fact", {"torch": "2"}, lambda: 2).value == 2  # under other circumstances
     for path in cache_folder().iterdir():
         assert json.loads(path.read_text())["result"] in (1, 2)
         path.write_text("{")
-    assert kept("fact", {"torch": "1"}, lambda: 3) == kept("fact", {"torch": "1"}, lambda: 4) == 3
+    assert kept("fact", {"torch": "1"}, lambda: 3).value == kept("fact", {"torch": "1"}, lambda: 4).value == 3
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert kept("fact", {"torch": "1"}, lambda: 5) == 5  # nowhere to keep it
+    assert kept("fact", {"torch": "1"}, lambda: 5) == (5, 0.0)  # nowhere to keep it
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the variable says where caches are on Linux")
+def test_what_is_kept_ages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept("fact", {}, lambda: 1)
+    (path,) = cache_folder().iterdir()
+    os.utime(path, (path.stat().st_mtime - 7200,) * 2)
+    value, age = kept("fact", {}, lambda: 2)
+    assert value == 1 and 7200 <= age < 7300
+    assert kept("fact", {}, lambda: 3, usable=lambda value: value != 1) == (3, 0.0)  # not what could be measured
+    os.utime(path, (path.stat().st_mtime - 7200,) * 2)
+    assert kept("fact", {}, lambda: 4, lasts=3600) == (4, 0.0)
 
 
 def _net(dtype: torch.dtype) -> nn.Module:
