@@ -41,7 +41,7 @@ FAST_PATHS = {
     "attention-backward": "a faster backward pass of half-precision attention on the CPU, and its dropout",
     "dropout": "dropout masks drawn again from a seed instead of stored",
     "gated-mlp": "gated feed-forwards that store less for the backward pass",
-    "read-positions": "layers computed only at positions that a pooled output reads: no padding, the last block's first",
+    "read-positions": "layers computed only where a pooled output reads: no padding, the last block's first position",
     "norm": "RMS norms that store less for the backward pass",
     "packing": "several texts in one row instead of padding, in training runs",
     "trunk-cache": "hidden states below the lowest trained layer computed once, in training runs",
