@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert ended("--version") == 0
     assert capsys.readouterr().out == f"inlay {inlay.__version__}\n"
+
+
+def test_descriptions_are_whole(command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import import_module
+
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = command("--help")
+    shown = " ".join(out.split())
+    assert code == 0 and "..." not in out.partition("Commands:")[2] and max(map(len, out.splitlines())) <= 80
+    for name in COMMANDS:
+        told = getattr(import_module(f"inlay.cli.{name}"), name).__doc__ or ""
+        assert " ".join(told.split()) in shown

@@ -9,7 +9,7 @@ import typer
 
 from inlay.cli import flags
 from inlay.cli.output import write_json
-from inlay.cli.tables import show_table, told_number
+from inlay.cli.tables import show_facts, show_table, told, told_number
 
 if TYPE_CHECKING:
     from inlay.cli.models import Loaded
@@ -59,8 +59,16 @@ def combine(
         write_json(facts)
         return
     sites = sorted(report.sites.items(), key=lambda site: -site[1].frobenius)
+    show_facts(
+        f"Combined into {out}",
+        {
+            "method": f"{report.method} by {how}",
+            "adapters": "\n".join(f"{told(weight)} × {folder}" for folder, weight in weights.items()),
+            "worst relative error": f"{told_number(report.worst, 4)} of {len(sites):,} sites",
+        },
+    )
     show_table(
-        f"{out}: {report.method} by {how}, worst relative error {told_number(report.worst, 4)} of {len(sites)} sites",
+        "The sites with the largest errors",
         ("site", "rank", "error", "spectral"),
         [
             (

@@ -209,14 +209,14 @@ def _show_scores(found: Sequence[Row], share: dict[str, float | None]) -> None:
             row.model,
             *(told_number(row.metrics[name], 3) for name in METRICS),
             f"{row.trained:,}",
-            f"{row.seconds:.0f}",
+            f"{row.seconds:,.0f}",
         ]
         for row in found
     ]
     parts = ["–" if (part := share[name]) is None else f"{part:.0%}" for name in METRICS]
     cells.append(["of the way", *parts, f"{found[1].trained / found[2].trained:.1%}", "–"])
     numbers = ("exact match", "ROUGE-L", "BLEU", "loss", "trained", "seconds")
-    show_table("Scores on held-out records", ("model", *numbers), cells, numbers=numbers)
+    show_table("Scores on held-out records", ("model", *numbers), cells, numbers=numbers, whole=("model",))
 
 
 def _short(text: str, limit: int = 90) -> str:

@@ -31,7 +31,7 @@ def inspect(
     native = facts["format"] == "native"
     unsaid = {"where": "the method's own places", "layers": "all"} if native else {}
     shown = {key: unsaid.get(key) if value is None else value for key, value in facts.items()}
-    shown["tensors"] = f"{len(facts['tensors'])} (--tensors lists them)"
+    shown["tensors"] = f"{len(facts['tensors']):,} (--tensors lists them)"
     if native:
         shown["digest"] = facts["digest"][:SHOWN_DIGITS]
         shown["base"] = {part: (digest or "")[:SHOWN_DIGITS] for part, digest in facts["base"].items()}

@@ -34,6 +34,12 @@ class LazyGroup(TyperGroup):
         single.command(cmd_name, no_args_is_help=False)(getattr(import_module(f"inlay.cli.{cmd_name}"), cmd_name))
         return typer.main.get_command(single)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Every command with its whole description; click's own cuts them."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, " ".join((c.help or "").split())) for name, c in commands.items()])
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         from inlay.core.errors import ConfigError, nearest
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from inlay.cli import flags
-from inlay.cli.output import show_table, write_json
+from inlay.cli.output import write_json
+from inlay.cli.tables import show_facts, show_table, show_text
 
 if TYPE_CHECKING:
     from inlay.core.contracts.method import Method
@@ -41,16 +40,15 @@ def methods(
         ("method", "family", "trained", "share", "merges", "mixed"),
         [_cells(row) for row in rows],
         numbers=("trained", "share"),
-        wrapped=(),
+        whole=("method", "family", "merges", "mixed"),
         lesser=("share", "mixed", "merges"),
     )
-    typer.echo("merges: into the base's weights. mixed: beside other adapters in one batch.")
+    show_text("merges: into the base's weights. mixed: beside other adapters in one batch.")
     for row in rows:
         if "unsupported" in row:
-            typer.echo(f"{row['method']} cannot be put on this base: {row['unsupported']}")
-    typer.echo("\nHyper-parameters (--set NAME=VALUE) and their defaults:")
-    for row in rows:
-        typer.echo(_settings(row, max(len(other["method"]) for other in rows)))
+            show_text(f"{row['method']} cannot be put on this base: {row['unsupported']}")
+    settings = {row["method"]: _settings(row["hyper_parameters"]) for row in rows}
+    show_facts("Hyper-parameters (--set NAME=VALUE) and their defaults", settings)
 
 
 def counted_before() -> list[dict[str, Any]] | None:
@@ -161,18 +159,19 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [*names, f"{row['trained']:,}", f"{row['share']:.2%}", *supports]
 
 
-def _settings(row: dict[str, Any], widest: int) -> str:
-    """A method's hyper-parameters beside its name, in as many lines as the terminal needs."""
-    settings = ", ".join(f"{key}={_plain(value)}" for key, value in row["hyper_parameters"].items())
-    return textwrap.fill(
-        settings or "none",
-        max(shutil.get_terminal_size().columns, 60),
-        initial_indent=f"  {row['method']:<{widest}} ",
-        subsequent_indent=" " * (widest + 3),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def _settings(values: dict[str, Any]) -> str:
+    """Hyper-parameters as ``--set`` reads them: numbers without separators, lists with commas."""
+    return ", ".join(f"{key}={_word(value)}" for key, value in values.items()) or "none"
 
 
-def _plain(value: Any) -> str:
-    return "none" if value in (None, "", ()) else str(value).replace("\n", "\\n")
+def _word(value: Any) -> str:
+    match value:
+        case None | "" | () | []:
+            return "none"
+        case bool():
+            return str(value).lower()
+        case list() | tuple() if not any(isinstance(item, dict) for item in value):
+            return ",".join(map(_word, value))
+        case list() | tuple() | dict():
+            return json.dumps(value)
+    return str(value).replace("\n", "\\n")

@@ -64,6 +64,7 @@ def plan(
     as_json: flags.AsJson = False,
 ) -> None:
     """Say what training would need, by role, and which settings fit."""
+    from inlay.cli.tables import show_text
     from inlay.core.errors import ConfigError
     from inlay.machine.precision import device_named
     from inlay.plan.machine import half_planned
@@ -89,7 +90,7 @@ def plan(
         planners = {m.name: _planner(skeleton, m, where, start.quantisation, machine) for m in methods}
         rows, refused = _each(planners, start, as_json)
         if not as_json:
-            typer.echo(str(chosen(start.quantisation is not None)))
+            show_text(str(chosen(start.quantisation is not None)))
         _show_plans(rows, refused, machine, name, as_json)
         shown = rows
     else:
@@ -101,7 +102,7 @@ def plan(
         room = limit - machine.overhead_bytes
         fits = _search(ways, room, batch_size, max_length, gradient_checkpointing)
         if not as_json:
-            typer.echo(str(chosen(start.quantisation is not None)))
+            show_text(str(chosen(start.quantisation is not None)))
         _show_fits(fits, limit, machine, name, as_json)
         shown = [fit.fits for fit in fits if fit.fits is not None]
     if plot is not None:
@@ -275,7 +276,7 @@ def _show_plans(plans: list[Plan], refused: dict[str, str], machine: Machine, ba
         ]  # fmt: skip
         # What is left out first differs least between methods.
         lesser = ("weights", "logits", "disk", "temporary", "gradients", "adapter", "optimizer", "activations")
-        show_table(title, columns, cells, numbers=columns, lesser=lesser)
+        show_table(title, columns, cells, numbers=columns[1:], whole=("method",), lesser=lesser)
     for name, reason in refused.items():
         show_text(f"{name} cannot be planned: {reason}")
     show_text(_footnote(machine))
@@ -324,7 +325,8 @@ def _show_fits(fits: list[Fit], limit: int, machine: Machine, base: str, as_json
         f"Training on {base} within {told_bytes(limit)}",
         columns,
         cells,
-        numbers=columns,
+        numbers=columns[3:],
+        whole=columns[:3],
         lesser=("would need", "next batch"),
     )
     show_text("recompute: activations, by --gradient-checkpointing.")

@@ -3,7 +3,6 @@
 show_table   things of one kind, a row each; too narrow a terminal costs columns, then lines, never parts of words
 show_facts   one thing, a line a fact
 show_text    a paragraph
-Rows         a table whose rows come one after another
 told         one value
 """
 
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import typer
 
-APART = 2  # columns between two of `Rows`
+APART = 2  # columns between the names and the values of a list
 BREAKS_BEHIND = re.compile(r"(?<=[/._,:=-])")  # in what is too long for a line and has no spaces: paths, names
 SHORTEST = 8  # that a column of text is made: below, a list is easier to read
 
@@ -27,12 +26,14 @@ def show_table(
     rows: Sequence[Sequence[object]],
     *,
     numbers: Sequence[str] = (),
+    whole: Sequence[str] = (),
     lesser: Sequence[str] = (),
 ) -> None:
     """A table on standard output; where even its most needed columns are too wide, a list for each row.
 
     Args:
-        numbers: columns whose cells are never broken and stand to the right; others may break between words.
+        numbers: columns that stand to the right, and whose cells are never broken.
+        whole: columns of words whose cells are never broken either; those of all others may be, between words.
         lesser: columns that are left out where there is no room for all, in this order, and said to be.
     """
     cells = [[told(cell) for cell in row] for row in rows]
@@ -40,7 +41,8 @@ def show_table(
         kept = [at for at, name in enumerate(columns) if name not in lesser[:count]]
         shown = [[row[at] for at in kept] for row in cells]
         names = [columns[at] for at in kept]
-        widths = _fitted([names, *shown], [name in numbers for name in names], _width() - 3 * len(kept) - 1)
+        fixed = [name in numbers or name in whole for name in names]
+        widths = _fitted([names, *shown], fixed, _width() - 3 * len(kept) - 1)
         if widths is not None:
             break
     _heading(title)
@@ -49,7 +51,7 @@ def show_table(
         return
     _print_table(names, shown, widths, [name in numbers for name in names])
     if count:
-        typer.echo(f"(without {', '.join(lesser[:count])}: the terminal is narrow)")
+        show_text(f"(without {', '.join(lesser[:count])}: the terminal is narrow)")
 
 
 def show_facts(title: str, facts: Mapping[str, object]) -> None:
@@ -65,41 +67,6 @@ def show_text(text: str) -> None:
     """A paragraph on standard output, broken between words."""
     for line in lines_of(printable(text), _width()):
         typer.echo(line)
-
-
-class Rows:
-    """A table on standard output that is not known when it begins.
-
-    Args:
-        columns: name → how wide its cells get. All but the first hold numbers.
-        lesser: as for `show_table`.
-    """
-
-    def __init__(self, title: str, columns: Mapping[str, int], *, lesser: Sequence[str] = ()) -> None:
-        self.widths = {name: max(width, _length(name)) for name, width in columns.items()}
-        gone: list[str] = []
-        while sum(self.widths.values()) + APART * (len(self.widths) - 1) > _width() and len(gone) < len(lesser):
-            gone.append(lesser[len(gone)])
-            del self.widths[gone[-1]]
-        self.gone = gone
-        _heading(title)
-        self._print({name: name for name in self.widths})
-
-    def add(self, cells: Mapping[str, object]) -> None:
-        """Print one more row; of cells that have no column nothing is shown."""
-        self._print({name: told(cells[name]) for name in self.widths})
-
-    def close(self) -> None:
-        """Say what was left out."""
-        if self.gone:
-            typer.echo(f"(without {', '.join(self.gone)}: the terminal is narrow)")
-
-    def _print(self, cells: Mapping[str, str]) -> None:
-        padded = []
-        for at, (name, width) in enumerate(self.widths.items()):
-            space = " " * (width - _length(cells[name]))
-            padded.append(space + cells[name] if at else cells[name] + space)
-        typer.echo((" " * APART).join(padded).rstrip())
 
 
 # -- values ----------------------------------------------------------------------------------------
@@ -234,7 +201,7 @@ def _broken(word: str, width: int) -> list[str]:
 
 
 def _print_table(
-    names: Sequence[str] | None, rows: Sequence[Sequence[str]], widths: Sequence[int], fixed: Sequence[bool]
+    names: Sequence[str] | None, rows: Sequence[Sequence[str]], widths: Sequence[int], right: Sequence[bool]
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -244,7 +211,7 @@ def _print_table(
         return Text("\n".join(lines_of(text, width)))
 
     table = Table(show_header=names is not None)
-    for name, width, number in zip(names or [""] * len(widths), widths, fixed, strict=True):
+    for name, width, number in zip(names or [""] * len(widths), widths, right, strict=True):
         table.add_column(cell(name, width), justify="right" if number else "left", no_wrap=True, width=width)
     for row in rows:
         table.add_row(*(cell(text, width) for text, width in zip(row, widths, strict=True)))

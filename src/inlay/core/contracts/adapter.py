@@ -56,7 +56,7 @@ class Copies(Mapping[str, nn.Parameter]):
         return len(self.held)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Adapter:
     """One attached adapter.
 
@@ -89,6 +89,20 @@ class Adapter:
         self.prompts = tuple(p for p in self.pieces if isinstance(p, PromptPiece))
         self.changes_base = any(isinstance(p, SubsetPiece) for p in self.pieces)
         self.reads_span = any(isinstance(p, DeltaPiece) and p.delta.reads_span for p in self.pieces)
+
+    def __repr__(self) -> str:
+        """Three lines: what it is, where it is, how large it is."""
+        settings = self.method.to_dict()
+        said = ", ".join(f"{key}={value!r}" for key, value in settings.items() if key != "method")
+        where = self.where if isinstance(self.where, str) else repr(self.where)
+        if isinstance(self.where, (list, tuple)):
+            where = ", ".join(self.where)
+        saved = f", and {', '.join(self.modules_to_save)} whole" if self.modules_to_save else ""
+        return (
+            f"Adapter {self.name!r}: {type(self.method).name}({said})\n"
+            f"  at {len(self.pieces):,} places ({where}){saved}\n"
+            f"  {self.count:,} trained parameters"
+        )
 
     @property
     def where(self) -> Where:
