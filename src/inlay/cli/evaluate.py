@@ -13,7 +13,7 @@ import typer
 from inlay.cli import flags
 from inlay.cli.importing import importing
 from inlay.cli.output import stages, write_json
-from inlay.cli.tables import show_table, show_text, told_number
+from inlay.cli.tables import show_table, show_text, told, told_number
 
 if TYPE_CHECKING:
     from inlay.cli.models import Loaded
@@ -141,13 +141,13 @@ def evaluate(
             settings=settings,
             progress=report,
         )
-    told = {"data": data, "base": loaded.base, "adapter": adapter, "precision": loaded.precision.precision}
-    _report(found, told, time.monotonic() - began, predictions, more={}, as_json=as_json)
+    about = {"data": data, "base": loaded.base, "adapter": adapter, "precision": loaded.precision.precision}
+    _report(found, about, time.monotonic() - began, predictions, more={}, as_json=as_json)
 
 
 def _report(
     found: Evaluation,
-    told: dict[str, Any],
+    about: dict[str, Any],
     seconds: float,
     predictions: Path | None,
     *,
@@ -157,16 +157,16 @@ def _report(
     """Print the scores.
 
     Args:
-        told: ``data, base, adapter, precision``.
+        about: ``data, base, adapter, precision``.
         more: named groups of numbers about how the answers came about.
     """
     if predictions is not None:
         _write_predictions(predictions, found)
     if as_json:
         facts = {key: value for key, value in found.items() if key != "predictions"} | more
-        write_json({**told, **facts, "seconds": round(seconds, 3)})
+        write_json({**about, **facts, "seconds": round(seconds, 3)})
         return
-    _show(found, told["adapter"], told["data"])
+    _show(found, about["adapter"], about["data"])
     for name, fact in more.items():
         typer.echo(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {told(value)}" for key, value in fact.items()))
 

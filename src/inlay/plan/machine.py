@@ -135,12 +135,13 @@ def calibrate(device: str = "cpu", *, anew: bool = False) -> Machine:
 
     at = torch.device(_there(device))
     gpu = at.type == "cuda"
-    where = {"device": torch.cuda.get_device_name(at) if gpu else "cpu", "threads": torch.get_num_threads()}
+    device_name = torch.cuda.get_device_name(at) if gpu else "cpu"
+    where = {"device": device_name, "threads": torch.get_num_threads()}
     found, age = kept(
         "speed", circumstances() | where, lambda: _rates(at), usable=_are_rates, lasts=-1.0 if anew else LASTS
     )
     return Machine(
-        name=where["device"] if gpu else "this machine's CPU",
+        name=device_name if gpu else "this machine's CPU",
         gpu=gpu,
         memory=_memory(at),
         flops={"fp32": found["fp32"], "bf16": found["bf16"], "fp16": found["bf16"]},
