@@ -112,8 +112,8 @@ def evaluate(
                 progress=report,
             )
         typer.echo(str(scored.precision), err=True)
-        told = {"data": data, "base": scored.base, "adapter": adapter, "precision": scored.precision.precision}
-        _report(scored.evaluation, told, time.monotonic() - began, predictions, more=scored.facts, as_json=as_json)
+        about = {"data": data, "base": scored.base, "adapter": adapter, "precision": scored.precision.precision}
+        _report(scored.evaluation, about, time.monotonic() - began, predictions, more=scored.facts, as_json=as_json)
         return
     loaded = load_adapted(base, [adapter] if adapter else [], task=task, quantize=quantize, precision=precision)
     typer.echo(str(loaded.precision), err=True)
