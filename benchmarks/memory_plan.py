@@ -98,8 +98,9 @@ def child(row: dict[str, Any]) -> dict[str, float]:
     import torch
 
     import inlay
+    from inlay.machine.precision import dtype_of
     from inlay.plan.setting import Setting
-    from inlay.plan.skeleton import DTYPES, Skeleton
+    from inlay.plan.skeleton import Skeleton
     from inlay.plan.step import inputs
 
     def train(sizes: dict[str, Any], rows: int, length: int, steps: int, *, mark: bool) -> None:
@@ -107,7 +108,7 @@ def child(row: dict[str, Any]) -> dict[str, float]:
         skeleton = Skeleton(config_of(row["model"], **sizes))
         name, settings, where = METHODS[row["method"]]
         asked = setting_of(row)
-        model = real(skeleton, DTYPES[asked["precision"]], asked.get("quantisation"))
+        model = real(skeleton, dtype_of(asked["precision"]), asked.get("quantisation"))
         adapter = inlay.attach(model, inlay.methods()[name](**settings), where=where)
         if row["checkpointing"]:
             model.config.use_cache = False

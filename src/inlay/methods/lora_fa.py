@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from inlay.authoring import Adapter, Clock, Delta, DeltaMethod, DeltaPiece, Kind, Recipe, Site, stamp
+from inlay.authoring import Adapter, Clock, Delta, DeltaMethod, DeltaPiece, Kind, Recipe, Site, stamp, widened
 from inlay.methods._low_rank import check_sizes, low_rank
 
 
@@ -85,13 +85,14 @@ class Correction(Clock):
             assert isinstance(piece, DeltaPiece)
             b = piece.delta.get_parameter("b")
             if b.grad is not None and id(b) in held:
-                b.grad.copy_(b.grad @ self.inverse(piece.key, piece.delta))
+                b.grad.copy_(widened(b.grad) @ self.inverse(piece.key, piece.delta))
 
     def inverse(self, key: str, delta: Delta) -> Tensor:
         """(A Aᵀ)⁻¹ / s², (rank, rank); the pseudo-inverse, in case A has less than full rank."""
         a, scale = delta.get_buffer("a"), getattr(delta, "scale", 1.0)
         which = stamp(a)
         if key not in self.inverses or self.inverses[key][0] != which:
-            rows = a.flatten(1)
-            self.inverses[key] = (which, torch.linalg.pinv(rows @ rows.t(), hermitian=True) / scale**2)
+            rows = widened(a.flatten(1))
+            with torch.autocast(a.device.type, enabled=False):  # whose products are in 16 bits, which have no inverse
+                self.inverses[key] = (which, torch.linalg.pinv(rows @ rows.t(), hermitian=True) / scale**2)
         return self.inverses[key][1]
