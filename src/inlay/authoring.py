@@ -1,14 +1,14 @@
-"""Everything that the author of a method imports, in one place; `inlay.methods` imports nothing else of the core.
+"""Everything that the author of a method needs to import; the files in `inlay.methods` import nothing else of the core.
 
 A method is a frozen dataclass of hyper-parameters that says what to build at which places (README, "Adding a method").
-`inlay.testing.check_method` holds it to the laws.
+`inlay.testing.check_method` checks it against the laws.
 
-contracts      `DeltaMethod` builds a `Delta` a layer; `PromptMethod` a `TokenPrompt` or a `KeyValuePrompt`;
+contracts      `DeltaMethod` builds a `Delta` for each layer; `PromptMethod` a `TokenPrompt` or a `KeyValuePrompt`;
                `SubsetMethod` a `Difference` to parameters of the base; `Method` builds any pieces; `Recipe`
-pieces         what a method hands over: `DeltaPiece`, `PromptPiece`, `SubsetPiece`, `Branch`; `Shared` between several
+pieces         what a method builds: `DeltaPiece`, `PromptPiece`, `SubsetPiece`, `Branch`; `Shared` between several
 the model      seen read-only: `ModelView`, `Site`, `AttentionPlace`, `Kind`; `Places` and `select` say where
-by site        `Pattern` and its helpers: another rank here than there
-from data      `Measured`, `Batches`, `observe_inputs`: what is found out before anything is built
+by site        `Pattern` and its helpers: values, such as ranks, that differ by site
+from data      `Measured`, `Batches`, `observe_inputs`: initialisation from data, before anything is built
 training       `Clock`: what happens around every optimizer step of an `Adapter`
 forward        `Grouped` (several adapters at once), `current_span`, `transformed`, `cast`, `widened`
 errors         each says what happened, what was expected and what to do (`problems` lists several)

@@ -14,7 +14,7 @@ def bytes_of(text: str) -> int:
     """``16GiB``, ``24 GB``, ``1.5k`` or ``1024`` as a number of bytes.
 
     Raises:
-        ValueError: it is nothing of the kind.
+        ValueError: it is not an amount of memory.
     """
     found = _WRITTEN.fullmatch(text.strip())
     if found is None:
@@ -26,7 +26,7 @@ def bytes_of(text: str) -> int:
 
 
 def told_bytes(amount: float) -> str:
-    """In the unit in which it is easiest to read, with three digits: ``3.42 GiB``."""
+    """An amount with three digits, in the unit in which it is easiest to read: ``3.42 GiB``."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(amount) >= 999.5 * size / 1024:  # 0.98 MiB, not 1003 KiB
             digits = 2 if abs(amount) < 10 * size else 1 if abs(amount) < 100 * size else 0

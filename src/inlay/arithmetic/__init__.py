@@ -1,8 +1,8 @@
-"""Arithmetic of adapters: weighted sums, compressed, merged with less interference, negated.
+"""Arithmetic of adapters: weighted sums, compression, merging with less interference, negation.
 
-combining.py   `combine`: several adapters of a model to a new one, and what the approximation cost
+combining.py   `combine`: several adapters of a model into a new one, and the error of the approximation
 effects.py     what an adapter does to each weight, as factors or as a dense change
-numbers.py     sums in a method's own numbers, where its effect is linear in them
+numbers.py     sums of a method's own parameters, if its effect is linear in them
 differences.py sums of differences to other parameters or entries, as one sparse difference
 low_rank.py    concatenation, and compression by QR of the factors
 sparse.py      TIES, DARE, pruning by magnitude

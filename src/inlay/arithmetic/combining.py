@@ -1,14 +1,14 @@
-"""Several adapters of a model to a new one that does what their weighted sum does, or nearly.
+"""Combining several adapters of a model into a new one that computes their weighted sum, exactly or approximately.
 
-                 factors (LoRA)                  linear in its numbers ((IA)³, BitFit)    the rest (DoRA)
+                 factors (LoRA)                  linear parameters ((IA)³, BitFit)        the rest (DoRA)
     concatenate  exact, ranks add up             exact                                    refused
     svd          to a rank, through QR           to a rank, dense                         to a rank, dense
     magnitude, dare, ties, dare-ties
-                 on the change, then to a rank   on the numbers                           as for factors
+                 on the change, then to a rank   on the parameters                        as for factors
 
-The new adapter is a LoRA with a rank of its own at each site, or of the combined adapters' own method; differences to
-the base's parameters that are not of one structure become one sparse difference. A weight of −1
-alone negates an adapter: task arithmetic, Ilharco et al. 2022, arXiv:2212.04089.
+The new adapter is a LoRA whose rank may differ from site to site, or has the combined adapters' own method; differences
+to the base's parameters that have different structures become one sparse difference. A single adapter with weight −1 is
+negated: task arithmetic, Ilharco et al. 2022, arXiv:2212.04089.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from inlay.methods.lora import LoRA
 
 How = Literal["concatenate", "svd"] | Sparse
 HOWS: tuple[str, ...] = ("concatenate", "svd", *SPARSE)
-LINEAR = 1e-3  # relative; what single precision leaves of (IA)³'s distance from one
+LINEAR = 1e-3  # relative; the precision that float32 leaves of (IA)³'s distance from one
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """Adapters and weights, and how to combine them."""
+    """The adapters, their weights, and how to combine them."""
 
     model: nn.Module
     adapters: Sequence[Adapter]
@@ -66,29 +66,30 @@ def combine(
     density: float = 0.5,
     seed: int = 0,
 ) -> CombineReport:
-    """Attach a new adapter that is the weighted sum of others; it is active, and frozen as a loaded one is.
+    """Attach a new adapter that is the weighted sum of others. It becomes active, and is frozen like a loaded one.
 
     Args:
-        weights: adapter → weight, of any sign. Copies of whole modules (heads) are summed as differences to the base.
-        name: of the new adapter.
-        how: ``concatenate`` is exact; ``svd`` the nearest of a rank; ``magnitude``, ``dare``, ``ties`` and
-            ``dare-ties`` leave entries out before they sum (`sparse.py`).
-        rank: of the result's factors at each site; None is the largest of the combined adapters' there.
+        weights: adapter → weight, of either sign. Copies of whole modules (heads) are summed as differences to the
+            base.
+        name: name of the new adapter.
+        how: ``concatenate`` is exact; ``svd`` is the best approximation of a given rank; ``magnitude``, ``dare``,
+            ``ties`` and ``dare-ties`` drop entries before summing (`sparse.py`).
+        rank: rank of the result's factors at each site; None is the largest of the combined adapters' there.
         density: share of the entries that the sparse ways keep.
-        seed: of DARE's draw.
+        seed: seed of DARE's draw.
 
     Returns:
         The relative error at each site against the exact weighted sum.
 
     Raises:
-        AdapterNameError: an adapter that is not there, or a name that is taken.
-        UnsupportedError: an adapter without a weight view or with values that are not finite, or a sum that no
-            adapter can hold.
-        ConfigError: numbers that make no sense. In every case the model is as it was.
+        AdapterNameError: an adapter does not exist, or the name is taken.
+        UnsupportedError: an adapter has no weight view or values that are not finite, or no adapter can represent the
+            sum.
+        ConfigError: an option is out of range. Whatever is raised, the model is unchanged.
     """
     roster = roster_of(model)
     _check(weights, how, rank)
-    check_free(model, name)  # before anything is decomposed
+    check_free(model, name)  # before anything expensive
     adapters = [roster.require(n) for n in weights]
     check_has_weights(adapters)
     check_finite(adapters)
@@ -108,7 +109,7 @@ def _check(weights: Mapping[str, float], how: str, rank: int | None) -> None:
     if not weights:
         wrong.append("no adapter was given")
     if how not in HOWS:
-        wrong.append(f"no way {how!r} to combine{nearest(how, HOWS)}")
+        wrong.append(f"how={how!r} is unknown{nearest(how, HOWS)}")
     if rank is not None and rank < 1:
         wrong.append(f"rank is {rank}, expected at least 1")
     if rank is not None and how == "concatenate":
@@ -131,7 +132,7 @@ def _all_factored(asked: _Asked) -> bool:
 
 
 def _in_numbers(asked: _Asked) -> tuple[Adapter, dict[str, SiteError]] | None:
-    """The sum as an adapter of the same method; None where its effect would not be the sum of theirs."""
+    """The sum as an adapter of the same method; None if its effect would not be the sum of theirs."""
     if asked.how == "svd" or not numbers.alike(asked.adapters):
         return None
     first = asked.adapters[0]
@@ -175,7 +176,7 @@ def _in_entries(asked: _Asked) -> tuple[Adapter, dict[str, SiteError]]:
 
 
 def _in_factors(asked: _Asked) -> tuple[Adapter, dict[str, SiteError]]:
-    """The sum as a LoRA adapter with a rank of its own at each site."""
+    """The sum as a LoRA adapter, whose rank may differ from site to site."""
     by_key = [{p.key: p for p in a.pieces} for a in asked.adapters]
     pieces = {key: piece for places in by_key for key, piece in places.items()}
     _check_factored(asked, by_key)
@@ -212,23 +213,23 @@ def _at_site(
 
 
 def _check_factored(asked: _Asked, by_key: Sequence[Mapping[str, Piece]]) -> None:
-    """Refuse what a LoRA adapter cannot hold, all of it in one error."""
+    """Raise one error that lists everything a LoRA adapter cannot represent."""
     wrong: dict[str, None] = {}
     for adapter, places in zip(asked.adapters, by_key, strict=True):
         who = f"{adapter.name!r} ({adapter.method.name})"
         for piece in places.values():
             if not isinstance(piece, DeltaPiece) or piece.site.kind not in LoRA.kinds:
-                wrong[f"{who} changes {piece.key}, where low-rank factors do not fit"] = None
+                wrong[f"{who} changes {piece.key}, which low-rank factors cannot represent"] = None
                 continue
             if factors_of(piece.delta) is not None:
                 continue
             if asked.how == "concatenate":
-                wrong[f"{who} has no factors to put side by side; give how='svd' and a rank"] = None
+                wrong[f"{who} has no factors to concatenate; give how='svd' and a rank"] = None
             elif asked.rank is None:
                 wrong[f"{who} has no rank of its own; give one"] = None
             bias = change(piece, asked.model)[1]
             if bias is not None and bool((bias != 0).any()):
-                wrong[f"{who} changes the bias of {piece.key}, which low-rank factors cannot hold"] = None
+                wrong[f"{who} changes the bias of {piece.key}, which low-rank factors cannot represent"] = None
     if wrong:
         raise UnsupportedError(problems("these adapters cannot become one LoRA adapter", list(wrong)[:8]))
 
@@ -246,7 +247,7 @@ def _lora(asked: _Asked, found: Mapping[str, Factors], pieces: Mapping[str, Piec
         asked.model, method, name=asked.name, places=Places.of(list(found), None), modules_to_save=list(saved)
     )
     if {p.key for p in target.pieces} != set(found):
-        raise UnsupportedError("a module's name is also the end of another's, so the new adapter's places are unclear")
+        raise UnsupportedError("one module's name is also the end of another's, so the adapter's places are ambiguous")
     for piece, module in zip(target.pieces, target.modules(), strict=True):
         values = dict(module.named_parameters())
         left, right = found[piece.key]
@@ -256,7 +257,7 @@ def _lora(asked: _Asked, found: Mapping[str, Factors], pieces: Mapping[str, Piec
 
 
 def _copies(asked: _Asked, target: Adapter) -> None:
-    """Copies of whole modules: the base's values and the weighted sum of the adapters' differences to them."""
+    """Fill copies of whole modules: the base's values plus the weighted sum of the adapters' differences to them."""
     for full, value in target.copies.items():
         base = base_value(asked.model, full)
         total = base
@@ -267,7 +268,7 @@ def _copies(asked: _Asked, target: Adapter) -> None:
 
 
 def _errors(asked: _Asked, target: Adapter) -> dict[str, SiteError]:
-    """The effect of an adapter beside the weighted sum of effects, weight and bias together."""
+    """The error of an adapter's effect against the weighted sum of effects, weight and bias together."""
     found = {}
     for place, piece in enumerate(target.pieces):
         mine = _whole(change(piece, asked.model))
@@ -283,7 +284,7 @@ def _sparsifier(asked: _Asked, reads: Sequence[object], keys: Sequence[str]) -> 
 
 
 def _dense(asked: _Asked, piece: Piece | None, like: Piece) -> Tensor:
-    """An adapter's change at a site; zero where it has none."""
+    """An adapter's change at a site; zero if it has none."""
     if piece is None:
         return torch.zeros_like(_flat(change(like, asked.model)[0]))
     return _flat(change(piece, asked.model)[0])

@@ -1,7 +1,7 @@
-"""Sums of differences to the base's parameters that are not of one structure: other masks, other layers, other methods.
+"""Sums of differences to the base's parameters with different structures: other masks, other layers, other methods.
 
-The entries that are not zero become a finished sparse difference, LT-SFT's: composing such differences by adding
-them is what that paper is about (arXiv:2110.07560).
+The nonzero entries become a finished sparse difference, as of LT-SFT, whose paper is about composing such differences
+by addition (arXiv:2110.07560).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def as_sparse(model: nn.Module, changes: Mapping[str, Tensor], name: str, saved:
     """An adapter with these changes.
 
     Raises:
-        UnsupportedError: they are zero everywhere.
+        UnsupportedError: the changes are zero everywhere.
     """
     at = {key: change.flatten().nonzero()[:, 0] for key, change in changes.items()}
     counts = {key: len(places) for key, places in at.items() if len(places)}
     if not counts:
-        raise UnsupportedError("the sum changes nothing; there is no adapter to make of it")
+        raise UnsupportedError("the sum is zero, so there is no adapter to make; choose other weights")
     target = build(model, LTSFT(chosen=counts), name=name, places=Places(), modules_to_save=saved)
     for piece in target.pieces:
         assert isinstance(piece, SubsetPiece)

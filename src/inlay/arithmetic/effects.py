@@ -1,7 +1,7 @@
-"""What an adapter does to each weight of its base.
+"""An adapter's effect on each weight of its base.
 
-A delta's change is `weight(W, b) - (W, b)` in double precision. Where it is a product of two narrow matrices the
-factors are taken instead, so nothing dense is formed.
+A delta's change is `weight(W, b) - (W, b)` in double precision. If it is a product of two narrow matrices, the factors
+are used instead, so that nothing dense is formed.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from inlay.methods.vera import VeRADelta
 
 
 def check_has_weights(adapters: Sequence[Adapter]) -> None:
-    """Raise one `UnsupportedError` that names every adapter whose effect is no change of weights."""
+    """Raise one `UnsupportedError` that names every adapter whose effect is not a change of weights."""
     wrong = []
     for adapter in adapters:
         prompts = any(isinstance(p, PromptPiece) for p in adapter.pieces)
         acting = {type(p.delta).__name__ for p in adapter.pieces if isinstance(p, DeltaPiece) and not p.delta.merges}
         if prompts:
-            wrong.append(f"{adapter.name!r} ({adapter.method.name}) is a prompt, which no sum of weights equals")
+            wrong.append(f"{adapter.name!r} ({adapter.method.name}) is a prompt, which has no effect on weights")
         elif acting:
             kinds = ", ".join(sorted(acting))
             wrong.append(f"{adapter.name!r} ({adapter.method.name}) acts on activations ({kinds})")
         elif any(p.label for p in adapter.pieces if not isinstance(p, PromptPiece)):
-            wrong.append(f"{adapter.name!r} ({adapter.method.name}) is a composition; combine its parts")
+            wrong.append(f"{adapter.name!r} ({adapter.method.name}) is a composition; combine its members")
     if wrong:
         raise UnsupportedError(problems("only adapters with a weight view can be combined", wrong))
 
 
 def factors_of(delta: Delta) -> Factors | None:
-    """The change as two factors, where it is known to be a product of two."""
+    """The change as two factors, if it is known to be a product of two; else None."""
     read = _FACTORS.get(type(delta).weight)
     return None if read is None else read(delta)
 
@@ -58,9 +58,9 @@ def _moved(delta: Any) -> Factors:
 
 
 def _triplets(delta: Any) -> Factors:
-    """P Λ Q without the triplets that the budget took."""
+    """P Λ Q without the triplets that were pruned."""
     kept = delta.e.detach() != 0
-    kept[0] |= ~kept.any()  # a LoRA has at least rank 1
+    kept[0] |= ~kept.any()  # keep at least one: a LoRA has at least rank 1
     return Factors(delta.scale * (delta.b * delta.e).detach()[:, kept], delta.a.detach()[kept])
 
 
@@ -74,7 +74,7 @@ def _projected(delta: Any) -> Factors:
     return Factors((delta.b[:, None] * b).detach(), (delta.d[:, None] * a).detach())
 
 
-# By the weight view itself, because a subclass with another one has other factors, or none.
+# Keyed by the weight view itself, because a subclass with another one has other factors, or none.
 _FACTORS: dict[Callable[..., object], Callable[[Any], Factors]] = {
     LowRank.weight: _plain,
     ConvLowRank.weight: _plain,
@@ -87,7 +87,7 @@ _FACTORS: dict[Callable[..., object], Callable[[Any], Factors]] = {
 
 @torch.no_grad()
 def change(piece: Piece, model: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The change of weight and bias, double precision; of the parameter, where the piece is a difference."""
+    """The change of weight and bias, or of the parameter if the piece is a difference; in double precision."""
     if isinstance(piece, SubsetPiece):
         old = base_value(model, piece.name)
         return piece.difference.apply_to(old) - old, None
@@ -99,7 +99,7 @@ def change(piece: Piece, model: torch.nn.Module) -> tuple[Tensor, Tensor | None]
 
 
 def base_value(model: torch.nn.Module, name: str) -> Tensor:
-    """A parameter of the base itself, double precision, whatever adapter is active."""
+    """A parameter of the base itself, in double precision, whatever adapter is active."""
     path, _, own = name.rpartition(".")
     value = model.get_submodule(path)._parameters[own]
     assert value is not None

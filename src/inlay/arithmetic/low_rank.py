@@ -1,4 +1,4 @@
-"""Sums of factored changes: put side by side, exact; or compressed to a rank, without the dense matrix.
+"""Sums of factored changes: concatenated, which is exact, or compressed to a rank without forming the dense matrix.
 
     Σ w_i L_i R_i = (w_1 L_1 | w_2 L_2 | …) (R_1 ; R_2 ; …)            rank Σ r_i
     L = Q_L U,  Rᵀ = Q_R V,  U Vᵀ = X Σ Yᵀ  (Σ r × Σ r)                the best rank k: Q_L X_k √Σ_k, √Σ_k Y_kᵀ Q_Rᵀ
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from inlay.arithmetic.report import SiteError, relative
 
-DENSE_LIMIT = 1024  # up to this size of the smaller side a dense SVD is exact and quick enough
-OVERSAMPLE, ROUNDS = 32, 8  # of the randomised SVD above it; its error is measured like any other
+DENSE_LIMIT = 1024  # up to this size of the smaller side, a dense SVD is fast enough, and exact
+OVERSAMPLE, ROUNDS = 32, 8  # for the randomised SVD above it; its error is measured like any other
 
 
 class Factors(NamedTuple):
@@ -42,7 +42,7 @@ def concatenate(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
 
 
 def compress(exact: Factors, rank: int) -> tuple[Factors, SiteError]:
-    """The nearest factors of at most `rank`, and how near."""
+    """The best factors of at most `rank`, and their error."""
     left, upper = torch.linalg.qr(exact.left.double())
     right, lower = torch.linalg.qr(exact.right.double().mT)
     x, sizes, y = torch.linalg.svd(upper @ lower.mT)
@@ -55,7 +55,7 @@ def compress(exact: Factors, rank: int) -> tuple[Factors, SiteError]:
 
 
 def factorise(dense: Tensor, rank: int) -> Factors:
-    """Factors of at most `rank` near a dense change, the nearest ones up to `DENSE_LIMIT`."""
+    """Factors of at most `rank` that approximate a dense change; the best ones up to `DENSE_LIMIT`."""
     if min(dense.shape) <= max(DENSE_LIMIT, 2 * (rank + OVERSAMPLE)):
         x, sizes, y = torch.linalg.svd(dense, full_matrices=False)
     else:

@@ -1,10 +1,10 @@
-"""Sums in a method's own numbers: offsets, differences, (IA)³'s vectors.
+"""Sums of a method's own parameters: offsets, differences, (IA)³'s vectors.
 
-    p = p₀ + Σ w_i (p_i − p₀)          p₀ is where the method starts and does nothing: 0, for (IA)³ 1
+    p = p₀ + Σ w_i (p_i − p₀)          p₀ is the start, at which the method does nothing: 0, for (IA)³ 1
 
-Exact for a method whose change of weights is linear in its numbers. Whether it is, is measured on these adapters and
-not declared: `combining` takes this road only where the error is rounding. The same numbers are what TIES, DARE and
-pruning work on for such methods; for differences to the base's parameters they are the papers' task vectors.
+This is exact for a method whose change of weights is linear in its parameters. Whether it is linear is not declared but
+measured on these adapters: `combining` uses this sum only if its error is rounding. For such methods TIES, DARE and
+pruning work on the same parameters; for differences to the base's parameters these are the papers' task vectors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from inlay.core.contracts.adapter import Adapter
 
 
 def alike(adapters: Sequence[Adapter]) -> bool:
-    """Whether the adapters are one method at the same places, with the same frozen values."""
+    """Whether the adapters have the same method, places and frozen values."""
     first = adapters[0]
     if any(a.method != first.method or [p.key for p in a.pieces] != [p.key for p in first.pieces] for a in adapters):
         return False
@@ -33,7 +33,7 @@ def alike(adapters: Sequence[Adapter]) -> bool:
 
 
 def numbers(adapter: Adapter) -> dict[str, Tensor]:
-    """Every trained tensor of the method, shared ones once, under a name that only this module reads."""
+    """Every trained tensor of the method, shared ones once, under a name that is only used in this file."""
     seen: set[int] = set()
     found = {}
     for piece, module in zip(adapter.pieces, adapter.modules(), strict=True):
@@ -56,7 +56,7 @@ def buffers(adapter: Adapter) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(target: Adapter, values: dict[str, Tensor], frozen: dict[str, Tensor]) -> None:
-    """Put numbers and frozen values into an adapter of the same structure."""
+    """Fill trained and frozen values into an adapter of the same structure."""
     for name, tensor in numbers(target).items():
         tensor.copy_(values[name])
     for name, tensor in buffers(target).items():

@@ -1,4 +1,4 @@
-"""What combining adapters cost, site by site."""
+"""The error of combining adapters, site by site."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ class SiteError:
     """How far the new adapter is from the exact weighted sum at one site.
 
     Attributes:
-        frobenius: ‖new − exact‖ / ‖exact‖ in the Frobenius norm; 0 where both are zero, infinite where only the
-            exact sum is.
-        spectral: the same in the spectral norm, where it costs nothing; else None.
-        rank: of the new adapter's factors here; None where it has none.
+        frobenius: ‖new − exact‖ / ‖exact‖ in the Frobenius norm; 0 if both are zero, infinite if only the exact sum is.
+        spectral: the same in the spectral norm, if it is known at no cost; else None.
+        rank: rank of the new adapter's factors here; None if it has none.
     """
 
     frobenius: float
@@ -27,12 +26,12 @@ class SiteError:
 
 @dataclass(frozen=True, kw_only=True)
 class CombineReport:
-    """What `combine` made.
+    """The result of `combine`.
 
     Attributes:
-        name: of the new adapter.
+        name: name of the new adapter.
         method: its method's registry key.
-        how: the way it was made.
+        how: how the adapters were combined.
         sites: site or parameter → error.
     """
 
@@ -52,7 +51,7 @@ class CombineReport:
 
 
 def relative(difference: Tensor | float, exact: Tensor | float) -> float:
-    """Size of a difference beside the size of what is exact."""
+    """The norm of a difference divided by the norm of the exact value."""
     above = float(torch.linalg.vector_norm(difference)) if isinstance(difference, Tensor) else difference
     below = float(torch.linalg.vector_norm(exact)) if isinstance(exact, Tensor) else exact
     if above == 0:

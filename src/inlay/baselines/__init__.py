@@ -1,17 +1,17 @@
-"""What PEFT is judged against without training the base: frozen features, demonstrations in the context, a prompt.
+"""Baselines that do not train the base: frozen features, demonstrations in the context, a prompt alone.
 
 baseline.py    the contract: hyper-parameters, fitting, answering
-features.py    embeddings of the base into logistic regression, random forest or XGBoost
+features.py    the base's embeddings as input of logistic regression, random forest or XGBoost
 in_context.py  demonstrations in front of every prompt
-prompt_text.py an instruction alone: no demonstrations
+prompt_text.py an instruction without demonstrations
 selecting.py   which rows become demonstrations
 embedding.py   pooled hidden states
 forest.py      a forest as plain arrays
 artefact.py    a fitted baseline as JSON and safetensors
 running.py     `run`: configuration → fitted baseline in a folder, like `inlay.train.run`
-scoring.py     a fitted baseline on a data set, with the metrics that adapters get
+scoring.py     evaluating a fitted baseline, with the same metrics as adapters
 
-Names are imported when first used, so that a command line can ask whether a name is a baseline's for free.
+Names are imported when first used, so that the command line can ask at no cost whether a name is a baseline's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def baselines() -> dict[str, type[Baseline]]:
 
 
 def parse_settings(method: str, words: Sequence[str]) -> dict[str, Any]:
-    """``["k=4"]`` as values of the types that the baseline's fields have, as `inlay.train.hyper` does for methods."""
+    """Parse ``["k=4"]`` to values of the types of the baseline's fields, as `inlay.train.hyper` does for methods."""
     from inlay.train.hyper import parse_fields
 
     return parse_fields(baselines()[method], words, heading=f"--set, method {method!r}", noun="hyper-parameter")

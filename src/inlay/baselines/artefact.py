@@ -1,8 +1,8 @@
-"""A fitted baseline in a folder; nothing in it runs when it is read.
+"""Storing a fitted baseline in a folder, without code that would run when it is read.
 
 baseline.json             settings, facts (the demonstrations), the base's fingerprint
 baseline.safetensors      numbers: weights, trees as arrays, embeddings of demonstrations
-xgboost.json              XGBoost's own format, where it is the classifier
+xgboost.json              XGBoost's own format, if it is the classifier
 training.json, README.md  as beside an adapter
 """
 
@@ -43,7 +43,7 @@ class Stored:
 
 
 def write(folder: Path, baseline: Baseline, fitted: Fitted, model: Any) -> None:
-    """Into a folder that exists or can be made."""
+    """Write to a folder, which is made if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         "format": FORMAT,
@@ -61,10 +61,10 @@ def write(folder: Path, baseline: Baseline, fitted: Fitted, model: Any) -> None:
 
 
 def read(folder: str | Path) -> Stored:
-    """A stored baseline.
+    """Read a stored baseline.
 
     Raises:
-        AdapterFileError: it is not whole, or not one that inlay writes.
+        AdapterFileError: it is incomplete, or was not written by inlay.
     """
     root = Path(folder)
     try:
@@ -83,14 +83,14 @@ def read(folder: str | Path) -> Stored:
         )
         return Stored(baseline=baseline, fitted=fitted, base=Fingerprint.from_dict(values["base"]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, ConfigError) as error:
-        raise AdapterFileError(f"{root}: not a whole baseline ({error}); copy it again") from error
+        raise AdapterFileError(f"{root}: not a complete baseline ({error}); copy it again") from error
 
 
 def build(name: str, settings: Mapping[str, Any]) -> Baseline:
-    """The baseline of a name with its settings.
+    """The baseline with this name and these settings.
 
     Raises:
-        ConfigError: an unknown name, or settings that do not fit.
+        ConfigError: the name is unknown, or the settings do not fit.
     """
     known = baselines()
     if name not in known:

@@ -1,4 +1,4 @@
-"""What a baseline is: a frozen dataclass of hyper-parameters that fits and answers; the base learns nothing."""
+"""The contract of a baseline: a frozen dataclass of hyper-parameters that fits and answers; the base stays as it is."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows before a base: all that fitting and answering need.
+    """Rows and a base: everything that fitting and answering need.
 
     Attributes:
-        labels: of the training data, in order; None where the data has none.
-        max_length: tokens a row may have.
-        seed: of every draw.
-        max_new_tokens, num_beams: of generated texts; None is a little more than the longest reference.
+        labels: labels of the training data, in order; None if it has none.
+        max_length: most tokens of a row.
+        seed: seed of every random draw.
+        max_new_tokens: most tokens of a generated text; None is a little more than the longest reference.
+        num_beams: number of beams; 1 is greedy search.
     """
 
     model: Any
@@ -46,19 +47,19 @@ class Rows:
     progress: Progress | None = None
 
     def stage(self, name: str, total: int) -> Advance | None:
-        """A function that is told how many rows of a stage were just finished."""
+        """A callback for a stage, to be called with the number of rows just finished; None if nobody listens."""
         return counting(self.progress, name, total)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What fitting found.
+    """The result of fitting.
 
     Attributes:
-        tensors: numbers, for safetensors.
-        facts: plain data, for JSON.
-        texts: file name → text, for what another library writes.
-        parameters: numbers that were learnt outside the base.
+        tensors: numbers, to be stored as safetensors.
+        facts: plain data, to be stored as JSON.
+        texts: file name → text, for files in another library's format.
+        parameters: number of values learnt outside of the base.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class Baseline(ABC):
     Class variables:
         name: registry key and command-line word.
         paper: where it was published.
-        on_long: what can happen to rows that are too long; every row keeps its answer.
+        on_long: possible values of the option `on_long`; all of them keep every row.
     """
 
     name: ClassVar[str]
@@ -84,26 +85,26 @@ class Baseline(ABC):
 
     @abstractmethod
     def task(self, layout: Layout, asked: Task | None, source: str) -> Task:
-        """The task to load the base for, of data of this layout.
+        """The task for which to load the base, given the layout of the data.
 
         Raises:
-            ConfigError: not for such data, or not for the task that was asked for.
+            ConfigError: the baseline does not suit the data, or the task that was asked for.
         """
 
     @abstractmethod
     def fit(self, rows: Rows) -> Fitted:
-        """Learn from training rows, without touching the base."""
+        """Learn from training rows, without changing the base."""
 
     @abstractmethod
     def predict(self, fitted: Fitted, rows: Rows) -> tuple[list[Prediction], dict[str, Any]]:
-        """Answers, and facts about how they came about."""
+        """The answers, and facts about how they were found."""
 
     def likelihood(self, fitted: Fitted, rows: Rows) -> tuple[Likelihood, dict[str, Any]]:
         """How probable the given completions are."""
         raise ConfigError(f"method {self.name!r} gives answers, not probabilities of texts; choose metrics of answers")
 
     def seen(self, model: Any) -> Any:
-        """The part of a model that answers depend on, by which its base is known again."""
+        """The part of a model on which answers depend; its fingerprint identifies the base."""
         return model
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class Baseline(ABC):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:
-        """From plain values; all that is wrong with them is one `ConfigError`."""
+        """Make one from plain values; raises one `ConfigError` that lists everything wrong with them."""
         from inlay.train.hyper import check_fields
 
         return cls(**check_fields(cls, settings, heading=f"method {cls.name!r}", noun="hyper-parameter"))

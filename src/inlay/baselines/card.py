@@ -21,7 +21,7 @@ def card(
     """
     base = "embedded" if config.base is None else shown(config.base)
     words = "" if config.base is None else f"--base {base if base == config.base else f'path/to/{base}'} "
-    learnt = f", {facts['parameters']:,} numbers learnt beside it" if facts["parameters"] else ""
+    learnt = f", {facts['parameters']:,} parameters learnt beside it" if facts["parameters"] else ""
     settings = [(key, f"`{value!r}`") for key, value in baseline.to_dict().items() if key != "method"]
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""A base's hidden states as one vector a text."""
+"""One vector for each text, from a base's hidden states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pooling = Literal["cls", "mean", "last"]
 
 
 def trunk(model: Any) -> Any:
-    """The part that makes hidden states: the encoder of an encoder–decoder, else the model without its head."""
+    """The part that computes hidden states: the encoder of an encoder–decoder, else the model without its head."""
     return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
 
@@ -31,12 +31,12 @@ def embed(
     """The last hidden states, pooled: (rows, width), float32 on the CPU, in the order of the rows.
 
     Args:
-        rows: ``input_ids`` and, where the base reads them, ``token_type_ids``.
-        pooling: the state of the first token, where the tokenizer puts one there for this (``cls``), of the last
-            one, or the mean over all tokens of the text.
+        rows: ``input_ids`` and, if the base reads them, ``token_type_ids``.
+        pooling: the state of the tokenizer's CLS token (``cls``), of the last token (``last``), or the mean over all
+            tokens of the text (``mean``).
 
     Raises:
-        ConfigError: ``cls`` on a base that knows no such token.
+        ConfigError: ``cls`` for a base whose tokenizer has no CLS token.
     """
     if pooling == "cls" and tokenizer.cls_token_id is None:
         raise ConfigError("pooling=cls, but the base's tokenizer has no CLS token; give pooling=mean or pooling=last")

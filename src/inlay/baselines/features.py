@@ -1,8 +1,8 @@
-"""Feature-based: the frozen base embeds a text, and a small classifier beside it learns.
+"""Feature-based: the frozen base embeds a text, and a small classifier is trained on the embeddings.
 
-    z = (pool(h(x)) − μ) / σ          h: the base's last hidden states; μ, σ of the training rows
-    logistic    argmax W z + b, L2 penalty 1 / c        forest    averaged shares of `trees` trees
-    xgboost     boosted trees (its own package)
+    z = (pool(h(x)) − μ) / σ          h: the base's last hidden states; μ, σ over the training rows
+    logistic    argmax W z + b, L2 penalty 1 / c        forest    mean over `trees` trees
+    xgboost     boosted trees (needs its package)
 
 The oldest use of a pre-trained model (Peters et al. 2019, arXiv:1903.05987, call it feature extraction). Fitted
 classifiers are stored as numbers: weights, arrays of trees, XGBoost's own JSON.
@@ -27,7 +27,7 @@ from inlay.evaluate.run import Prediction
 
 Classifier = Literal["logistic", "forest", "xgboost"]
 _BOOSTER = "xgboost.json"
-_ROUNDS = 2000  # of L-BFGS
+_ROUNDS = 2000  # iterations of L-BFGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class Features(Baseline):
         classifier: logistic, forest or xgboost.
         pooling: cls, mean or last.
         c: inverse strength of the logistic regression's penalty.
-        trees: of a forest, rounds of XGBoost.
-        depth: of a tree; None is unbounded in a forest and XGBoost's own 6.
+        trees: number of trees of a forest, or of rounds of XGBoost.
+        depth: depth of a tree; None is unlimited in a forest, and XGBoost's default 6.
         rate: XGBoost's shrinkage.
     """
 
@@ -64,7 +64,7 @@ class Features(Baseline):
 
     def task(self, layout: Layout, asked: Task | None, source: str) -> Task:
         if layout.kind != "classification" or asked not in (None, "classification"):
-            raise ConfigError(f"method 'features' classifies; {asked or layout.kind} is for another method")
+            raise ConfigError(f"method 'features' only classifies; use another method for {asked or layout.kind}")
         return "classification"
 
     def seen(self, model: Any) -> Any:
@@ -100,7 +100,7 @@ class Features(Baseline):
         return [Prediction(prompt=t, prediction=rows.labels[n], references=[r]) for t, n, r in both], {}
 
     def scores(self, fitted: Fitted, z: Tensor) -> Tensor:
-        """Of each class, (rows, classes), on standardised features."""
+        """The score of each class, (rows, classes), from standardised features."""
         match self.classifier:
             case "logistic":
                 return z.double() @ fitted.tensors["weight"].T + fitted.tensors["bias"]
@@ -130,7 +130,7 @@ def _embedded(method: Features, rows: Rows) -> tuple[list[dict[str, Any]], Tenso
 
 def _logistic(method: Features, z: np.ndarray[Any, Any], y: np.ndarray[Any, Any], classes: int) -> dict[str, Tensor]:
     linear = _package("sklearn.linear_model").LogisticRegression(C=method.c, max_iter=_ROUNDS).fit(z, y)
-    # A class without a training row is never chosen; of two classes sklearn keeps the second one's numbers alone.
+    # A class without a training row is never chosen; for two classes sklearn only has the second one's weights.
     weight, bias = torch.zeros(classes, z.shape[1]).double(), torch.full((classes,), -torch.inf).double()
     rows, offsets = torch.from_numpy(linear.coef_).double(), torch.from_numpy(linear.intercept_).double()
     if len(rows) == 1:

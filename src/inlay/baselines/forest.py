@@ -1,10 +1,10 @@
 """A fitted random forest as plain arrays, so that it is stored and read without pickle.
 
-    feature, threshold, left, right      a node an entry, all trees one after another; feature −1 is a leaf
-    share (nodes, classes)               of the training rows in each node
+    feature, threshold, left, right      one entry per node, all trees one after another; feature −1 is a leaf
+    share (nodes, classes)               share of each class among the training rows in a node
     root                                 the first node of each tree
 
-A row goes left where its feature, in single precision, is at most the threshold; the trees' shares are averaged.
+A row goes left if its feature, in single precision, is at most the threshold; the trees' shares are averaged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def to_tensors(forest: Any) -> dict[str, Tensor]:
 
 
 def probabilities(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Of each class: (rows, classes)."""
+    """The probability of each class: (rows, classes)."""
     feature, limits = tensors["feature"], tensors["threshold"]
     total = torch.zeros(len(x), tensors["share"].shape[1], dtype=torch.float64)
     wide = x.float().double()

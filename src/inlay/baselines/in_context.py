@@ -1,12 +1,12 @@
-"""In-context learning: solved rows in front of every question; nothing is trained.
+"""In-context learning: solved examples in front of every question; nothing is trained.
 
 Brown et al. 2020, "Language Models are Few-Shot Learners", arXiv:2005.14165.
 
     instruction  demonstration_k … demonstration_1  question ▶ answer
 
-The most wanted demonstration stands last, next to the question. Where the context does not hold them all, the least
-wanted ones are left out whole, never cut, and how many were is reported. A label is chosen by its likelihood, nats a
-token (or nats, `length_normalised=false`); a text is generated.
+The best demonstration stands last, next to the question. If not all fit into the context, the worst ones are left out;
+none is cut, and the number left out is reported. A label is chosen by its likelihood, in nats per token (or nats, with
+`length_normalised=false`); a text is generated.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class InContext(Baseline):
     """Demonstrations in the prompt.
 
     Attributes:
-        k: demonstrations, at most.
+        k: largest number of demonstrations.
         strategy: random, balanced, nearest, longest or first (`selecting.py`).
         instruction: text in front of everything.
-        between: stands between instruction, demonstrations and question.
-        length_normalised: compare labels by nats a token.
+        between: text between instruction, demonstrations and question.
+        length_normalised: compare labels by nats per token.
     """
 
     name: ClassVar[str] = "in-context"
@@ -121,14 +121,14 @@ class InContext(Baseline):
     def _written(
         self, fitted: Fitted, rows: Rows, asked: Sequence[Prompt], reserved: Sequence[int]
     ) -> tuple[list[list[int]], dict[str, Any]]:
-        """Each question with its demonstrations as tokens, `reserved` of the context left free for the answer."""
+        """Each question with its demonstrations as tokens; `reserved` tokens of the context are left for the answer."""
         pool = [(str(d["prompt"]), str(d["reference"])) for d in fitted.facts.get("demonstrations", ())]
         chosen = [list(range(len(pool)))] * len(asked)
         if "embeddings" in fitted.tensors:
             chosen = nearest(fitted.tensors["embeddings"], _embedded(rows, asked), self.k)
         limit = _limit(rows)
         joiner = Joiner(rows.tokenizer)
-        joint = rows.template.separator if rows.task == "seq2seq" else ""  # elsewhere the prompt ends with it
+        joint = rows.template.separator if rows.task == "seq2seq" else ""  # in decoders the prompt ends with it
         found, used, wrong = [], [], []
         for question, places, answer in zip(asked, chosen, reserved, strict=True):
             shown = [f"{pool[n][0]}{joint}{pool[n][1]}" for n in places]
@@ -155,13 +155,15 @@ class InContext(Baseline):
 
 
 def language_task(name: str, layout: Layout, asked: Task | None, source: str) -> Task:
-    """The task of a base that answers in words."""
+    """The task of a base that answers with text."""
     from inlay.train.loading import read_config
 
     if layout.kind not in ("classification", "completion"):
-        raise ConfigError(f"method {name!r} asks questions and compares answers; {layout.kind} data has none")
+        raise ConfigError(
+            f"method {name!r} compares answers, and {layout.kind} data has none; give completions or labels"
+        )
     if asked in ("regression", "classification"):
-        raise ConfigError(f"method {name!r} answers in words; leave --task out, or give causal or seq2seq")
+        raise ConfigError(f"method {name!r} answers with text; leave --task out, or give causal or seq2seq")
     encoder_decoder = bool(getattr(read_config(source), "is_encoder_decoder", False))
     return asked or ("seq2seq" if encoder_decoder else "causal")
 
@@ -175,7 +177,7 @@ def _stored(chosen: Sequence[Prompt]) -> list[dict[str, str]]:
 
 
 def _embedded(rows: Rows, asked: Sequence[Prompt]) -> Any:
-    # Longer texts are cut for this comparison alone.
+    # Longer texts are cut for this comparison only.
     cut = [{"input_ids": prompt.input_ids[: _limit(rows)]} for prompt in asked]
     stage = rows.stage("embeddings", len(cut))
     return embed(rows.model, rows.tokenizer, cut, "mean", batch_size=rows.batch_size, progress=stage)

@@ -1,6 +1,6 @@
-"""Prompt text alone: an instruction in front of the question, no demonstrations. `in-context` with k = 0.
+"""Prompt text alone: an instruction in front of the question, without demonstrations: `in-context` with k = 0.
 
-Radford et al. 2019 asked GPT-2 this way; with instructions, Ouyang et al. 2022, arXiv:2203.02155.
+Radford et al. 2019 did so with GPT-2; with instructions, Ouyang et al. 2022, arXiv:2203.02155.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class PromptText(Baseline):
 
     Attributes:
         instruction: text in front of every question; may be empty.
-        between: stands between the instruction and the question.
-        length_normalised: compare labels by nats a token.
+        between: text between the instruction and the question.
+        length_normalised: compare labels by nats per token.
     """
 
     name: ClassVar[str] = "prompt-text"

@@ -1,4 +1,4 @@
-"""A baseline's run: the configuration, folder, record and card of training, without training."""
+"""Running a baseline: the same configuration, folder, record and card as training, without training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from inlay.train.record import TrainingRecord, versions
 from inlay.train.rows import UNBOUNDED_CONTEXT, context_of, read_rows, roles_of, split_rows
 from inlay.train.running import RunResult, peak_memory_bytes
 
-# What a baseline would have to ignore.
+# Options that a baseline would have to ignore.
 _OF_TRAINING = (
     "where", "layers", "modules_to_save", "epochs", "steps", "accumulate", "learning_rate", "schedule", "warmup",
     "weight_decay", "max_grad_norm", "gradient_checkpointing", "eval_every", "save_every", "early_stopping",
@@ -34,10 +34,10 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, pro
     """Fit a baseline; the counterpart of `inlay.train.run`, with the same folder and result.
 
     Args:
-        resume: a finished run gives its result; an unfinished one starts again, as it has no steps to keep.
+        resume: return the result of a finished run; an unfinished one starts again, because it has no steps to keep.
 
     Raises:
-        UserError: whatever the user can mend; the output folder is as it was then.
+        UserError: a mistake that the user can correct; the output folder is unchanged.
     """
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other: one goes on with a run, the other replaces it")
@@ -137,7 +137,7 @@ def _write(
 
 
 def _check_options(config: RunConfig, baseline: Baseline) -> None:
-    """Refuse options of training, all of them in one error."""
+    """Raise one error that lists all options of training that were given."""
     defaults = {name: field.get_default(call_default_factory=True) for name, field in RunConfig.model_fields.items()}
     wrong = [f"{n} is given, but nothing is trained" for n in _OF_TRAINING if getattr(config, n) != defaults[n]]
     if config.on_long not in (None, *baseline.on_long):

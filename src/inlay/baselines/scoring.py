@@ -1,4 +1,4 @@
-"""A fitted baseline on a data set: the metrics and the record that an adapter gets."""
+"""Evaluating a fitted baseline on a data set, with the same metrics and record as an adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Scored(NamedTuple):
-    """An evaluation, the base it was made on, in which precision, and facts about how the answers came about."""
+    """An evaluation, its base and precision, and facts about how the answers were found."""
 
     evaluation: Evaluation
     base: str | None
@@ -77,11 +77,11 @@ def evaluate_folder(
     """Score a stored baseline on the base it belongs to.
 
     Args:
-        precision: as for `inlay.train.load_base`; None is ``auto``, on the CPU, where the model stays.
+        precision: as in `inlay.train.load_base`; None is ``auto`` for the CPU, where the model stays.
 
     Raises:
-        ConfigError: rows that are too long cannot be treated so.
-        AdapterFileError: the folder is not whole.
+        ConfigError: the baseline does not support this `on_long`.
+        AdapterFileError: the folder is incomplete.
         BaseMismatchError: `base` is not the one it was fitted on.
     """
     from inlay.train import load_base, read_record
@@ -118,7 +118,7 @@ def evaluate_folder(
 
 
 def load_task(task: str, base: str | None) -> str:
-    """The task to load a base for: features need no head, so any that the base has will do."""
+    """The task for which to load a base: features need no head, so any task that the base has will do."""
     from inlay.train.loading import able_tasks, base_source, read_config
 
     if task != "classification":

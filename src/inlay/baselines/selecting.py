@@ -1,8 +1,8 @@
-"""Which training rows become demonstrations, the most wanted one first.
+"""Which training rows become demonstrations, the best one first.
 
-    random     drawn by the seed                          first     as the data has them
-    balanced   drawn by the seed, the labels in turn      longest   most tokens first
-    nearest    most alike the question, by the cosine of the base's mean embeddings (Liu et al. 2022,
+    random     drawn with the seed                        first     in the order of the data
+    balanced   drawn with the seed, labels alternating    longest   most tokens first
+    nearest    most similar to the question, by the cosine of the base's mean embeddings (Liu et al. 2022,
                arXiv:2101.06804, kNN)
 
 All but `nearest` choose once, for all questions.
@@ -25,10 +25,10 @@ Strategy = Literal["random", "balanced", "nearest", "longest", "first"]
 
 
 def fixed(strategy: Strategy, rows: Sequence[Prompt], k: int, seed: int, labels: Sequence[str] | None) -> list[int]:
-    """The places of the k most wanted rows.
+    """The indices of the k best rows.
 
     Raises:
-        ConfigError: balanced without labels.
+        ConfigError: `balanced` was asked for, but there are no labels.
     """
     drawn = [int(n) for n in np.random.default_rng(seed).permutation(len(rows))]
     match strategy:
@@ -46,7 +46,7 @@ def fixed(strategy: Strategy, rows: Sequence[Prompt], k: int, seed: int, labels:
 
 
 def nearest(pool: Tensor, questions: Tensor, k: int) -> list[list[int]]:
-    """For each question the places of the k rows of the pool that are most alike; the first one of equals."""
+    """For each question the indices of the k most similar rows of the pool; the first ones if several are equal."""
     alike = F.normalize(questions, dim=1) @ F.normalize(pool, dim=1).T  # (questions, pool)
     order: list[list[int]] = torch.argsort(alike, dim=1, descending=True, stable=True)[:, :k].tolist()
     return order

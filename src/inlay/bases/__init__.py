@@ -1,13 +1,13 @@
 """Bases: layer types whose weights inlay can read and write, and how models are read.
 
 dense.py          torch's own layers; registered when this package is imported
-bitsandbytes.py   NF4, FP4 and int8 layers; registered once bitsandbytes is imported, by whomever
+bitsandbytes.py   NF4, FP4 and int8 layers; registered once anything imports bitsandbytes
 torchao.py        int8 and int4 weights; the same for torchao
 loading.py        a base from its files, quantised layer by layer while they are read
 context.py        how many tokens a base can read
 trial.py          which method works on which kind of base
 
-Neither library is imported by inlay before a base needs it.
+inlay imports neither library before a base needs it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROOMS = ("bitsandbytes", "torchao")
 
 
 def register() -> None:
-    """Register the layers of the libraries that are there by now."""
+    """Register the layers of the libraries that have been imported."""
     for library in _ROOMS:
         room = f"{__name__}.{library}"
         if library in sys.modules and room not in sys.modules:

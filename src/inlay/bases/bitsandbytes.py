@@ -1,16 +1,16 @@
 """Layers of bitsandbytes: 4 bits a weight (NF4, FP4; QLoRA, arXiv:2305.14314) and 8 (LLM.int8(), arXiv:2208.07339).
 
-    4 bits   blocks of 64 weights, each a number of 16 levels times its block's constant; with double quantisation
-             the constants are kept in 8 bits, in blocks of 256
-    8 bits   a row of the weight is whole numbers times the row's constant
+    4 bits   blocks of 64 weights, each one of 16 levels times the block's constant; with double quantisation the
+             constants are stored in 8 bits, in blocks of 256
+    8 bits   a row of the weight is integers times the row's constant
 
-Merging makes such a layer an `nn.Linear` of the dequantised weight, as long as the merge lasts.
+While merged, such a layer is an `nn.Linear` with the dequantised weight.
 
-On a CPU, bitsandbytes 0.50 takes wrong constants for 4-bit rows of some lengths that blocks do not divide (32, 48, 96,
-160); `exact` finds out, and such layers are refused.
+On a CPU, bitsandbytes 0.50 uses wrong constants for 4-bit rows of some lengths that are not a multiple of the block
+(32, 48, 96, 160); `exact` finds these out, and such layers are refused.
 
-On CPUs with AVX512-BF16 a 4-bit layer repacks itself in its first forward without gradients: its constants are
-rounded to bfloat16, and from then on no gradient passes through it. `settle` forbids that.
+On CPUs with AVX512-BF16 a 4-bit layer repacks itself in its first forward without gradients: its constants are rounded
+to bfloat16, and from then on no gradient passes through it. `settle` prevents that.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from inlay.core.model.layer import (
 )
 
 Linear4bit, Linear8bitLt = bnb.nn.Linear4bit, bnb.nn.Linear8bitLt
-# Says with every forward of an 8-bit layer that it rounds what enters it, which is what such a layer does.
+# It warns at every forward of an 8-bit layer that inputs are rounded, which is how such a layer works.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
@@ -52,7 +52,7 @@ def _shape(layer: Any, dtype: torch.dtype) -> LayerShape:
 
 
 def _written(layer: nn.Module, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Undo:
-    """A dense layer in the place of a quantised one; the result brings that back, its very objects."""
+    """Replace a quantised layer by a dense one; the returned function puts the same old objects back."""
     back = exchange(layer, nn.Linear)
     before = {name: raw(layer, name) for name in ("weight", "bias")}
     replace(layer, {"weight": weight, "bias": bias}, dtype)
@@ -67,7 +67,7 @@ def _state(layer: Any) -> Any:
     state = getattr(raw(layer, "weight"), "quant_state", None) or layer.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise UnsupportedError(
-            "bitsandbytes has repacked this 4-bit base for inference on the CPU: its constants are rounded, and no "
+            "bitsandbytes has repacked this 4-bit base for inference on the CPU: its constants were rounded, and no "
             "gradient passes through it. Load the base again and attach before the first forward in evaluation mode, "
             "or let inlay load it (--quantize nf4)"
         )
@@ -121,7 +121,7 @@ def _(layer: Any, weight: Tensor, bias: Tensor | None) -> Undo:
 
 @cache
 def exact(width: int, kind: str, block: int) -> bool:
-    """Whether the CPU's kernel gives rows of so many numbers as blocks, codes and constants say."""
+    """Whether the CPU's kernel computes rows of this length correctly."""
     weight = torch.randn(block, width, generator=torch.Generator().manual_seed(0))
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=block, quant_type=kind)
     codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1, block).long()
@@ -131,7 +131,7 @@ def exact(width: int, kind: str, block: int) -> bool:
 
 @settle.register(Linear4bit)
 def _(layer: Any, dtype: torch.dtype) -> None:
-    state, weight = _state(layer), raw(layer, "weight")  # or it is too late
+    state, weight = _state(layer), raw(layer, "weight")  # raises if the layer has repacked itself
     on_cpu = state is not None and weight is not None and weight.device.type == "cpu"
     if on_cpu and not exact(state.shape[-1], state.quant_type, state.blocksize):
         raise UnsupportedError(
@@ -151,7 +151,7 @@ def _(layer: Any) -> None:
 
 
 def _rows(layer: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Whole numbers and constants of the rows; they move from the weight to the layer's state in its first forward."""
+    """Integers and constants of the rows; the first forward moves them from the weight to the layer's state."""
     weight: Any = raw(layer, "weight")
     if layer.state.CB is not None:
         return layer.state.CB, layer.state.SCB
@@ -159,7 +159,7 @@ def _rows(layer: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _dtype(layer: Any) -> torch.dtype:
-    """Of the layer's computation, which an 8-bit layer does not know itself."""
+    """The dtype of the layer's computation, which an 8-bit layer does not store."""
     bias = raw(layer, "bias")
     found: torch.dtype = torch.float32 if bias is None else bias.dtype
     return layer.__dict__.get("_inlay_dtype", found)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Dense layers: `nn.Linear`, transformers' transposed `Conv1D`, embeddings, convolutions and norms.
 
-Writing replaces the `Parameter` object instead of its values, so undoing is bit-exact and a tied partner
-(an output head that shares the embedding's matrix) keeps the values it had.
+Writing replaces the `Parameter` object instead of its values, so undoing is exact to the bit, and a tied layer (an
+output head that shares the embedding's matrix) keeps its values.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from inlay.core.model.layer import Kind, LayerShape, Undo, read_weight, settle, 
 
 
 def raw(layer: nn.Module, name: str) -> Tensor | None:
-    """The registered parameter itself, past any adapter that answers for the attribute."""
+    """The registered parameter itself, even if an adapter replaces the attribute."""
     return layer._parameters.get(name)
 
 
 @singledispatch
 def values_of(weight: Tensor) -> Tensor:
-    """A parameter's values as a plain tensor; another room reads the tensor types that pack theirs."""
+    """A parameter's values as a plain tensor; overridden for tensor types that pack their values."""
     return weight
 
 
 def replace(layer: nn.Module, values: Mapping[str, Tensor | None], dtype: torch.dtype) -> Undo:
-    """Put new frozen parameters in the place of old ones; the result puts the very same old objects back."""
+    """Replace parameters with new frozen ones; the returned function puts the same old objects back."""
     old = {name: raw(layer, name) for name in values}
     for name, value in values.items():
         if value is not None:
@@ -42,9 +42,9 @@ def replace(layer: nn.Module, values: Mapping[str, Tensor | None], dtype: torch.
 
 
 def put_back(layer: nn.Module, parameters: Mapping[str, Any], back: Undo | None = None, **attributes: Any) -> None:
-    """Give a layer back the very parameters and attributes that it had.
+    """Put a layer's former parameters and attributes back.
 
-    Steps of an undo are partial calls of functions like this one, because `copy.deepcopy` then copies what they act on.
+    The steps of an undo are partial calls of functions like this one, so that `copy.deepcopy` copies what they act on.
     """
     layer._parameters.update(parameters)
     for name, value in attributes.items():
@@ -56,7 +56,7 @@ def put_back(layer: nn.Module, parameters: Mapping[str, Any], back: Undo | None 
 def _shape(layer: nn.Module, kind: Kind, out_features: int, in_features: int) -> LayerShape | None:
     weight = raw(layer, "weight")
     if weight is None or not weight.is_floating_point():
-        return None  # no weight of its own, or a quantised store that another room must read
+        return None  # no weight of its own, or a quantised one that another file reads
     has_bias = raw(layer, "bias") is not None
     return LayerShape(kind, in_features, out_features, has_bias, weight.dtype, weight.device)
 
@@ -86,7 +86,7 @@ def _(layer: nn.Conv2d) -> LayerShape | None:
 
 @shape_of.register
 def _(layer: nn.Module) -> LayerShape | None:
-    """A norm is known by its name and by one vector of weights: every model has an RMSNorm class of its own."""
+    """A norm is recognised by its name and by having one weight vector: every model has its own RMSNorm class."""
     weight = raw(layer, "weight")
     if (
         type(layer).__name__.endswith(("Norm", "Norm1d", "Norm2d", "Norm3d"))
@@ -119,7 +119,7 @@ def _(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Undo:
 
 @settle.register
 def _(layer: PreTrainedModel, dtype: torch.dtype) -> None:
-    """transformers' Trainer refuses a model that says it is quantised, unless PEFT has put adapters on it."""
+    """transformers' Trainer refuses a quantised model unless PEFT has put adapters on it."""
     if layer.__dict__.get("is_quantized"):
         layer.__dict__["_inlay_settled"], layer.__dict__["is_quantized"] = True, False
 

@@ -1,11 +1,11 @@
-"""A base from its files, quantised layer by layer while they are read.
+"""Loading a base from its files, quantised layer by layer while they are read.
 
-transformers builds the model without values, reads a tensor when its turn comes, and hands the weights of the
-layers to quantise to bitsandbytes or torchao one at a time. What it lacks for a small memory is added here: it
-maps all files of a checkpoint at once, which counts in full against a limit on a process's memory. So the tensors
-it is given are `Stored`: a name's place in a safetensors file, read from there when asked and held by nobody else.
+transformers builds the model without values, reads the tensors one by one, and passes the weights of the layers to
+quantise to bitsandbytes or torchao one at a time. But it maps all files of a checkpoint at once, which counts in full
+against a limit on a process's memory. So it is given `Stored` tensors instead: a place in a safetensors file, read when
+asked for and not kept.
 
-Quantised are the linear layers of the numbered blocks: not embeddings, poolers or the output head.
+The linear layers of the numbered blocks are quantised; embeddings, poolers and the output head are not.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ LIBRARIES = {
     "torchao-int8": "torchao",
     "torchao-int4": "torchao",
 }
-BLOCK = 64  # weights that share a constant, in QLoRA and here for int4
+BLOCK = 64  # weights that share a constant, in QLoRA and in our int4
 MMAP_THRESHOLD = -3  # glibc's number for this option
-LARGEST = 32 * 2**20  # where glibc's own adaptation of it ends
+LARGEST = 32 * 2**20  # up to here glibc adapts the threshold by itself
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -67,19 +67,19 @@ class Stored:
             while at < self.size:
                 read = file.readinto(view[at:])
                 if not read:
-                    raise ConfigError(f"{self.path} ends before its tensors do: it is cut short. Copy it again")
+                    raise ConfigError(f"{self.path} ends before its last tensor: it is truncated. Copy it again")
                 at += read
         return torch.frombuffer(raw, dtype=self.dtype).view(self.shape)[index]
 
 
 def stored_tensors(source: str) -> dict[str, Stored]:
-    """Every tensor of a checkpoint, by name, none of them read.
+    """Every tensor of a checkpoint by name, without reading any.
 
     Args:
-        source: folder, or hub id in the local cache or on the hub.
+        source: folder, or hub id (in the local cache or on the hub).
 
     Raises:
-        ConfigError: there are no safetensors files, or a damaged one.
+        ConfigError: there are no safetensors files, or one is damaged.
     """
     found: dict[str, Stored] = {}
     for path in _files(source):
@@ -107,7 +107,7 @@ def _files(source: str) -> list[Path]:
     paths = [locate(name) for name in names]
     missing = [name for name, path in zip(names, paths, strict=True) if path is None]
     if missing:
-        raise ConfigError(f"base {source} lacks {', '.join(missing[:4])}, which its index names. Copy the whole folder")
+        raise ConfigError(f"base {source} lacks {', '.join(missing[:4])}, which its index lists. Copy the whole folder")
     return [path for path in paths if path is not None]
 
 
@@ -117,7 +117,7 @@ def _header(path: Path) -> dict[str, Stored]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > size - 8:
-                raise ValueError(f"its header claims {length} bytes of a file of {size}")
+                raise ValueError(f"its header claims {length} bytes, but the file has {size}")
             header = json.loads(file.read(length))
         found = {}
         for name, entry in header.items():
@@ -142,20 +142,20 @@ def read_quantised(
     read_in: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """A model quantised while its tensors are read, and transformers' account of the loading.
+    """Load a model, quantising its tensors while they are read; returns it with transformers' loading report.
 
     Args:
-        auto: transformers' class for the task.
-        config: of the model.
+        auto: transformers' auto class for the task.
+        config: the model's configuration.
         tensors: name → `Stored`, or a tensor.
-        name: of the quantisation (`LIBRARIES`).
-        dtype: of everything that is not quantised, and of the computation.
-        read_in: type in which weights are handed to the quantisation; `dtype` where None. One for all machines gives
-            them one base: the codes of a weight depend on what it was rounded to before.
-        options: for `from_pretrained`.
+        name: the quantisation (`LIBRARIES`).
+        dtype: dtype of everything that is not quantised, and of the computation.
+        read_in: dtype in which weights are passed to the quantisation; None is `dtype`. It is the same on all machines,
+            so that all have the same base: the codes of a weight depend on the dtype it was rounded to before.
+        options: options of `from_pretrained`.
 
     Raises:
-        ConfigError: unknown name, missing library, or layers that it cannot hold.
+        ConfigError: the quantisation is unknown, its library is missing, or it cannot represent some layer.
     """
     check_quantisation(name)
     with torch.device("meta"):
@@ -173,7 +173,7 @@ def read_quantised(
         )
     register()
     for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):  # which repacks and rounds it in its first evaluation
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # else its first evaluation repacks and rounds it
             layer.support_avx512bf16_for_cpu = False
     if LIBRARIES[name] == "torchao":
         from inlay.bases.torchao import PackedLinear
@@ -186,9 +186,9 @@ def read_quantised(
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let a model with quantised layers compute in a type: what is dense is cast, and quantised layers are told.
+    """Set the dtype in which a model with quantised layers computes: cast what is dense, and tell quantised layers.
 
-    What transformers keeps in float32 whatever is asked for stays there.
+    What transformers always keeps in float32 stays in float32.
     """
     before = getattr(getattr(model, "config", None), "dtype", dtype)
     for module in model.modules():
@@ -206,10 +206,10 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _returned_at_once() -> Iterator[None]:
-    """While it lasts, memory of more than 2 MiB goes back to the system when it is freed (glibc; elsewhere nothing).
+    """For a block, freed memory of more than 2 MiB goes back to the system (with glibc; elsewhere nothing happens).
 
-    By itself glibc soon keeps pieces of up to 32 MiB, and small quantised weights come to lie between the large
-    temporary ones: the process grows by a third of what it has read.
+    By default glibc soon keeps pieces of up to 32 MiB, and small quantised weights end up between large temporary ones,
+    so that the process grows by a third of what it has read.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     stated = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
@@ -224,7 +224,7 @@ def _returned_at_once() -> Iterator[None]:
 
 
 def dequantise(model: nn.Module) -> None:
-    """Make every quantised layer a dense one of the values that it stands for, in place and for good."""
+    """Turn every quantised layer into a dense one with the dequantised values, in place and permanently."""
     for module in list(model.modules()):
         if store_of(module) is not None:
             write_weight(module, *read_weight(module))
@@ -236,14 +236,14 @@ def dequantise(model: nn.Module) -> None:
 
 
 def check_quantisation(name: str) -> None:
-    """Raise a `ConfigError` unless the quantisation is known and its library installed."""
+    """Raise a `ConfigError` unless the quantisation is known and its library is installed."""
     if name not in LIBRARIES:
         raise ConfigError(f"quantize={name!r} is unknown; known: {', '.join(LIBRARIES)}")
     if find_spec(LIBRARIES[name]) is None:
         library = LIBRARIES[name]
         raise ConfigError(f"quantize={name} needs {library}, which is not installed: pip install {library}")
     if name == "torchao-int4" and torch.cuda.is_available():
-        raise ConfigError("quantize=torchao-int4 is for the CPU: its packed weights have no form on a GPU. Use nf4")
+        raise ConfigError("quantize=torchao-int4 only works on a CPU, because its weights are packed for one. Use nf4")
 
 
 def _kept(skeleton: nn.Module, name: str) -> list[str]:
@@ -252,7 +252,7 @@ def _kept(skeleton: nn.Module, name: str) -> list[str]:
     linear = {path: site for path, site in view.layers.items() if site.kind == "linear"}
     quantised = {path: site for path, site in linear.items() if view.in_blocks(path)}
     if not quantised:
-        raise ConfigError(f"{type(skeleton).__name__} has no linear layers in numbered blocks, so none to quantise")
+        raise ConfigError(f"{type(skeleton).__name__} has no linear layers in numbered blocks, so nothing to quantise")
     if name == "torchao-int4":
         _check_groups({path: (site.out_features, site.in_features) for path, site in quantised.items()})
     if name in ("nf4", "fp4") and not torch.cuda.is_available():
@@ -277,13 +277,13 @@ def _check_groups(sizes: dict[str, tuple[int, int]]) -> None:
     wrong = [f"{path} {rows} × {width}" for path, (rows, width) in sizes.items() if width % BLOCK or rows % 16]
     if wrong:
         raise ConfigError(
-            f"quantize=torchao-int4 packs 16 rows and {BLOCK} columns together, which these layers are no multiple of: "
+            f"quantize=torchao-int4 packs 16 rows and {BLOCK} columns together; these layers are not multiples: "
             f"{', '.join(wrong[:4])}. Use nf4"
         )
 
 
 def _quantiser(name: str, kept: list[str], dtype: torch.dtype) -> Any:
-    """transformers' description of a quantisation."""
+    """transformers' configuration object for a quantisation."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if name in ("nf4", "fp4"):

@@ -1,8 +1,8 @@
 """Weights of torchao: int8 (a constant a row) and int4 (a constant and an offset for each group of weights).
 
-torchao keeps an `nn.Linear` and packs its parameter into a tensor type of its own. What computes with it is a
-`PackedLinear`, which unpacks the weight in forward and again in backward: torchao's own int8 product would keep
-a dense weight for the backward pass, and its int4 product for the CPU has no derivative.
+torchao keeps an `nn.Linear` and packs its parameter into a tensor type of its own. Here a `PackedLinear` computes with
+it, which unpacks the weight in the forward and again in the backward pass: torchao's own int8 product would keep a
+dense weight for the backward pass, and its int4 product for the CPU has no derivative.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from inlay.core.upstream import int4_tensor, pack_int4
 
 Int4OpaqueTensor = int4_tensor()
 NAMES: dict[type[Tensor], str] = {Int8Tensor: "torchao-int8", Int4OpaqueTensor: "torchao-int4"}
-LEVELS = 16  # of int4
-AT_ONCE = (64, 32, 16)  # rows that CPUs of different widths pack together
+LEVELS = 16  # levels of int4
+AT_ONCE = (64, 32, 16)  # numbers of rows that different CPUs pack together
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose weight is unpacked when it is needed, and kept by nobody."""
+    """A linear layer whose weight is unpacked when needed and not kept."""
 
     def forward(self, input: Tensor) -> Tensor:
         made: Tensor = PackedProduct.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
@@ -37,7 +37,7 @@ class PackedLinear(nn.Linear):
 
 
 class PackedProduct(torch.autograd.Function):
-    """x Wᵀ + b for a packed W. Kept for the backward pass: W as it is stored."""
+    """x Wᵀ + b for a packed W. The backward pass uses the packed W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,7 +49,7 @@ class PackedProduct(torch.autograd.Function):
         return grads[0] @ values_of(ctx.weight).to(grads[0].dtype), None, None
 
 
-# Its forward is the product by its weight, so it is known for itself as `nn.Linear` is.
+# Its forward is exactly the product with its weight, as in `nn.Linear`.
 shape_of.register(PackedLinear)(shape_of.dispatch(nn.Linear))
 
 
@@ -71,7 +71,7 @@ def _(weight: Any) -> Tensor:
 def _unpacked(packed: Tensor, rows: int, width: int) -> Tensor:
     """The codes, (rows, width), of a weight that torch has packed for this CPU.
 
-    Rows are packed some at a time: the block's bytes are (width, rows / 2), two rows in a byte.
+    Rows are packed in blocks: a block's bytes are (width, rows / 2), two rows in a byte.
     """
     block, codes, flat = _block(), [], packed.reshape(-1)
     whole = rows - rows % block
@@ -87,7 +87,7 @@ def _unpacked(packed: Tensor, rows: int, width: int) -> Tensor:
 
 @cache
 def _block() -> int:
-    """How many rows this CPU packs together, found by packing something known."""
+    """How many rows this CPU packs together, found by packing a known weight."""
     known = torch.arange(128, dtype=torch.int32).view(-1, 1).mul(torch.tensor([3, 5])).remainder(LEVELS).int()
     packed = _pack(known).reshape(-1)
     for block in AT_ONCE:
@@ -95,12 +95,12 @@ def _block() -> int:
         both = torch.cat([part & 0xF, part >> 4], dim=2).index_select(2, _order(block)).transpose(1, 2)
         if torch.equal(both.reshape(-1, 2).int(), known):
             return block
-    raise UnsupportedError("int4 weights of torchao are packed in an unknown way on this CPU; choose nf4")
+    raise UnsupportedError("torchao packs int4 weights in an unknown way on this CPU; choose nf4")
 
 
 @cache
 def _order(height: int) -> Tensor:
-    """Where each of a block's rows lies among its low and then its high halves of bytes."""
+    """Where each row of a block lies: first the low, then the high halves of its bytes."""
     rows = torch.arange(height, dtype=torch.int32).view(-1, 1).expand(-1, 2).contiguous()
     digits = []
     for digit in (rows % LEVELS, rows // LEVELS):

@@ -1,4 +1,4 @@
-"""Which method works on which kind of base: found out by putting it there, on a model made for that."""
+"""Which method works on which kind of base, found by attaching it to a tiny model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from inlay.core.model.select import Places
 
 
 def refusal(method: Method, name: str, *, files: bool = False) -> str | None:
-    """Why a method cannot be put on a base of this quantisation (`LIBRARIES`); None where it can.
+    """Why a method cannot be attached to a base of this quantisation (`LIBRARIES`); None if it can.
 
-    A method that is initialised from data is built and not initialised.
+    A method that is initialised from data is built but not initialised.
 
     Args:
         files: whether the folder that the base was quantised from is still there.
@@ -46,7 +46,7 @@ def refusal(method: Method, name: str, *, files: bool = False) -> str | None:
 
 @cache
 def _dense() -> Any:
-    """A tiny Llama with every kind of parameter that a Llama can have."""
+    """A tiny Llama with every kind of parameter a Llama can have."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -55,7 +55,7 @@ def _dense() -> Any:
 
 @cache
 def _base(name: str) -> nn.Module:
-    """The same, quantised."""
+    """The same model, quantised."""
     from transformers import AutoModelForCausalLM
 
     dense = _dense()

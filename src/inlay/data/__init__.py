@@ -1,11 +1,11 @@
-"""Data in: reading files, finding columns, labels, templates, encoding and batches.
+"""Data: reading files, finding columns, labels, templates, encoding and batches.
 
     dataset = read_table("tickets.jsonl")
     layout = resolve_columns(dataset)
     rows = encode(dataset, layout, tokenizer, task="causal", max_length=512)
     batch = collate(tokenizer, "causal")([rows[0], rows[1]])
 
-Names are imported when first used, so that options (`Reading`, `Template`, `parse_columns`) can be had
+Names are imported when first used, so that the options (`Reading`, `Template`, `parse_columns`) are available
 without loading `datasets` or torch.
 """
 

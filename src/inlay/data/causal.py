@@ -1,4 +1,4 @@
-"""Rows for decoders: one sequence, in which some tokens are scored."""
+"""Rows for decoders: one sequence, in which some tokens are scored (have a label)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inlay.data.joining import Joiner
 from inlay.data.prompting import completions_of, prompts_of
 from inlay.data.rows import Rows
 
-_BEFORE = "Give a prompt, or a template with a separator: the first token of a text is never scored."
+_BEFORE = "Give a prompt, or a template with a separator: the first token of a text cannot be scored."
 _CHANGE = "Change the chat, or the template."
 
 
@@ -31,12 +31,12 @@ def encode_completions(rows: Rows, job: Job, joiner: Joiner) -> list[list[Encode
     out: list[list[Encoded] | None] = [None] * len(rows)
     for row, (before, after) in _tokens(rows, joiner, texts).items():
         if not lead and not before:
-            rows.found.add(f"{rows.places[row]}: nothing stands before the completion", _BEFORE)
+            rows.found.add(f"{rows.places[row]}: there is nothing before the completion", _BEFORE)
             continue
         if after[len(after) - len(end) :] != end:
             after = after + end
         length = len(lead) + len(before) + len(after)
-        after = after[: job.max_length - max(len(lead), 1)]  # one token at least stands before it
+        after = after[: job.max_length - max(len(lead), 1)]  # at least one token must come before it
         room = job.max_length - len(lead) - len(after)
         before = before[max(len(before) - room, 0) :]
         labels = [IGNORED] * (len(lead) + len(before)) + after
@@ -65,16 +65,16 @@ def encode_chats(rows: Rows, job: Job, joiner: Joiner) -> list[list[Encoded] | N
         labels = [
             token if said else IGNORED for piece, said in zip(tokens, scored[row], strict=True) for token in piece
         ]
-        labels[: min(len(labels), 1)] = [IGNORED] * min(len(labels), 1)  # nothing stands before the first token
+        labels[: min(len(labels), 1)] = [IGNORED] * min(len(labels), 1)  # nothing comes before the first token
         out[row] = [Encoded(ids[: job.max_length], labels[: job.max_length], len(ids))]
     return out
 
 
 def encode_texts(rows: Rows, job: Job, joiner: Joiner) -> list[list[Encoded] | None]:
-    """Plain text and the end token, all scored; too long ones lose their end, or are split into rows.
+    """Plain text and the end token, all scored; too long texts lose their end, or are split into rows.
 
-    Where nothing leads a text, each row of a split one begins with the last token of the row before, so
-    that every token but the first is scored once.
+    If the tokenizer puts no token in front of a text, each row of a split text begins with the last token of the row
+    before, so that every token except the first is scored exactly once.
     """
     column = job.layout.column("text")
     texts = {row: text for row in range(len(rows)) if (text := rows.text(row, column)) is not None}
@@ -97,7 +97,7 @@ def _text_row(lead: Sequence[int], window: Sequence[int], length: int) -> Encode
 
 
 def _tokens(rows: Rows, joiner: Joiner, texts: Mapping[int, Sequence[str]]) -> dict[int, list[list[int]]]:
-    """Tokens of each row's pieces; rows whose pieces cannot be told apart are noted and left out."""
+    """Tokens of each row's pieces; rows whose pieces cannot be separated are reported and left out."""
     try:
         return dict(zip(texts, joiner.pieces(list(texts.values())), strict=True))
     except UnsupportedError:

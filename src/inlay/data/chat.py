@@ -1,4 +1,4 @@
-"""Chats as pieces of text: what assistant turns say is scored, the rest is not."""
+"""Chats as pieces of text: the assistant's turns are scored, the rest is not."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def chat_pieces(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, open_turn: bool = False) -> Pieces:
     """A chat as the tokenizer's template writes it, cut where scored text begins and ends.
 
-    Scored is what stands inside the template's ``{% generation %}`` blocks. A template without them is
-    rendered turn by turn: what an assistant turn adds to the text before it (with the generation prompt)
-    is scored, up to the end token. That is exact if each text begins with the one before it; where a template
-    rewrites earlier turns, it is refused.
+    The text inside the template's ``{% generation %}`` blocks is scored. A template without them is rendered turn by
+    turn: what an assistant turn adds to the text before it (with the generation prompt) is scored, up to the end token.
+    That is exact if each text begins with the one before it; a template that rewrites earlier turns is refused.
 
     Args:
         messages: the turns.
@@ -42,11 +41,11 @@ def chat_pieces(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase,
 
 
 def split_last_turn(messages: Sequence[Message]) -> tuple[list[Message], str]:
-    """The turns before the last assistant turn, and what that turn says."""
+    """The turns before the last assistant turn, and the text of that turn."""
     last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
     content = messages[last].get("content")
     if not isinstance(content, str):
-        raise DataError("the last assistant turn is no plain text, so there is no reference to compare with")
+        raise DataError("the last assistant turn is not plain text, so there is no reference to compare with")
     return list(messages[:last]), content
 
 
@@ -65,8 +64,8 @@ def _marked(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tem
     for start, end in spans[0]:
         if not at <= start <= end <= len(text):
             raise UnsupportedError(
-                "the chat template's {% generation %} blocks overlap or stand inside a macro, so what they "
-                "hold cannot be told. Put one block around each assistant turn's content, in the main loop"
+                "the chat template's {% generation %} blocks overlap or stand inside a macro, so the text in "
+                "them cannot be located. Put one block around each assistant turn's content, in the main loop"
             )
         pieces += [(text[at:start], False), (text[start:end], True)]
         at = end
@@ -102,7 +101,7 @@ def _rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, o
     from inlay.core.upstream import render_chats
 
     with _template_errors():
-        # Not apply_chat_template: it refuses the empty chat that an assistant's opening turn follows.
+        # Not apply_chat_template: it refuses the empty chat in front of an assistant's opening turn.
         texts, _ = render_chats(
             conversations=[list(messages)],
             chat_template=_template(tokenizer),
@@ -122,7 +121,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class _template_errors:
-    """Turns what a template raises (roles that must alternate, missing fields) into a `DataError`."""
+    """Turns the errors of a template (roles that must alternate, missing fields) into a `DataError`."""
 
     def __enter__(self) -> None:
         return None

@@ -1,4 +1,4 @@
-"""Rows to padded tensors."""
+"""From rows to padded tensors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Pads the rows of a batch to its longest; padding is masked and never scored.
+    """Pads the rows of a batch to the longest one; padding is masked and never scored.
 
     Attributes:
-        task: says what labels are.
-        pad_id: token that fills up.
-        side: where padding goes. Targets of encoder–decoders are always padded on the right.
+        task: determines what the labels are.
+        pad_id: the padding token.
+        side: the side on which rows are padded. Targets of encoder–decoders are always padded on the right.
         multiple_of: lengths are rounded up to a multiple of this (8 suits tensor cores).
     """
 
@@ -73,8 +73,8 @@ def collate(tokenizer: PreTrainedTokenizerBase, task: Task, *, multiple_of: int 
     """The collator for a tokenizer and a task; it pads on the tokenizer's side.
 
     Raises:
-        ConfigError: no padding token where the model needs to know it (a classifier finds the last token
-            by it); elsewhere the end token serves, as padding is masked.
+        ConfigError: the tokenizer has no padding token, and the model needs one (a classifier finds the last token
+            by it). Other models are padded with the end token, because padding is masked.
     """
     if task not in TASKS:
         raise ConfigError(f"task {task!r} is unknown; known: {', '.join(TASKS)}")

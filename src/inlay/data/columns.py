@@ -30,11 +30,11 @@ _EXPECTED = "`prompt` and `completion`, or `messages`, or `text` and `label`, or
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a data set is, and the column that plays each role (`None` where a kind has no such role).
+    """The kind of a data set, and the column for each role (`None` if this kind has no such role).
 
     Attributes:
         kind: ``completion`` (prompt, completion), ``chat`` (messages), ``classification`` and ``regression``
-            (text, maybe pair, label) or ``text``.
+            (text, perhaps pair, label) or ``text``.
     """
 
     kind: Kind
@@ -46,7 +46,7 @@ class Layout:
     label: str | None = None
 
     def column(self, role: str) -> str:
-        """The column that plays `role`. Raises: DataError: this kind of data has no such role."""
+        """The column for `role`. Raises: DataError: this kind of data has no such role."""
         name: str | None = getattr(self, role)
         if name is None:
             raise DataError(f"{self.kind} data has no {role} column. Give one with columns, as {role}=NAME")
@@ -54,10 +54,10 @@ class Layout:
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """The mapping that ``prompt=mr,completion=ref`` spells.
+    """The mapping written as ``prompt=mr,completion=ref``.
 
     Raises:
-        DataError: a part without ``=``, a role twice, an unknown role.
+        DataError: a part without ``=``, a role given twice, or an unknown role.
     """
     found, columns = [], dict[str, str]()
     for part in text.split(","):
@@ -76,17 +76,17 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def resolve_columns(dataset: Dataset, columns: Mapping[str, str] | None = None, *, task: Task | None = None) -> Layout:
-    """Find which column plays which role.
+    """Find the column for each role.
 
     Args:
         dataset: the rows.
         columns: role → column, for roles whose column has another name; the rest is found by name.
             ``pair`` is the second text of a pair (entailment, paraphrase).
-        task: what the data is for; settles classification or regression, which otherwise the labels do
-            (broken numbers mean regression).
+        task: what the data is for. It decides between classification and regression; without it the labels
+            decide (fractional numbers mean regression).
 
     Raises:
-        DataError: columns that do not exist or do not fit together, several readings, or none.
+        DataError: columns that do not exist or do not fit together, or the columns can be read in several ways or none.
     """
     names = [name for name in dataset.column_names if not name.startswith("__")]
     given = dict(columns or {})
@@ -126,7 +126,7 @@ def _shape(given: Mapping[str, str], names: list[str], task: Task | None) -> tup
         return fitting[0]
     if fitting:
         readings = "; ".join(" and ".join(s) for s in fitting)
-        raise DataError(f"the columns can be read in several ways: {readings}. Say which with columns=")
+        raise DataError(f"the columns can be read in several ways: {readings}. Choose one with columns=")
     if wanted and not any(wanted <= set(s) for s in _SHAPES):
         raise DataError(f"columns {', '.join(sorted(given))} do not go together. Expected {_EXPECTED}")
     raise DataError(_none_fits(wanted, names))
@@ -143,7 +143,7 @@ def _serves(shape: tuple[str, ...], task: Task) -> bool:
 
 def _none_fits(wanted: set[str], names: list[str]) -> str:
     shapes = [s for s in _SHAPES if wanted <= set(s)]
-    if len(shapes) != 1:  # nothing given: the shape that is begun
+    if len(shapes) != 1:  # nothing given: take the shape of which some columns are there
         begun = (s for s in _SHAPES if len(s) == 2 and any(role in names for role in s))
         shapes = list(islice(begun, 1))
     missing = [role for s in shapes for role in s if role not in names and role not in wanted]
@@ -167,7 +167,7 @@ def _kind(dataset: Dataset, roles: Mapping[str, str], task: Task | None) -> Kind
 
 
 def _broken_numbers(dataset: Dataset, column: str) -> bool:
-    """Whether the labels are numbers (in CSV: text that reads as numbers), some of them not whole."""
+    """Whether the labels are numbers (in CSV: text that can be read as numbers), some of them fractional."""
     if "ClassLabel" in type(dataset.features[column]).__name__:
         return False
     broken = False
@@ -187,7 +187,7 @@ def _no_column(role: str, name: str, names: list[str]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    # A file without a header row has a whole row for names.
+    # In a file without a header row, the first row was taken for the names.
     shown = [name if len(name) <= 40 else f"{name[:39]}…" for name in names[:30]]
     return ", ".join(shown) + (", …" if len(names) > 30 else "")
 

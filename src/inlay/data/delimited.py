@@ -1,4 +1,4 @@
-"""CSV and TSV text to rows. Cells stay text: `NA`, `null` and `007` are what the file says."""
+"""From CSV and TSV text to rows. Cells stay text: `NA`, `null` and `007` are not converted."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Row = tuple[int, list[str]]  # first line, cells
 
 
 def parse_delimited(text: str, name: str, *, delimiter: str, quoted: bool, header: tuple[str, ...] | None) -> Parsed:
-    """Read the cells of a file, each row as wide as the header.
+    """Read the cells of a file; each row must have as many as the header.
 
     Args:
         text: the whole file.
         name: the file's name, for messages.
         delimiter: one character between cells.
         quoted: whether ``"`` quotes a cell (see `Reading`).
-        header: the columns' names when the file has no header row.
+        header: the columns' names if the file has no header row.
 
     Raises:
-        DataError: duplicate or suspicious header, rows of another width, a quote that is never closed.
+        DataError: a duplicate or suspicious header, rows with another number of cells, a quote that is never closed.
     """
     found = Findings(f"{name} cannot be read")
     rows = _quoted_rows(text, delimiter, found) if quoted else _plain_rows(text, delimiter)
@@ -61,7 +61,7 @@ def _check_names(names: list[str], name: str, delimiter: str) -> None:
         at = [place for place, other in enumerate(names, start=1) if other == column]
         if not column:
             for place in at:
-                names[place - 1] = f"column_{place}"  # pandas leaves its index column without a name
+                names[place - 1] = f"column_{place}"  # pandas writes its index column without a name
         elif len(at) > 1:
             found.add(
                 f"columns {', '.join(map(str, at))} of the header are all named {column!r}",
@@ -106,7 +106,7 @@ def _quoted_rows(text: str, delimiter: str, found: Findings) -> Iterator[Row]:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """The csv module refuses cells beyond 128 KiB unless told; documents are longer."""
+    """Lift the csv module's limit of 128 KiB per cell: documents are longer."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         yield
@@ -120,8 +120,8 @@ def _cells(count: int) -> str:
 
 def _ragged_remedy(delimiter: str, quoted: bool) -> str:
     if quoted:
-        return f"Put cells that hold {delimiter!r} or a line end in double quotes, or set delimiter."
+        return f"Put cells that contain {delimiter!r} or a line end in double quotes, or set delimiter."
     return (
-        f"Quotes are ordinary characters here, so no cell may hold {delimiter!r} or a line end; "
+        f"Quotes are ordinary characters here, so no cell may contain {delimiter!r} or a line end; "
         "if cells are quoted, read with quoted=True."
     )

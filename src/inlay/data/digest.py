@@ -1,4 +1,4 @@
-"""A digest of what a data set holds, to tell on resuming whether it is still the same."""
+"""A digest of a data set's content, to check when a run is resumed that it is still the same."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _BATCH = 1000
 def fingerprint(dataset: Dataset) -> str:
     """SHA-256 of the columns' names and all values in order, as 64 hex digits.
 
-    Equal rows give equal digests wherever they came from: file names, row numbers, chunks and index
-    mappings do not count, column order does not either. Numbers count by type and value.
+    Equal rows give equal digests, wherever they come from: file names, row numbers, chunks, index mappings and the
+    order of the columns do not matter. Numbers are compared by type and value.
     """
     columns = sorted(name for name in dataset.column_names if name != ORIGIN)
     digest = hashlib.sha256(json.dumps([columns, len(dataset)]).encode())

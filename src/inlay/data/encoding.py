@@ -1,4 +1,4 @@
-"""Rows to token ids and labels, for every task."""
+"""From rows to token ids and labels, for every task."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _LONG = (
     "Raise max_length (up to what the base can read), shorten the rows, or choose on_long: truncate, drop, "
     "or for plain text split."
 )
-_NOTHING = "Raise max_length, shorten what stands before the scored text, or remove the row."
+_NOTHING = "Raise max_length, shorten the text before the scored part, or remove the row."
 
-# Rows → for each row its encodings (several when split), `None` for a row with a problem.
+# Rows → encodings of each row (several if it is split); `None` for a row with a problem.
 Encoder = Callable[[Rows], list[list[Encoded] | None]]
 
 
@@ -49,31 +49,31 @@ def encode(
     template: Template = _DEFAULT,
     on_long: OnLong = "error",
 ) -> Dataset:
-    """Encode every row; what is scored is exactly the completion (or the assistant's turns, or the text).
+    """Encode every row. Exactly the completion is scored (or the assistant's turns, or the text).
 
     Args:
         dataset: from `read_table`, or any data set.
         layout: from `resolve_columns`.
-        tokenizer: the base's.
+        tokenizer: the base's tokenizer.
         task: ``causal``, ``seq2seq``, ``classification`` or ``regression``.
-        max_length: tokens the base can read (in seq2seq, of source and of target). Virtual tokens of a
-            soft prompt come on top: take them off here.
-        label_names: the vocabulary of the training data (`labels_of`); needed for other splits, else
-            taken from these rows.
+        max_length: most tokens of a row (in seq2seq, of source and of target each). Virtual tokens of a soft prompt
+            come on top, so subtract them.
+        label_names: the label vocabulary of the training data (`labels_of`); needed for other splits. None takes it
+            from these rows.
         template: how prompt and completion are joined.
         on_long: what to do with rows longer than `max_length`. ``error`` refuses them, ``drop`` leaves
-            them out, ``split`` cuts plain text into rows. ``truncate`` takes a prompt's beginning away
-            before it shortens a completion at its end, and shortens all other texts at their end. How
-            many rows it met is logged (``inlay.data``, level info).
+            them out, ``split`` cuts plain text into several rows, ``truncate`` first removes the beginning of a
+            prompt, then the end of the completion, and the end of all other texts. The number of such rows is
+            logged (``inlay.data``, level info).
 
     Returns:
         Columns ``input_ids``, ``attention_mask`` and ``labels``: for causal and seq2seq lists of ints with
-        `IGNORED` where not scored, for classification the class, for regression the number.
+        `IGNORED` at tokens that are not scored; for classification the class, for regression the number.
         ``token_type_ids`` for classifiers whose tokenizer gives them.
 
     Raises:
         DataError: everything that is wrong with the rows, in one message.
-        ConfigError: an option that does not exist, or a tokenizer that lacks what the task needs.
+        ConfigError: an option is unknown, or the tokenizer lacks something that the task needs.
     """
     if task == "classification" and layout.kind == "classification" and label_names is None:
         label_names = labels_of(dataset, layout)
@@ -109,7 +109,7 @@ def encode(
     if long:
         _log.info("%d of %d rows are longer than %d tokens: %s", long, len(dataset), max_length, on_long)
     table = pa.concat_tables(tables)
-    # Else datasets pickles the whole table to make one.
+    # Otherwise datasets pickles the whole table to compute one.
     return Dataset(table, fingerprint=fingerprint(Dataset(table, fingerprint="encoded"))[:32])
 
 
@@ -122,7 +122,7 @@ def _usable(encodings: list[Encoded], rows: Rows, row: int, job: Job) -> list[En
         return []
     good = [encoding for encoding in encodings if encoding.scored]
     if not good:
-        rows.found.add(f"{rows.places[row]}: no token is left to be scored", _NOTHING)
+        rows.found.add(f"{rows.places[row]}: no token is left to score", _NOTHING)
     return good
 
 

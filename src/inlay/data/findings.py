@@ -1,4 +1,4 @@
-"""Problems met while going through rows, gathered so that one error can name them all."""
+"""Problems found while going through rows, collected so that one error can list them all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LISTED = 10  # problems shown for each remedy; the rest are counted
 
 @dataclass
 class Findings:
-    """Problems by remedy, in the order met. Only the first few of each are kept as text."""
+    """Problems grouped by remedy, in the order they were found. Only the first few of each are kept as text."""
 
     heading: str
     _shown: dict[str, list[str]] = field(default_factory=dict)
@@ -19,14 +19,14 @@ class Findings:
     _hints: dict[str, str] = field(default_factory=dict)
 
     def add(self, problem: str, remedy: str) -> None:
-        """Note one problem; problems that share a remedy are listed together."""
+        """Add a problem; problems with the same remedy are listed together."""
         shown = self._shown.setdefault(remedy, [])
         if len(shown) < LISTED:
             shown.append(problem)
         self._counts[remedy] = self._counts.get(remedy, 0) + 1
 
     def hint(self, remedy: str, hint: str) -> None:
-        """Put a sentence before a remedy that was given, where only the end of all rows tells it."""
+        """Put a sentence in front of a remedy that was given, if it is only known after all rows."""
         if remedy in self._shown:
             self._hints[remedy] = hint
 
@@ -36,7 +36,7 @@ class Findings:
         return sum(self._counts.values())
 
     def message(self) -> str:
-        """The text of the error: each problem on its line, each remedy after its problems."""
+        """The text of the error: one line per problem, each remedy after its problems."""
         if self.count == 1:
             ((remedy, shown),) = self._shown.items()
             return f"{self.heading}: {shown[0]}. {self._advice(remedy)}"

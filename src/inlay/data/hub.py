@@ -15,15 +15,15 @@ def read_hub(source: str, split: str | None) -> Dataset:
 
     Args:
         source: ``owner/name`` or ``owner/name:config``.
-        split: a split or a slice of one; `None` takes the only one, or ``train``.
+        split: a split or a slice of one; `None` takes the only split, or ``train``.
 
     Raises:
-        DataError: no such data set or split, or no hub; in offline mode only the cache counts.
+        DataError: there is no such data set or split, or the hub cannot be reached and the cache does not have it.
     """
     name, _, configuration = source.partition(":")
     try:
         found: Any = load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # its own, requests', fsspec's and plain ValueErrors
+    except Exception as error:  # errors of datasets, requests and fsspec, and plain ValueErrors
         raise DataError(_why(source, split, error)) from error
     if isinstance(found, DatasetDict):
         split = chosen_split(list(found), None, source)
@@ -32,7 +32,7 @@ def read_hub(source: str, split: str | None) -> Dataset:
 
 
 def _why(source: str, split: str | None, error: Exception) -> str:
-    what = f"{source!r} is no local file, and could not be read as a data set of the hub"
+    what = f"{source!r} is not a local file, and could not be read as a data set of the hub"
     if config.HF_HUB_OFFLINE:
         return (
             f"{what}: offline mode is on (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE) and it is not in the cache. "

@@ -1,4 +1,4 @@
-"""What is to be encoded, and how: the options of one `encode` call, checked."""
+"""The checked options of one `encode` call."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Job:
     """The options of `encode`, and what the data set says about its labels.
 
     Attributes:
-        label_names: the vocabulary that classes are numbered by.
-        named: names that a `ClassLabel` column carries.
+        label_names: the label vocabulary; a class is the index of its label.
+        named: the names of a `ClassLabel` column.
 
     Raises:
-        ConfigError: options that do not exist or do not fit the data or the tokenizer.
+        ConfigError: options that are unknown or do not fit the data or the tokenizer.
     """
 
     layout: Layout
@@ -69,9 +69,9 @@ class Encoded:
 
     Attributes:
         input_ids: the tokens.
-        labels: as long as `input_ids` (causal), the target (seq2seq), a class or a number.
-        length: tokens the row had before it was shortened.
-        segments: 0 for the first text, 1 for the second (``token_type_ids``), where the base reads them.
+        labels: one for each of `input_ids` (causal), the target (seq2seq), a class or a number.
+        length: number of tokens before the row was shortened.
+        segments: 0 for the first text, 1 for the second (``token_type_ids``), if the base reads them.
     """
 
     input_ids: list[int]

@@ -1,4 +1,4 @@
-"""JSON Lines and JSON text to rows."""
+"""From JSON Lines and JSON text to rows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from inlay.core.errors import DataError
 from inlay.data.findings import Findings
 from inlay.data.parsed import Parsed
 
-_OBJECTS = 'Each row must be one object with named columns, like {"prompt": "…", "completion": "…"}.'
+_OBJECTS = 'Each row must be one object with named columns, such as {"prompt": "…", "completion": "…"}.'
 
 
 def parse_jsonl(text: str, name: str) -> Parsed:
     """One object a line; empty lines are skipped.
 
     Raises:
-        DataError: lines that are not JSON or not objects, each with its number.
+        DataError: lines that are not JSON or not objects, each with its line number.
     """
     found = Findings(f"{name} cannot be read")
     rows: list[tuple[int | None, dict[str, Any]]] = []
@@ -39,10 +39,10 @@ def parse_jsonl(text: str, name: str) -> Parsed:
 
 
 def parse_json(text: str, name: str) -> Parsed:
-    """A list of objects, or, as many tools write, JSON Lines in a ``.json`` file.
+    """A list of objects; or JSON Lines in a ``.json`` file, as many tools write it.
 
     Raises:
-        DataError: malformed JSON (with its line), another shape, or items that are not objects.
+        DataError: malformed JSON (with its line), something other than a list, or items that are not objects.
     """
     if text.lstrip().startswith("{") and _first_line_is_whole(text):
         return parse_jsonl(text, name)
@@ -70,7 +70,7 @@ def parse_json(text: str, name: str) -> Parsed:
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value's kind in words, with the value where that is short."""
+    """A JSON value's kind in words, with the value if it is short."""
     match value:
         case None:
             return "null or missing"

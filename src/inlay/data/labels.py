@@ -1,4 +1,4 @@
-"""Labels: their vocabulary, their numbers, and numbers to predict."""
+"""Labels: their vocabulary, their class numbers, and numbers to predict."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _BATCH = 1000
 def labels_of(dataset: Dataset, layout: Layout) -> list[str]:
     """The label vocabulary of training data: names whose index is the class.
 
-    A `ClassLabel` column keeps its own order. Otherwise the order is that of the numbers where all labels
-    are whole numbers (or text that spells them), else that of the text; it does not depend on the rows'
-    order. Labels are compared as text, so ``1`` in JSON is ``"1"`` in CSV.
+    A `ClassLabel` column keeps its own order. Otherwise labels are in numerical order if all of them are whole numbers
+    (or text that spells them), else in alphabetical order; the order of the rows does not matter. Labels are compared
+    as text, so ``1`` in JSON is ``"1"`` in CSV.
 
     Raises:
-        DataError: labels that are missing, of mixed or wrong type, alike but for spaces, or all the same.
+        DataError: labels that are missing, of mixed or wrong type, equal except for spaces, or all the same.
     """
     column = layout.column("label")
     named = class_names(dataset, column)
     found = Findings(f"labels in column {column!r} cannot be used")
-    seen: dict[str, str] = {}  # label → where first
+    seen: dict[str, str] = {}  # label → where it was seen first
     kinds: dict[str, str] = {}
     for start in range(0, len(dataset), _BATCH):
         rows = Rows.of(dataset[start : start + _BATCH], start, found)
@@ -59,13 +59,13 @@ def labels_of(dataset: Dataset, layout: Layout) -> list[str]:
 
 
 def class_names(dataset: Dataset, column: str) -> list[str] | None:
-    """The names that a `datasets.ClassLabel` column carries, else `None`."""
+    """The names of a `datasets.ClassLabel` column; `None` for other columns."""
     names = getattr(dataset.features[column], "names", None)
     return list(names) if names else None
 
 
 def label_names(rows: Rows, column: str, named: Sequence[str] | None) -> list[str | None]:
-    """Each row's label as text, `None` after noting what is wrong with it."""
+    """Each row's label as text; `None` if something is wrong with it, which is reported."""
     return [_name(rows, row, column, named) for row in range(len(rows))]
 
 
@@ -75,7 +75,7 @@ def _name(rows: Rows, row: int, column: str, named: Sequence[str] | None) -> str
         if 0 <= value < len(named):
             return named[value]
         rows.found.add(
-            f"{rows.places[row]}: label {value} stands for no class (there are {len(named)})",
+            f"{rows.places[row]}: label {value} is not a class (there are {len(named)})",
             "Rows without a label (-1) cannot be used: remove them.",
         )
         return None
@@ -95,7 +95,7 @@ def _name(rows: Rows, row: int, column: str, named: Sequence[str] | None) -> str
 
 
 def label_ids(rows: Rows, column: str, named: Sequence[str] | None, known: Sequence[str]) -> list[int | None]:
-    """Each row's class among the `known` labels, `None` after noting a label never seen in training."""
+    """Each row's class among the `known` labels; `None` if its label was never seen in training, which is reported."""
     index = {name: place for place, name in enumerate(known)}
     ids: list[int | None] = []
     for row, name in enumerate(label_names(rows, column, named)):
@@ -111,7 +111,7 @@ def label_ids(rows: Rows, column: str, named: Sequence[str] | None, known: Seque
 
 
 def numbers(rows: Rows, column: str) -> list[float | None]:
-    """Each row's number to predict; text that spells a number counts, as CSV has nothing else."""
+    """Each row's number to predict; text that spells a number counts, because CSV only has text."""
     return [_number(rows, row, column) for row in range(len(rows))]
 
 

@@ -1,4 +1,4 @@
-"""Rows with a target of their own: encoder–decoders, classifiers and regressors."""
+"""Rows with a separate target: for encoder–decoders, classifiers and regressors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from inlay.data.rows import Rows
 
 
 def encode_translations(rows: Rows, job: Job) -> list[list[Encoded] | None]:
-    """The prompt for the encoder; completion and end token as the target. Long ones lose their end."""
+    """The prompt for the encoder; completion and end token as the target. Texts that are too long lose their end."""
     out: list[list[Encoded] | None] = []
     prompts = prompts_of(rows, job.layout, job.template)
     for source, target in zip(prompts, completions_of(rows, job.layout, job.named), strict=True):
@@ -29,7 +29,7 @@ def encode_translations(rows: Rows, job: Job) -> list[list[Encoded] | None]:
 
 
 def encode_labelled(rows: Rows, job: Job) -> list[list[Encoded] | None]:
-    """The text, or the pair of texts, with a class or a number. Long ones lose the longer text's end."""
+    """The text, or the pair of texts, with a class or a number. Rows that are too long lose the longer text's end."""
     layout, second = job.layout, job.layout.pair
     texts = [rows.text(row, layout.column("text"), may_be_empty=True) for row in range(len(rows))]
     pairs = [rows.text(row, second, may_be_empty=True) if second else "" for row in range(len(rows))]

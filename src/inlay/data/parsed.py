@@ -1,4 +1,4 @@
-"""Rows on their way from a file to a table, each with the place it came from."""
+"""Rows on their way from a file to a table, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from datasets import Dataset
 from inlay.core.errors import DataError
 
 ORIGIN = "__origin__"
-"""Column that carries each row's place, like ``tickets.csv, row 3 (line 4)``, through shuffles and splits."""
+"""Column with each row's place, such as ``tickets.csv, row 3 (line 4)``, kept through shuffles and splits."""
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """Columns of one file as plain values, and each row's first line (`None` where lines say nothing)."""
+    """The columns of one file as plain values, and each row's first line (`None` if the format has no lines)."""
 
     columns: dict[str, list[Any]]
     lines: Sequence[int | None]
@@ -44,8 +44,8 @@ def origins(dataset: Dataset) -> list[str]:
 def to_dataset(parsed: Parsed, name: str) -> Dataset:
     """An in-memory data set with the columns of `parsed` and `ORIGIN`.
 
-    Columns with one plain type keep it; nested and mixed ones become `datasets.Json`, which gives every
-    value back as it was (Arrow would add missing keys to chat messages, and refuses mixed types).
+    Columns of one plain type keep it; nested and mixed ones become `datasets.Json`, which returns every value unchanged
+    (Arrow would add missing keys to chat messages, and refuses mixed types).
     """
     arrays: dict[str, pa.Array] = {}
     for column, values in parsed.columns.items():
@@ -53,7 +53,7 @@ def to_dataset(parsed: Parsed, name: str) -> Dataset:
             arrays[column] = _array(values)
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{name}: column {column!r} holds half a surrogate pair, which is no character; "
+                f"{name}: column {column!r} contains half a surrogate pair, which is not a character; "
                 "look for a lone \\ud8xx escape and write the whole character"
             ) from error
     arrays[ORIGIN] = pa.array(places(name, parsed.lines), pa.string())

@@ -1,4 +1,4 @@
-"""Prompts and references: what training reads before it scores, and what generation starts from."""
+"""Prompts and references: the text from which generation starts, the same as in training, and the expected answer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _DEFAULT = Template()
 
 
 class Prompt(NamedTuple):
-    """What generation starts from, and what it should give.
+    """The text from which generation starts, and the expected answer.
 
     Attributes:
         text: the prompt as the model reads it, separator included.
-        input_ids: its tokens, the same as before the scored ones in training.
+        input_ids: its tokens, the same as those in front of the scored ones in training.
         reference: the completion, the last assistant turn or the label's name.
     """
 
@@ -76,10 +76,10 @@ def prompts(
 def encode_prompt(
     text: str, tokenizer: PreTrainedTokenizerBase, *, task: Task, template: Template = _DEFAULT
 ) -> list[int]:
-    """Tokens to generate from for one prompt typed by hand, as training saw prompts.
+    """The tokens of one prompt typed by hand, written as in training.
 
     Raises:
-        DataError: the template names columns other than the prompt's.
+        DataError: the template needs columns other than the prompt.
     """
     template.check(["prompt", "text"])
     written = template.render({"prompt": text, "text": text})

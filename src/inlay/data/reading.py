@@ -1,4 +1,4 @@
-"""How a local file is read: the options, and the table of file types."""
+"""How local files are read: the options, and the table of file types."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ class Reading:
     """Options for reading a local file. The defaults suit most files.
 
     Attributes:
-        format: ``csv``, ``tsv``, ``jsonl``, ``json``, ``parquet`` or ``text``; `None` goes by the name.
-            Every format may be packed with gzip (``.gz``).
-        encoding: of text formats. A UTF-8 byte-order mark is dropped.
-        delimiter: between cells; `None` is a comma in CSV and a tab in TSV.
-        quoted: whether ``"`` quotes a cell. `None` is yes in CSV (RFC 4180: a quote inside is doubled, a
-            quoted cell may hold line ends) and no in TSV, where a quote is a character like any other and
-            every line is a row.
-        header: names of the columns of a CSV or TSV file that has no header row.
+        format: ``csv``, ``tsv``, ``jsonl``, ``json``, ``parquet`` or ``text``; `None` takes it from the file's name.
+            Every format may be compressed with gzip (``.gz``).
+        encoding: encoding of text formats. A UTF-8 byte-order mark is dropped.
+        delimiter: the character between cells; `None` is a comma in CSV and a tab in TSV.
+        quoted: whether ``"`` quotes a cell. `None` is yes in CSV (RFC 4180: a quote inside is doubled, a quoted cell
+            may contain line ends) and no in TSV, where a quote is an ordinary character and every line is a row.
+        header: names of the columns, for a CSV or TSV file without a header row.
         unit: what one row of plain text is: a non-empty ``line``, a ``paragraph`` (lines between empty ones)
             or the ``document``.
 
@@ -67,10 +66,10 @@ class Reading:
             raise ConfigError(problems("reading options", found))
 
     def to_dict(self) -> dict[str, Any]:
-        """Options that differ from the defaults, as plain types."""
+        """The options that differ from the defaults, as plain types."""
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
 
 
 def format_of(path: PurePath) -> str | None:
-    """The format a file's name tells (``x.csv.gz`` is ``csv``), or `None`."""
+    """The format according to the file's name (``x.csv.gz`` is ``csv``), or `None`."""
     return FORMATS.get(PurePath(path.name.removesuffix(".gz")).suffix.lower())

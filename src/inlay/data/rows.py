@@ -1,4 +1,4 @@
-"""Values of rows, checked: text where text is expected, labels, chats."""
+"""Checking the values of rows: text, labels, chats."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from inlay.data.parsed import ORIGIN
 
 _TEXT = 'Write every value of this column as text (numbers in quotes: "3"), or remove the row.'
 _FILLED = "Fill in the text, or remove the row."
-_CHAT = 'Each chat is a list like [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}].'
+_CHAT = 'Each chat is a list such as [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}].'
 
 
 @dataclass
 class Rows:
-    """A batch of rows under way: columns, the rows' places, and the problems found so far.
+    """A batch of rows being processed: columns, the rows' places, and the problems found so far.
 
-    A row with a problem is reported once for each problem and left out of what follows.
+    A row with a problem is reported, once for each problem, and then left out.
     """
 
     columns: Mapping[str, Sequence[Any]]
@@ -31,13 +31,13 @@ class Rows:
 
     @staticmethod
     def of(batch: Mapping[str, Sequence[Any]], first: int, found: Findings) -> Rows:
-        """The rows of a batch; without `ORIGIN` they are known by number, counted on from `first`."""
+        """The rows of a batch; without the column `ORIGIN` they are named by number, counted from `first`."""
         size = len(next(iter(batch.values())))
         places = batch.get(ORIGIN) or [f"row {row}" for row in range(first + 1, first + size + 1)]
         return Rows(batch, list(places), found)
 
     def text(self, row: int, column: str, *, may_be_empty: bool = False) -> str | None:
-        """The text in a cell, or `None` after noting why it is none."""
+        """The text in a cell; `None` if it is not text, which is reported."""
         value = self.columns[column][row]
         if isinstance(value, str) and (may_be_empty or value.strip()):
             return value
@@ -47,7 +47,7 @@ class Rows:
         return None
 
     def chat(self, row: int, column: str) -> list[dict[str, Any]] | None:
-        """The messages in a cell, or `None` after noting what is wrong with them."""
+        """The messages in a cell; `None` if something is wrong with them, which is reported."""
         value = self.columns[column][row]
         wrong = _chat_fault(value)
         if wrong is None:

@@ -1,4 +1,4 @@
-"""Reading a data file, or a data set from the hub, as rows that know where they come from."""
+"""Reading a data file, or a data set from the hub, into rows that remember where they come from."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _DEFAULT = Reading()
 
 
 def read_table(source: str | os.PathLike[str], *, split: str | None = None, reading: Reading = _DEFAULT) -> Dataset:
-    """Read a data file or a data set of the Hugging Face hub, whole, into memory.
+    """Read all of a data file or a data set of the Hugging Face hub into memory.
 
     Args:
         source: a local file (CSV, TSV, JSON Lines, JSON, Parquet, plain text; each also ``.gz``), a folder
             written by `Dataset.save_to_disk`, or a hub id (``owner/name``, ``owner/name:config``).
-        split: of a hub data set, like ``train`` or ``train[:1000]``. `None` takes the only one, or ``train``.
+        split: split of a hub data set, such as ``train`` or ``train[:1000]``. `None` takes the only one, or ``train``.
         reading: how a local file is read.
 
     Returns:
@@ -42,7 +42,7 @@ def read_table(source: str | os.PathLike[str], *, split: str | None = None, read
         always text. Nothing is written to a cache for local files.
 
     Raises:
-        DataError: the source is missing, of unknown type, empty or malformed; all bad rows in one message.
+        DataError: the source is missing, of unknown type, empty or malformed; one message lists all bad rows.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -68,7 +68,7 @@ def _read_file(path: Path, reading: Reading) -> Dataset:
     if kind is None:
         raise DataError(
             f"{path}: unknown file type {''.join(path.suffixes[-2:]) or '(no suffix)'!r}. Known: "
-            f"{', '.join(FORMATS)}, each also with .gz. Convert the file, or say what it is with format="
+            f"{', '.join(FORMATS)}, each also with .gz. Convert the file, or give its type with format="
         )
     raw = _unpacked(path)
     if not raw.strip():
@@ -117,16 +117,16 @@ def _unpacked(path: Path) -> bytes:
         raw = path.read_bytes()
         return gzip.decompress(raw) if path.name.endswith(".gz") else raw
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is no whole gzip file ({error}). Copy or download it again") from error
+        raise DataError(f"{path} is not a complete gzip file ({error}). Copy or download it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions") from error
 
 
 def decoded(raw: bytes, name: str, encoding: str) -> str:
-    """Bytes as text; a byte-order mark of UTF-8 is dropped.
+    """Decode bytes to text; a UTF-8 byte-order mark is dropped.
 
     Raises:
-        DataError: bytes that are not in `encoding`, with their lines.
+        DataError: bytes that are not valid in `encoding`, with their lines.
     """
     try:
         return raw.decode("utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
@@ -150,9 +150,9 @@ def _read_parquet(raw: bytes, path: Path) -> Dataset:
     try:
         table = pq.read_table(io.BytesIO(raw))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no whole Parquet file ({error}). Write or download it again") from error
+        raise DataError(f"{path} is not a complete Parquet file ({error}). Write or download it again") from error
     for place, column in enumerate(table.schema):
-        if pa.types.is_dictionary(column.type):  # pandas' categories; datasets has no type for them
+        if pa.types.is_dictionary(column.type):  # pandas' categories, for which datasets has no type
             values = table.column(place).cast(column.type.value_type)
             table = table.set_column(place, column.name, values)
     return with_origins(Dataset(table), str(path))
@@ -163,12 +163,12 @@ def _read_folder(path: Path, split: str | None) -> Dataset:
 
     if not any((path / mark).exists() for mark in ("dataset_info.json", "dataset_dict.json")):
         files = sorted(f.name for f in path.iterdir() if f.is_file() and format_of(f))
-        inside = f"It holds {', '.join(files[:10])}: name one of them" if files else "It holds no data file"
+        inside = f"It contains {', '.join(files[:10])}: give one of them" if files else "It contains no data file"
         raise DataError(f"{path} is a folder, expected a file. {inside}")
     try:
         found: Any = load_from_disk(str(path))
     except (OSError, ValueError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} is no whole saved data set ({error}). Save it again") from error
+        raise DataError(f"{path} is not a complete saved data set ({error}). Save it again") from error
     if isinstance(found, DatasetDict):
         if split is not None and split not in found:
             raise DataError(f"{path} has no split {split!r}. It has: {', '.join(found)} (whole splits only)")
@@ -182,7 +182,7 @@ def chosen_split(splits: list[str], split: str | None, name: str) -> str:
     """The split to read: the one asked for, else the only one, else ``train``.
 
     Raises:
-        DataError: there is no such split, or nothing says which.
+        DataError: there is no such split, or it is unclear which one is meant.
     """
     wanted = split or (splits[0] if len(splits) == 1 else "train")
     if wanted.split("[")[0].split("+")[0] in splits:
@@ -196,7 +196,7 @@ def with_origins(dataset: Dataset, name: str) -> Dataset:
     if ORIGIN in dataset.column_names:
         dataset = dataset.remove_columns(ORIGIN)
     rows = places(name, [None] * len(dataset))
-    return dataset.add_column(ORIGIN, rows, new_fingerprint=uuid.uuid4().hex)  # or all rows are pickled to make one
+    return dataset.add_column(ORIGIN, rows, new_fingerprint=uuid.uuid4().hex)  # else all rows are pickled for it
 
 
 def _means_a_file(source: str) -> bool:
@@ -218,5 +218,5 @@ def _missing(path: Path) -> str:
     close = difflib.get_close_matches(path.name, there, n=1, cutoff=0.6)
     if close:
         return f"{path}: no such file. Did you mean {folder / close[0]}?"
-    holds = f"{folder} holds {', '.join(there[:8])}" if there else f"{folder} holds no data files"
+    holds = f"{folder} contains {', '.join(there[:8])}" if there else f"{folder} contains no data files"
     return f"{path}: no such file. Check the path; {holds}"

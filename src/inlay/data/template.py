@@ -1,4 +1,4 @@
-"""How a prompt and its completion become one text."""
+"""How a prompt and its completion are joined to one text."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from inlay.core.errors import ConfigError, DataError, nearest, problems
 class Template:
     """The text of a row: ``prompt`` + ``separator`` + completion + the tokenizer's end token.
 
-    The model learns and generates after exactly ``prompt + separator``. Encoder–decoders read the
-    prompt in the encoder and have no separator.
+    The model learns, and later generates, exactly what follows ``prompt + separator``. In encoder–decoders the encoder
+    reads the prompt, without a separator.
 
     Attributes:
-        prompt: text with names of columns in braces; ``{prompt}`` is the prompt column (for labelled
-            text, ``{text}`` and ``{pair}``, whatever the columns' names). ``{{`` is a brace.
-        separator: always between prompt and completion, never scored.
+        prompt: text with names of columns in braces; ``{prompt}`` is the prompt column (for labelled text, ``{text}``
+            and ``{pair}``), whatever its name in the data. Write ``{{`` for a brace.
+        separator: text between prompt and completion, never scored.
         end: whether the end token follows the completion (and is learnt).
 
     Raises:
-        ConfigError: braces that do not close, places without a name, or formats that no text has.
+        ConfigError: braces that do not close, fields without a name, or formats that do not apply to text.
     """
 
     prompt: str = "{prompt}"
@@ -35,9 +35,9 @@ class Template:
         try:
             found = [f"{{{name}}} is not a column's name" for name in self.names if not name or {*name} & {*".["}]
             if not found:
-                self.render(dict.fromkeys(self.names, ""))  # conversions and formats that no text has
+                self.render(dict.fromkeys(self.names, ""))  # raises for formats that do not apply to text
         except (ValueError, KeyError) as error:
-            found = [f"{error}; write {{{{ and }}}} for braces that are meant as text"]
+            found = [f"{error}; write {{{{ and }}}} for braces that are part of the text"]
         if found:
             raise ConfigError(problems(f"template prompt {self.prompt!r}", found))
 
@@ -48,10 +48,10 @@ class Template:
 
     def check(self, known: Sequence[str]) -> None:
         """Raises: DataError: the prompt names a column that is not there."""
-        found = [f"{{{name}}} is no column{nearest(name, known)}" for name in self.names if name not in known]
+        found = [f"{{{name}}} is not a column{nearest(name, known)}" for name in self.names if name not in known]
         if found:
             raise DataError(problems(f"template prompt {self.prompt!r}", found))
 
     def render(self, values: Mapping[str, Any]) -> str:
-        """The prompt with the row's values in it; values are never read as templates themselves."""
+        """The prompt with the row's values filled in; braces in the values have no meaning."""
         return self.prompt.format_map(values)

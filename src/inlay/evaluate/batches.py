@@ -1,6 +1,6 @@
-"""Rows into rectangles: batches of similar length, padded on a stated side, and a model in eval mode.
+"""From rows to batches: sorted by length, padded on a given side; and a model in eval mode.
 
-Padding is done here and not by the tokenizer, so that no tokenizer setting is changed or relied upon.
+Padding is done here, not by the tokenizer, so that its settings are neither changed nor needed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from inlay.core.errors import ConfigError
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row indices in batches, longest first, so that a batch too big for the memory fails at once.
+    """Row indices in batches, longest first, so that a batch that does not fit into memory fails at once.
 
     Raises:
-        ConfigError: a batch size below one.
+        ConfigError: the batch size is below 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch size {batch_size}; expected 1 or more")
@@ -28,7 +28,7 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Tensor:
-    """The rows as one (rows, longest) tensor of int64, filled up with `value` on `side`."""
+    """The rows as one int64 tensor (rows, longest), padded with `value` on `side`."""
     longest = max(len(row) for row in rows)
     padded = torch.full((len(rows), longest), value, dtype=torch.long)
     for place, row in enumerate(rows):
@@ -38,17 +38,17 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"
 
 
 def padding_id(model: Any, tokenizer: Any) -> int:
-    """A token to fill up with. It is masked, but heads that look for the last real token know it."""
+    """The token to pad with. It is masked, but some heads use it to find the last real token."""
     found = (model.config.get_text_config().pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(token) for token in found if token is not None), 0)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Every submodule in eval mode and no gradients inside, each one's own mode back afterwards.
+    """For a block: every submodule in eval mode, no gradients; afterwards each submodule's own mode is restored.
 
     Yields:
-        The device that inputs belong on.
+        The device on which inputs must be.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -56,6 +56,6 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
         with torch.no_grad():
             yield next(model.parameters()).device
     finally:
-        # `train(True)` would recurse and wake modules that the user had put to eval mode.
+        # `train(True)` would recurse into modules that the user had set to eval mode.
         for module in training:
             module.training = True

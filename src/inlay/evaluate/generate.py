@@ -1,4 +1,4 @@
-"""Texts from prompts, in batches, with any mix of adapters."""
+"""Generating texts from prompts, in batches, with any mix of adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inlay.evaluate.batches import by_length, evaluating, pad, padding_id
 from inlay.evaluate.progress import Advance
 
 Prompt = str | Sequence[int]
-"""A text, or the token ids it has already been turned into."""
+"""A text, or its token ids."""
 
 
 def generate_texts(
@@ -26,29 +26,29 @@ def generate_texts(
     adapters: Sequence[str | None] | None = None,
     progress: Advance | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt (decoder-only) or in answer to it (encoder–decoder).
+    """Generate a text after each prompt (decoder-only) or in answer to it (encoder–decoder).
 
     Args:
         model: a transformers model that can generate, with or without adapters attached.
-        tokenizer: its tokenizer; no setting of it is changed.
+        tokenizer: its tokenizer; its settings are not changed.
         prompts: texts or token ids.
-        max_new_tokens: at most so many tokens a row; a row ends before at an end-of-text token.
-        num_beams: beam search over so many; 1 is greedy.
-        temperature: above 0 samples (seed torch for a repeatable draw).
+        max_new_tokens: most new tokens for each prompt; a text ends earlier at an end-of-text token.
+        num_beams: number of beams; 1 is greedy search.
+        temperature: above 0 the model samples (seed torch to make it repeatable).
         batch_size: rows at a time.
-        adapters: an adapter name, or None for the base, for each prompt; without it, the active one.
-        progress: called with the number of rows each batch finished.
+        adapters: for each prompt an adapter name, or None for the base; without the list, the active adapter.
+        progress: called after each batch with the number of its rows.
 
     Returns:
-        One text a prompt, in the order of the prompts, without the prompt and without special tokens.
+        One text for each prompt, in order, without the prompt and without special tokens.
 
     Raises:
-        ConfigError: numbers that make no sense together.
-        DataError: empty prompts, or ones that leave no room in the model's context.
+        ConfigError: options that are out of range or contradict each other.
+        DataError: prompts that are empty, or leave no room in the model's context.
     """
     _check_settings(max_new_tokens, num_beams, temperature)
     if adapters is not None and len(adapters) != len(prompts):
-        raise ConfigError(f"{len(adapters)} adapters for {len(prompts)} prompts; give one (or None) a prompt")
+        raise ConfigError(f"{len(adapters)} adapters for {len(prompts)} prompts; give one (or None) for each prompt")
     rows = [tokenizer(p).input_ids if isinstance(p, str) else list(p) for p in prompts]
     _check_room(model, [len(row) for row in rows], max_new_tokens)
     filler = padding_id(model, tokenizer)
@@ -65,7 +65,7 @@ def generate_texts(
                 written = model.generate(
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
                 )
-            # An encoder–decoder repeats its start token where a decoder repeats the prompt.
+            # An encoder–decoder's output begins with its start token, a decoder's with the prompt.
             fresh = written[:, 1:] if seq2seq else written[:, ids.shape[1] :]
             for n, tokens in zip(batch, fresh.tolist(), strict=True):
                 texts[n] = _decode(tokenizer, tokens, ends)
@@ -75,14 +75,14 @@ def generate_texts(
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a text, by the model's generation settings or by the tokenizer."""
+    """The tokens that end a text, from the model's generation settings and the tokenizer."""
     stated = model.generation_config.eos_token_id
     tokens = stated if isinstance(stated, list) else [stated]
     return list(dict.fromkeys(int(t) for t in [*tokens, tokenizer.eos_token_id] if t is not None))
 
 
 def context_size(model: Any) -> int | None:
-    """Tokens the model can read, None where its positions are relative or unstated."""
+    """The number of tokens the model can read; None if its positions are relative or the limit is unknown."""
     size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(size) if size is not None and size > 0 else None
 
@@ -90,7 +90,7 @@ def context_size(model: Any) -> int | None:
 def _generation_config(max_new_tokens: int, beams: int, temperature: float, filler: int, ends: list[int]) -> Any:
     from transformers import GenerationConfig
 
-    # Stated even where it is the default: the model's own settings, often sampling, fill in what is left out.
+    # Given even if it is the default: otherwise the model's own settings, often sampling, apply.
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=beams,
@@ -123,7 +123,7 @@ def _check_settings(max_new_tokens: int, num_beams: int, temperature: float) -> 
         (max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; expected 1 or more"),
         (num_beams >= 1, f"num_beams is {num_beams}; expected 1 or more"),
         (0 <= temperature < float("inf"), f"temperature is {temperature}; expected 0 or more"),
-        (num_beams == 1 or temperature == 0, "beam search does not sample; leave num_beams or temperature"),
+        (num_beams == 1 or temperature == 0, "beam search does not sample; leave out num_beams or temperature"),
     ]
     wrong = [message for holds, message in checks if not holds]
     if wrong:
@@ -136,7 +136,7 @@ def _check_room(model: Any, lengths: Sequence[int], max_new_tokens: int) -> None
     for row, length in enumerate(lengths, 1):
         needed = length if model.config.is_encoder_decoder else length + max_new_tokens
         if length == 0:
-            wrong.append(f"prompt {row} has no tokens; give it at least a word")
+            wrong.append(f"prompt {row} has no tokens; give at least one word")
         elif size is not None and needed > size:
             wrong.append(
                 f"prompt {row} has {length} tokens and leaves no room for {max_new_tokens} new ones in the "

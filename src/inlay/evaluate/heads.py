@@ -1,4 +1,4 @@
-"""What a classification or regression head says about each row."""
+"""The outputs of a classification or regression head for each row."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def head_outputs(
     """The head's logits in the order of the rows, float32 on the CPU, (rows, outputs).
 
     Args:
-        rows: ``input_ids`` and, where the model reads them, ``token_type_ids``.
-        progress: called with the number of rows each batch finished.
+        rows: ``input_ids`` and, if the model reads them, ``token_type_ids``.
+        progress: called after each batch with the number of its rows.
     """
     filler = padding_id(model, tokenizer)
     found: dict[int, Tensor] = {}

@@ -13,7 +13,7 @@ _LISTED = 10
 
 
 def label_tokens(tokenizer: Any, names: Sequence[str], task: Task, template: Template) -> list[list[int]]:
-    """The tokens of each label as training writes it after a prompt, the end token included."""
+    """The tokens of each label as training writes it after a prompt, including the end token."""
     end = [int(tokenizer.eos_token_id)] if template.end and tokenizer.eos_token_id is not None else []
     if task == "seq2seq":
         found = [list(tokenizer(text_target=name, verbose=False)["input_ids"]) for name in names]
@@ -23,7 +23,7 @@ def label_tokens(tokenizer: Any, names: Sequence[str], task: Task, template: Tem
 
 
 def check_labels(references: Sequence[str], places: Sequence[str], names: Sequence[str]) -> None:
-    """Raise one `DataError` that lists the places of rows whose label is none of `names`."""
+    """Raise one `DataError` that lists the places of rows whose label is not one of `names`."""
     wrong = [
         f"{place}: label {label!r} was never seen in training{nearest(label, names)}"
         for place, label in zip(places, references, strict=True)

@@ -1,8 +1,8 @@
-"""How probable a model finds given texts: summed nats over the tokens that are scored.
+"""How probable a model finds given texts: the negative log-likelihood, in nats, summed over the scored tokens.
 
-A row is what training reads: ``input_ids`` and ``labels`` (−100 where a token is context only). In a
-decoder-only model a label stands beside its own token and is predicted from the one before; in an
-encoder–decoder the labels are the decoder's own row.
+Rows are as in training: ``input_ids`` and ``labels`` (−100 at tokens that are context only). In a decoder-only model a
+label stands at its own token and is predicted from the token before it; in an encoder–decoder the labels are the
+decoder's sequence.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Likelihood:
     """Negative log-likelihood of a set of rows.
 
     Attributes:
-        nats: summed over the scored tokens.
-        tokens: how many were scored.
-        nbytes: UTF-8 bytes that the scored tokens spell; an end-of-text token costs nats but no bytes.
+        nats: sum over the scored tokens.
+        tokens: number of scored tokens.
+        nbytes: number of UTF-8 bytes of the scored tokens; an end-of-text token has none.
     """
 
     nats: float
@@ -41,7 +41,7 @@ class Likelihood:
 
     @property
     def loss(self) -> float:
-        """Nats a token, over all tokens alike (not a mean of row means)."""
+        """Nats per token, averaged over all tokens (not a mean of row means)."""
         return self.nats / self.tokens
 
     @property
@@ -56,10 +56,10 @@ class Likelihood:
 def likelihood(
     model: Any, tokenizer: Any, rows: Sequence[Row], *, batch_size: int = 8, progress: Advance | None = None
 ) -> Likelihood:
-    """Score rows.
+    """The negative log-likelihood of rows.
 
     Args:
-        progress: called with the number of rows each batch finished.
+        progress: called after each batch with the number of its rows.
 
     Raises:
         DataError: no token of any row is scored.
@@ -82,7 +82,7 @@ def row_nats(
     with evaluating(model) as device:
         for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):
             inputs = [rows[n]["input_ids"] for n in batch]
-            # On the right, so that absolute positions count from the first real token in every model.
+            # Padded on the right, so that absolute positions count from the first real token in every model.
             ids = pad(inputs, filler, "right").to(device)
             mask = pad([[1] * len(row) for row in inputs], 0, "right").to(device)
             labels = pad([rows[n]["labels"] for n in batch], IGNORED, "right").to(device)
@@ -108,14 +108,14 @@ def rank_labels(
     Args:
         prompts: token ids.
         labels: token ids of each candidate.
-        length_normalised: compare nats a token; otherwise nats, which favour short labels.
+        length_normalised: compare nats per token; otherwise nats, which favour short labels.
 
     Returns:
-        The index of the chosen label for each prompt; the first one of equals.
+        The index of the chosen label for each prompt; the first one if several are equal.
     """
     empty = [str(n) for n, label in enumerate(labels, 1) if not label]
     if empty or not labels:
-        raise DataError(f"labels without tokens: {', '.join(empty) or 'none was given'}")
+        raise DataError(f"labels without tokens: {', '.join(empty) or 'no label was given'}")
     rows = [_candidate(model, prompt, label) for prompt in prompts for label in labels]
     nats = row_nats(model, tokenizer, rows, batch_size=batch_size, progress=progress)
     lengths = [len(label) if length_normalised else 1 for label in labels]
@@ -130,7 +130,7 @@ def _candidate(model: Any, prompt: Sequence[int], label: Sequence[int]) -> Row:
 
 
 def _scored(model: Any, row: Row) -> list[int]:
-    # The first token of a decoder-only row has nothing before it to be predicted from.
+    # In a decoder-only model there is nothing from which the first token could be predicted.
     labels = row["labels"] if model.config.is_encoder_decoder else row["labels"][1:]
     return [token for token in labels if token != IGNORED]
 
@@ -142,7 +142,7 @@ def _batch_nats(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> list[f
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
         labels = labels[:, 1:]
     scored = labels != IGNORED  # (rows, time)
-    # Only the scored positions are widened: a big vocabulary in float32 is the memory of this function.
+    # Only the scored positions are converted: logits over a big vocabulary in float32 take most of the memory here.
     each = F.cross_entropy(logits[scored].float(), labels[scored], reduction="none").double()
     total = torch.zeros(len(labels), dtype=torch.float64, device=each.device)
     total.index_add_(0, scored.nonzero()[:, 0], each)

@@ -1,8 +1,9 @@
-"""Scores of predictions against references, each as its usual library computes it.
+"""Scores of predictions against references, each computed by its usual library.
 
-Texts go to sacrebleu and rouge-score, labels to scikit-learn, numbers to scipy. The scales are the
-libraries' own (`METRICS[name].scale`): BLEU lies in 0–100, a share in 0–1, a correlation in −1–1.
-A score that is undefined (a correlation with a constant) is ``nan``, never a made-up number.
+Texts are scored by sacrebleu and rouge-score, labels by scikit-learn, numbers by scipy, on the libraries' own scales
+(`METRICS[name].scale`): BLEU is in 0–100, a share in 0–1, a correlation in −1–1. An undefined score (a correlation with
+    a
+constant) is ``nan``, never a made-up number.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ def perplexity(nats: float, tokens: int) -> float:
 
 
 def bits_per_byte(nats: float, nbytes: int) -> float:
-    """Bits the model needs for a byte of text; comparable between tokenizers and with a compressor."""
+    """Bits that the model needs per byte of text; comparable between tokenizers and with compressors."""
     _positive("bytes", nbytes)
     return nats / math.log(2) / nbytes
 
 
 def exact_match(predictions: Sequence[str], references: References) -> float:
-    """Share of the predictions that equal one of their references, white space around them aside."""
+    """Share of the predictions that equal one of their references, apart from white space at the ends."""
     _same_length(predictions, references)
     hits = [p.strip() in {r.strip() for r in row} for p, row in zip(predictions, references, strict=True)]
     return sum(hits) / len(hits)
@@ -53,12 +54,12 @@ def bleu(predictions: Sequence[str], references: References) -> float:
     """Corpus BLEU of sacrebleu (13a tokenizer, exponential smoothing), 0–100.
 
     Args:
-        predictions: one text a row.
-        references: one or more texts a row; rows may have different numbers of them.
+        predictions: one text for each row.
+        references: one or more texts for each row; their number may differ from row to row.
     """
     _same_length(predictions, references)
     most = max(len(row) for row in references)
-    # sacrebleu wants the n-th reference of every row as one stream, None where a row has fewer.
+    # sacrebleu takes the n-th reference of every row as one stream, with None for rows that have fewer.
     streams = [[row[n] if n < len(row) else None for row in references] for n in range(most)]
     sacrebleu = _package("sacrebleu", "bleu")
     return float(sacrebleu.corpus_bleu(list(predictions), streams, force=True).score)
@@ -67,10 +68,10 @@ def bleu(predictions: Sequence[str], references: References) -> float:
 def rouge(
     predictions: Sequence[str], references: References, kinds: Sequence[str] = ("rouge1", "rouge2", "rougeL")
 ) -> dict[str, float]:
-    """Mean F-measure of rouge-score, 0–1, without stemming; a row counts with its best reference.
+    """Mean F-measure of rouge-score, 0–1, without stemming; each row counts with its best reference.
 
     Args:
-        kinds: of ``rouge1``, ``rouge2``, ``rougeL`` and ``rougeLsum`` (sentences on lines of their own).
+        kinds: some of ``rouge1``, ``rouge2``, ``rougeL`` and ``rougeLsum`` (one sentence per line).
     """
     _same_length(predictions, references)
     scorer = _package("rouge_score.rouge_scorer", "rouge").RougeScorer(list(kinds), use_stemmer=False)
@@ -86,26 +87,26 @@ def accuracy(predictions: Sequence[Label], references: Sequence[Label]) -> float
 
 
 def macro_f1(predictions: Sequence[Label], references: Sequence[Label]) -> float:
-    """F1 averaged over the labels that occur; one that is never predicted counts as zero."""
+    """F1 averaged over the labels that occur; a label that is never predicted counts as zero."""
     _same_length(predictions, references)
     sklearn = _package("sklearn.metrics", "macro_f1")
     return float(sklearn.f1_score(list(references), list(predictions), average="macro", zero_division=0.0))
 
 
 def matthews(predictions: Sequence[Label], references: Sequence[Label]) -> float:
-    """Matthews correlation (multi-class too); zero where one side has only one label, as usual."""
+    """Matthews correlation (multi-class too); zero if one side has only one label, as usual."""
     _same_length(predictions, references)
     sklearn = _package("sklearn.metrics", "matthews")
     return float(sklearn.matthews_corrcoef(list(references), list(predictions)))
 
 
 def pearson(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """Linear correlation; ``nan`` where one side is constant."""
+    """Linear correlation; ``nan`` if one side is constant."""
     return _correlation("pearsonr", predictions, references)
 
 
 def spearman(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """Rank correlation, ties with their mean rank; ``nan`` where one side is constant."""
+    """Rank correlation, ties with their mean rank; ``nan`` if one side is constant."""
     return _correlation("spearmanr", predictions, references)
 
 
@@ -129,16 +130,16 @@ METRICS: Mapping[str, Metric] = {
 
 
 def score(names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-    """The named metrics, in the order of the names.
+    """Compute the named metrics, in the order of the names.
 
     Args:
         names: keys of `METRICS`, all of one kind.
-        predictions: texts, labels or numbers, one a row.
-        references: a list of texts a row, or one label or number a row.
+        predictions: one text, label or number for each row.
+        references: a list of texts for each row, or one label or number for each row.
 
     Raises:
         ConfigError: an unknown name, or names of different kinds.
-        DataError: no rows, or sides of different lengths.
+        DataError: there are no rows, or not as many predictions as references.
     """
     wrong = [f"no metric {name!r}{nearest(name, METRICS)}" for name in names if name not in METRICS]
     if wrong:

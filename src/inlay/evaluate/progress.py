@@ -1,4 +1,4 @@
-"""How far a stage of work is: who does it counts what is finished, who shows it is told the sums."""
+"""Reporting progress: a stage of work counts finished rows, and a callback gets the sums."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Told what is being done, the rows that are finished, and all rows."""
+"""Callback: (what is being done, rows finished, all rows)."""
 
 Advance: TypeAlias = Callable[[int], None]
-"""Told how many rows were just finished."""
+"""Callback: (number of rows just finished)."""
 
 
 def counting(report: Progress | None, stage: str, total: int) -> Advance | None:
-    """What a stage of `total` rows calls as it goes on, for who wants `report`."""
+    """A callback for a stage of `total` rows, which adds up and calls `report`; None if `report` is None."""
     if report is None:
         return None
     done = 0

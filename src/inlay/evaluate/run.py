@@ -1,4 +1,4 @@
-"""Scores of a model on a data set: the metrics that suit the data, from one call."""
+"""Evaluating a model on a data set: the metrics that suit the data, with one call."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "text": ("loss", "perplexity", "bits_per_byte"),
 }
 FEW, FEW_TOKENS = 64, 4096  # prompts that are answered for a first look, and tokens written for them all together
-_SPARE_TOKENS = 16  # beyond the longest reference, so that a model that does not stop is seen not to
+_SPARE_TOKENS = 16  # beyond the longest reference, to notice a model that does not stop
 _UNSTATED_CONTEXT = 1024
 
 
 class Prediction(TypedDict):
-    """One scored answer, and what would have been right."""
+    """One answer, and the expected one."""
 
     prompt: str
     prediction: str | float
@@ -44,10 +44,10 @@ class Evaluation(TypedDict):
     """What `evaluate` returns.
 
     Keys:
-        rows: of the data set. Rows with the same prompt count as one answer with several references.
-        metrics: by name; the scales are those of `METRICS`, ``loss`` is nats a token.
-        predictions: in the order of the rows; empty where only likelihood was asked for.
-        answered: how many ``prompts`` a text was generated for, ``of`` how many; None where none was to be generated.
+        rows: number of rows of the data set. Rows with the same prompt are one answer with several references.
+        metrics: name → score, on the scales of `METRICS`; ``loss`` is in nats per token.
+        predictions: in the order of the rows; empty if only the likelihood was asked for.
+        answered: how many ``prompts`` a text was generated for, ``of`` how many; None if none was to be generated.
     """
 
     kind: str
@@ -60,17 +60,17 @@ class Evaluation(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to evaluate; the defaults suit a first look.
+    """How to evaluate.
 
     Attributes:
         batch_size: rows at a time.
-        max_length: tokens a row may have; None is the model's context.
-        max_new_tokens: of a generated text; None is a little more than the longest reference.
-        num_beams: beam search over so many; 1 is greedy.
+        max_length: most tokens of a row; None is the model's context.
+        max_new_tokens: most tokens of a generated text; None is a little more than the longest reference.
+        num_beams: number of beams; 1 is greedy search.
         label_names: the labels of the training data, in the order of the head's outputs.
         template: how training joined prompt and completion.
         on_long: what to do with rows above `max_length`; None splits plain text and refuses the rest.
-        length_normalised: rank labels by nats a token, not by nats.
+        length_normalised: rank labels by nats per token instead of nats.
         sample: generate answers to so many prompts only, spread evenly over those that leave room in the context;
             ``few`` is at most `FEW`, and fewer where references are long. None answers all, and raises where one has
             no room.
@@ -107,15 +107,15 @@ def evaluate(
         model: a transformers model with the head that `task` needs.
         dataset: from `read_table`.
         layout: from `resolve_columns`.
-        task: a classification data set with the task ``causal`` or ``seq2seq`` is answered by the label
-            whose name is most probable after the prompt.
-        metrics: names; None takes `DEFAULTS` for the kind of data. Metrics of texts (``exact_match``,
+        task: for classification data and the task ``causal`` or ``seq2seq``, the answer is the label whose name is most
+            probable after the prompt.
+        metrics: names of metrics; None takes `DEFAULTS` for the kind of data. Metrics of texts (``exact_match``,
             ``bleu``, ``rougeL`` …) generate an answer to every prompt.
         progress: called after each batch.
 
     Raises:
-        ConfigError: metrics that do not exist or do not suit the data.
-        DataError: rows that cannot be used, all in one message.
+        ConfigError: metrics that are unknown or do not suit the data.
+        DataError: rows that cannot be used; one message lists all.
     """
     names = tuple(metrics) if metrics is not None else DEFAULTS[layout.kind]
     check_metrics(names, layout)
@@ -141,7 +141,7 @@ def evaluate(
 
 
 def check_metrics(names: Sequence[str], layout: Layout) -> None:
-    """Raise one `ConfigError` that lists every metric the data cannot be scored with."""
+    """Raise one `ConfigError` that lists every metric that does not suit the data."""
     kinds = {"classification": "label", "regression": "number", "text": None}
     kind = kinds.get(layout.kind, "text")
     fitting = [name for name, metric in METRICS.items() if metric.kind == kind]
@@ -152,16 +152,16 @@ def check_metrics(names: Sequence[str], layout: Layout) -> None:
         if name not in METRICS and name not in LIKELIHOOD:
             wrong.append(f"no metric {name!r}{nearest(name, [*LIKELIHOOD, *METRICS])}")
         elif name not in fitting:
-            wrong.append(f"{name!r} is not for {layout.kind} data; choose of {', '.join(fitting)}")
+            wrong.append(f"{name!r} is not for {layout.kind} data; choose from {', '.join(fitting)}")
     if not names:
-        wrong.append(f"none was named; choose of {', '.join(fitting)}")
+        wrong.append(f"no metric was given; choose from {', '.join(fitting)}")
     if wrong:
         raise ConfigError(problems("metrics", wrong))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One evaluation under way: what every step of it needs."""
+    """One evaluation: everything that its steps need."""
 
     model: Any
     tokenizer: Any
@@ -278,7 +278,7 @@ class _Run:
         size = context_size(self.model)
         if size is None or self.model.config.is_encoder_decoder:
             return longest + _SPARE_TOKENS
-        # Where not even the references fit, `generate_texts` says which prompts are too long.
+        # If not even the references fit, `generate_texts` says which prompts are too long.
         left = size - max(len(row) for row in asked)
         return min(longest + _SPARE_TOKENS, max(longest, left))
 
@@ -309,7 +309,7 @@ class _Run:
 
 
 def sides(predictions: Sequence[Prediction], layout: Layout) -> tuple[list[Any], list[Any]]:
-    """Answers and references as `metrics.score` takes them for such data."""
+    """Answers and references in the form that `metrics.score` takes for such data."""
     answers = [p["prediction"] for p in predictions]
     if layout.kind in ("classification", "regression"):
         return answers, [p["references"][0] for p in predictions]

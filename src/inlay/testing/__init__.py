@@ -1,4 +1,4 @@
-"""What tests need, here and in packages that bring methods of their own."""
+"""Tools for tests, here and in packages with methods of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laws as one call, for third-party methods."""
+"""Checking all laws with one call, for third-party methods."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from inlay.testing.specimen import Specimen
 
 
 def check_law(specimen: Specimen, method: Method, name: str, law: Law) -> None:
-    """Hold one law for one method instance on one model.
+    """Check one law for one method instance on one model.
 
-    A law in the method's `expected_failures` must fail: passing it unexpectedly is an error too, so that
-    the list of exceptions never outlives its reasons.
+    A law in the method's `expected_failures` must fail: an unexpected pass is an error too, so that no exception
+    outlives its reason.
 
     Raises:
-        AssertionError: the law does not hold, or holds where it was said not to.
+        AssertionError: the law does not hold, or holds although it was expected to fail.
     """
     reason = method.expected_failures.get(name)
     if reason is None:
@@ -34,15 +34,15 @@ def check_law(specimen: Specimen, method: Method, name: str, law: Law) -> None:
 def check_method(
     method: type[Method], specimens: Iterable[Specimen] | None = None, laws: Mapping[str, Law] | None = None
 ) -> None:
-    """Hold every law for every example of a method on every model it can be attached to.
+    """Check every law for every example of a method on every model to which it can be attached.
 
     Args:
-        specimens: models to try; the whole zoo where None.
-        laws: by name; all quick ones where None.
+        specimens: models to try; None means the whole zoo.
+        laws: name → law; None means all fast ones.
 
     Raises:
-        AssertionError: lists every law that does not hold, with model and hyper-parameters, or says that
-            the method could be attached to none of the models.
+        AssertionError: lists every law that does not hold, with model and hyper-parameters, or says that the method
+            could not be attached to any of the models.
     """
     wrong, tried = [], 0
     for specimen in ZOO.values() if specimens is None else specimens:
@@ -56,6 +56,6 @@ def check_method(
                 except Exception as error:
                     wrong.append(f"{name}, {specimen.name}, {example}: {type(error).__name__}: {error}")
     if not tried:
-        wrong.append("it could be attached to none of the models")
+        wrong.append("it could not be attached to any of the models")
     if wrong:
         raise AssertionError(problems(f"method {method.name!r} breaks the laws", wrong))

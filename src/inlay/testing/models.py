@@ -5,7 +5,7 @@
         batch = specimen.batch(rows=3, seed=0)         # keyword arguments of the model's forward
         logits = specimen.logits(model(**batch))
 
-They differ where methods go wrong: grouped and fused projections, (in, out) kernels, rows flattened
+They differ in what methods get wrong: grouped and fused projections, (in, out) kernels, rows flattened
 before a layer, experts in one tensor, sliding windows and capped logits, learnt, rotary, relative and
 no positions, attention inside and outside transformers' interface, cross-attention, convolutions.
 
@@ -258,7 +258,7 @@ def _vit() -> nn.Module:
 
 
 def _sequential() -> nn.Module:
-    # A group norm and not a batch norm: a batch norm ties the rows of a batch together.
+    # A group norm, because a batch norm makes the rows of a batch depend on each other.
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1),
         nn.GroupNorm(2, 8),

@@ -65,7 +65,7 @@ class Specimen:
         """A fresh copy of the model, in eval mode, every parameter random.
 
         Args:
-            dtype: of the parameters; buffers keep theirs, as `from_pretrained` does.
+            dtype: dtype of the parameters; buffers keep theirs, as in `from_pretrained`.
         """
         model = _mould(self).cast()
         if dtype is not torch.float32:
@@ -79,7 +79,7 @@ class Specimen:
         """Random inputs for the model's forward, with labels where the model has a loss.
 
         Args:
-            rows: how many.
+            rows: number of rows.
             seed: the same seed gives the same batch; row ``i`` does not depend on ``rows``.
             ragged: rows of different lengths, padded; the first row keeps the full length.
             padding_side: where the padding goes. Padding on the left brings ``position_ids`` with it
@@ -90,7 +90,7 @@ class Specimen:
             ``pixel_values`` ``(rows, 3, 16, 16)``, or ``input`` for a plain module.
 
         Raises:
-            ValueError: ragged rows asked of a model without padding.
+            ValueError: ragged rows for a model without padding.
         """
         if self.kind in ("vision", "plain"):
             return self._images(rows, seed, ragged)
@@ -133,7 +133,7 @@ class Specimen:
         return result
 
     def _length(self, seed: int, row: int) -> int:
-        # The first row is full, the others shrink unevenly, none below a third.
+        # The first row is full; the others are shorter by different amounts, none below a third.
         return self.tokens - (0 if row == 0 else 1 + (5 * row + seed) % (2 * self.tokens // 3))
 
     def _drawn(self, seed: int, stream: int, lengths: list[int]) -> list[Tensor]:
@@ -194,7 +194,7 @@ def _mould(specimen: Specimen) -> Mould:
 def randomise(model: nn.Module, seed: object) -> None:
     """Give every parameter random values, in place, so that no zero or one hides a bug.
 
-    Vectors (biases, norms) move away from where they start; matrices are drawn anew with unit gain,
+    Vectors (biases, norms) are moved away from their initial values; matrices are drawn anew with unit gain,
     embeddings and other tables with a standard deviation of 0.3.
     """
     owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}

@@ -75,7 +75,7 @@ def test_a_completion_cut_away(capfd: pytest.CaptureFixture[str], tmp_path: Path
     told = refused(
         capfd, tmp_path / "out", "--data", str(tmp_path / "rows.jsonl"), "--base", str(llama), "--on-long", "truncate"
     )
-    assert "rows.jsonl" in told and "no token is left to be scored" in told
+    assert "rows.jsonl" in told and "no token is left to score" in told
 
 
 def test_a_label_never_seen(capfd: pytest.CaptureFixture[str], tmp_path: Path, bert: Path) -> None:

@@ -132,11 +132,11 @@ def test_damaged_folders_are_refused(fit: Fit, labelled: Path) -> None:
         text.replace('"texts": []', '"texts": ["../run.yaml"]'),
     ):
         (folder / "baseline.json").write_text(bad)
-        with pytest.raises(AdapterFileError, match="not a whole baseline"):
+        with pytest.raises(AdapterFileError, match="not a complete baseline"):
             artefact.read(folder)
     (folder / "baseline.json").write_text(text)
     (folder / "baseline.safetensors").write_bytes(b"12")
-    with pytest.raises(AdapterFileError, match="not a whole baseline"):
+    with pytest.raises(AdapterFileError, match="not a complete baseline"):
         artefact.read(folder)
 
 
@@ -161,7 +161,7 @@ def test_a_missing_package_is_named(fit: Fit, labelled: Path, monkeypatch: pytes
         ({"tres": 3}, {}, "unknown hyper-parameter 'tres'; did you mean 'trees'"),
         ({"c": 0.0}, {}, "c is 0.0"),
         ({}, {"learning_rate": 1e-3, "where": "attention"}, "where is given, but nothing is trained"),
-        ({}, {"task": "causal"}, "method 'features' classifies"),
+        ({}, {"task": "causal"}, "method 'features' only classifies"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fit: Fit, labelled: Path, settings: Any, more: Any, words: str) -> None:
@@ -170,7 +170,7 @@ def test_what_makes_no_sense_is_refused(fit: Fit, labelled: Path, settings: Any,
 
 
 def test_other_data_is_refused(fit: Fit, completions: Path) -> None:
-    with pytest.raises(ConfigError, match="'features' classifies; completion is"):
+    with pytest.raises(ConfigError, match="only classifies; use another method for completion"):
         fit("bert", completions, "features")
 
 

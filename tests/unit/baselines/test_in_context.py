@@ -182,8 +182,8 @@ def test_prompt_text_is_in_context_without_demonstrations(fit: Fit, labelled: Pa
 @pytest.mark.parametrize(
     ("base", "method", "more", "words"),
     [
-        ("llama", "in-context", {"task": "classification"}, "answers in words"),
-        ("llama", "prompt-text", {"task": "regression"}, "asks questions"),
+        ("llama", "in-context", {"task": "classification"}, "answers with text"),
+        ("llama", "prompt-text", {"task": "regression"}, "compares answers"),
         ("bert", "in-context", {}, "lacks weights"),
     ],
 )

@@ -43,9 +43,9 @@ CASES = {
     "items": ("x.json", '[{"a": 1}, 5]', ["row 2 is a number (5)"]),
     "latin-1": ("x.csv", b"a\nok\ncaf\xe9\n", ["line 3, byte 4 is 0xe9", "encoding=latin-1"]),
     "utf-16": ("x.txt", "hello".encode("utf-16"), ["encoding=utf-16"]),
-    "truncated gzip": ("x.csv.gz", gzip.compress(b"a\n1\n" * 99)[:-9], ["no whole gzip file", "again"]),
-    "no gzip": ("x.csv.gz", "a\n1\n", ["no whole gzip file"]),
-    "no parquet": ("x.parquet", "PAR1", ["no whole Parquet file"]),
+    "truncated gzip": ("x.csv.gz", gzip.compress(b"a\n1\n" * 99)[:-9], ["not a complete gzip file", "again"]),
+    "no gzip": ("x.csv.gz", "a\n1\n", ["not a complete gzip file"]),
+    "no parquet": ("x.parquet", "PAR1", ["not a complete Parquet file"]),
     "half a character": ("x.jsonl", '{"text": "\\ud800"}', ["column 'text'", "surrogate"]),
 }
 
@@ -74,7 +74,7 @@ def test_missing_files(tmp_path, write):
     write("tickets.jsonl", "{}")
     with pytest.raises(DataError, match=r"no such file. Did you mean .*tickets\.jsonl\?"):
         read_table(tmp_path / "ticket.jsonl")
-    with pytest.raises(DataError, match=r"holds tickets\.jsonl"):
+    with pytest.raises(DataError, match=r"contains tickets\.jsonl"):
         read_table(tmp_path / "other.csv")
     with pytest.raises(DataError, match="does not exist"):
         read_table(tmp_path / "no" / "other.csv")
@@ -84,7 +84,7 @@ def test_missing_files(tmp_path, write):
 
 def test_folders_and_splits(tmp_path, write):
     path = write("x.csv", "a\n1\n")
-    with pytest.raises(DataError, match=r"is a folder, expected a file. It holds x\.csv"):
+    with pytest.raises(DataError, match=r"is a folder, expected a file. It contains x\.csv"):
         read_table(tmp_path)
     with pytest.raises(DataError, match="a local file has no split 'test'"):
         read_table(path, split="test")

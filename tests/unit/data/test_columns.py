@@ -181,7 +181,7 @@ def test_template_options():
     for meant_for_numbers in ("{a:d}", "{a!x}"):
         with pytest.raises(ConfigError, match=r"write \{\{ and"):
             Template(prompt=meant_for_numbers)
-    with pytest.raises(DataError, match=r"\{promt\} is no column; did you mean 'prompt'"):
+    with pytest.raises(DataError, match=r"\{promt\} is not a column; did you mean 'prompt'"):
         Template(prompt="{promt}").check(["prompt", "id"])
     # a value that looks like a template stays as it is
     assert Template(prompt="{{Q}}: {prompt}").render({"prompt": "{x}"}) == "{Q}: {x}"

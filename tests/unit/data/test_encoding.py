@@ -32,7 +32,7 @@ def scored(row):
 def test_byte_level_scores_exactly_the_completion(byte_level, prompt, completion, separator):
     template, dataset = Template(separator=separator), pairs((prompt, completion))
     if not prompt + separator:
-        with pytest.raises(DataError, match="nothing stands before the completion"):
+        with pytest.raises(DataError, match="there is nothing before the completion"):
             encode(dataset, PAIRS, byte_level, task="causal", max_length=999, template=template)
         return
     row = encode(dataset, PAIRS, byte_level, task="causal", max_length=999, template=template)[0]
@@ -71,7 +71,7 @@ def test_templates_may_name_other_columns(byte_level):
     dataset = Dataset.from_dict({"prompt": ["Who?"], "context": ["The fox."], "completion": ["fox"]})
     template = Template(prompt="{context}\nQ: {prompt}", separator=" A: ")
     assert prompts(dataset, PAIRS, byte_level, task="causal", template=template)[0].text == "The fox.\nQ: Who? A: "
-    with pytest.raises(DataError, match=r"\{contxt\} is no column; did you mean 'context'"):
+    with pytest.raises(DataError, match=r"\{contxt\} is not a column; did you mean 'context'"):
         encode(dataset, PAIRS, byte_level, task="causal", max_length=99, template=Template(prompt="{contxt}"))
 
 
@@ -120,7 +120,7 @@ class TestLong:
 
 def test_a_chat_masked_away_entirely_is_an_error(byte_level):
     chat = [{"role": "user", "content": "q" * 50}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(DataError, match=r"row 1: no token is left to be scored. Raise max_length"):
+    with pytest.raises(DataError, match=r"row 1: no token is left to score. Raise max_length"):
         encode(
             Dataset.from_dict({"messages": [chat]}),
             Layout(kind="chat", messages="messages"),

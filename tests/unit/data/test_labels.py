@@ -50,7 +50,7 @@ def test_class_labels_keep_their_order(word_piece):
     assert labels_of(dataset, LAYOUT) == ["yes", "no", "maybe"]
     encoded = encode(dataset, LAYOUT, word_piece, task="classification", max_length=9, label_names=["no", "yes"])
     assert encoded["labels"][:] == [0, 1]
-    with pytest.raises(DataError, match=r"row 2: label -1 stands for no class"):
+    with pytest.raises(DataError, match=r"row 2: label -1 is not a class"):
         labels_of(table([1, -1], features), LAYOUT)
 
 

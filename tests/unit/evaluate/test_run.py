@@ -141,9 +141,9 @@ def test_metrics_that_do_not_suit_are_listed(one_causal: Any, tokenizer: Any) ->
     assert "did you mean 'accuracy'" in str(caught.value) and "'pearson' is not for completion data" in str(
         caught.value
     )
-    with pytest.raises(ConfigError, match="none was named"):
+    with pytest.raises(ConfigError, match="no metric was given"):
         run(one_causal, tokenizer, COMPLETIONS, metrics=[])
-    with pytest.raises(ConfigError, match="'bleu' is not for text data; choose of loss, perplexity, bits_per_byte"):
+    with pytest.raises(ConfigError, match="'bleu' is not for text data; choose from loss, perplexity, bits_per_byte"):
         run(one_causal, tokenizer, Dataset.from_dict({"text": ["w1 w2"]}), metrics=["bleu"])
 
 

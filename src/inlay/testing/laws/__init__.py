@@ -1,8 +1,8 @@
-"""The laws: what holds for every method on every model, each one a function that raises when it does not.
+"""The laws: what must hold for every method on every model; each one is a function that raises if it does not.
 
-A law takes a `Specimen` and a `Method` instance. Adapters are given random values first ("trained"), because
-a fresh one changes nothing and would obey most laws by doing nothing; each law that compares outputs
-therefore also holds that the adapter has an effect where that matters (`silence`).
+A law takes a `Specimen` and a `Method` instance. Adapters get random values first ("trained"), because a new one
+changes nothing and would obey most laws by doing nothing. For the same reason the law `silence` checks that an adapter
+has an effect.
 """
 
 from __future__ import annotations
