@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports the hub's client, which reads these once.
@@ -28,6 +29,16 @@ def pytest_collection_finish() -> None:
     """What was imported and collected outlives every test; looking it through for garbage takes a while each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def accelerator_state() -> Iterator[None]:
+    """For tests that make an `Accelerator` or a `Trainer`: the process keeps the precision of the first one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(autouse=True, scope="session")

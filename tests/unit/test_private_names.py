@@ -36,7 +36,7 @@ DOCUMENTED = {
     *("torch.overrides", "torch.utils.checkpoint", "torch.utils.data", "torch.utils.flop_counter"),
     *("transformers.utils", "transformers.pytorch_utils", "transformers.trainer_callback"),
     *("safetensors.torch", "torchao.quantization", "torchao.utils", "triton.language"),
-    *("rich.console", "rich.progress", "rich.table", "rich.text", "typer.core"),
+    *("rich.console", "rich.live", "rich.progress", "rich.table", "rich.text", "typer.core"),
 }
 SUFFIXES = {"_", "_a", "_b", "_embeddings", "_token_id", "_twin"}  # parts of names of ours
 LOGGERS = {"torch.utils._pytree", "bitsandbytes.autograd._functions"}

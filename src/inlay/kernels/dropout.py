@@ -21,6 +21,8 @@ from inlay.core.forward.transforms import transformed
 from inlay.core.model.view import ModelView
 from inlay.kernels.masks import MOST, drawn, fresh_seed, without_
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 def dropout(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A dropout module's forward."""

@@ -30,9 +30,9 @@ from inlay.core.forward.call import cache_among
 from inlay.core.forward.host import Host
 from inlay.core.hosts import hosts_of
 from inlay.core.model.view import ModelView
+from inlay.kernels.dropout import DROPOUTS
 
 FEATURE = "trunk-cache"
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class _Recurrent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """In float32, also under autocast: processors without bfloat16 have no LSTM of it either."""
         values = [widened(value) for value in self.lstm]
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # plans are made without values
             wide = widened(x)[:, None]
             start = wide.new_zeros(4, 1, self.inner)  # (layers * directions, 1, inner)
             states = torch.lstm(wide, (start, start), values, True, 2, 0.0, self.training, True, False)[0]

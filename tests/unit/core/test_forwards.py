@@ -131,7 +131,7 @@ def test_accelerates_hooks_put_on_and_taken_off(model: Any, batch: dict[str, Ten
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
-def test_mixed_precision_by_accelerate(name: str) -> None:
+def test_mixed_precision_by_accelerate(name: str, accelerator_state: None) -> None:
     """Logits within what bfloat16 rounds: 1e-4 of their variance, T5's 3e-3; the adapter changes 0.5 and more."""
     from accelerate import Accelerator
 

@@ -500,7 +500,7 @@ def listed() -> list[str]:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.run.__name__)
-def test_upstream(check: Check, tmp_path: Path) -> None:
+def test_upstream(check: Check, tmp_path: Path, accelerator_state: None) -> None:
     try:
         check.run(tmp_path)
     except Exception as error:

@@ -34,13 +34,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.pieces import DeltaPiece, PromptPiece
 from inlay.core.forward.host import Host, Storage
 from inlay.core.forward.transforms import transformed
 from inlay.core.hosts import hosts_of
+from inlay.core.upstream import has_any_global_hook
 from inlay.kernels.lazy import Mode
 from inlay.kernels.read_positions.index import Index
 from inlay.kernels.read_positions.modules import FEATURE, Short, asking, parameters
@@ -86,7 +86,8 @@ _KINDS: weakref.WeakKeyDictionary[Adapter, frozenset[Any] | None] = weakref.Weak
 
 def around(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The model's own forward."""
-    short = None if transformed() or torch._C._get_tracing_state() else _short(host, args, kwargs)
+    traced = transformed() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    short = None if traced else _short(host, args, kwargs)
     if short is None:
         return inner(*args, **kwargs)
     with asking(short):
@@ -223,7 +224,7 @@ def _agrees(batch: Batch, unmasked: Tensor) -> bool:
 def _bare(model: nn.Module, name: str | None) -> list[nn.Module] | None:
     """The modules that a call goes through; None where something of the user's watches or changes what they compute,
     trains them, or runs them again."""
-    if _has_any_global_hook():
+    if has_any_global_hook():
         return None
     found: list[nn.Module] = []
     waiting: list[tuple[nn.Module, bool]] = [(model, False)]

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from inlay.core.errors import UnsupportedError
 from inlay.core.forward.host import Host
 from inlay.core.forward.roster import Roster
 from inlay.core.model.layer import shape_of
 from inlay.core.model.view import ModelView
+from inlay.kernels.dropout import DROPOUTS
 from inlay.kernels.read_positions.index import Index
 
 FEATURE = "read-positions"
@@ -146,7 +146,7 @@ def _linear(module: nn.Module) -> bool:
 def _activation(module: nn.Module) -> bool:
     """Something that keeps nothing of its own and draws nothing; whether it goes entry by entry is tried."""
     holds = module._parameters or module._buffers or module._modules
-    return not holds and not isinstance(module, (_DropoutNd, nn.Identity))
+    return not holds and not isinstance(module, (*DROPOUTS, nn.Identity))
 
 
 def _made_of_them(module: nn.Module) -> bool:

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.forward.host import Forward, Host, Storage
 from inlay.core.forward.roster import Roster, roster_of
 from inlay.core.forward.route import Route
 from inlay.core.hosts import hosts_of
+from inlay.core.upstream import tree_leaves
 from inlay.kernels.read_positions.index import Index
 from inlay.kernels.read_positions.modules import Asked, Short, asking, only
 from inlay.kernels.read_positions.probe import ROWS, Batch, drawn, with_first
