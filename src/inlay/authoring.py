@@ -33,17 +33,17 @@ from inlay.core.contracts.shared import Shared, shared_in
 from inlay.core.contracts.site_pattern import Pattern, frozen, unused, value_at
 from inlay.core.contracts.subset import DenseDifference, Difference
 from inlay.core.errors import AdapterNameError, ConfigError, SelectionError, UnsupportedError, nearest, problems
-from inlay.core.forward.roster import bare, find_roster
+from inlay.core.forward.active_adapters import bare, find_roster
 from inlay.core.forward.transforms import transformed
 from inlay.core.labels import IGNORED
 from inlay.core.measure import observe_inputs
 from inlay.core.model.layer import Kind
 from inlay.core.model.originals import Originals, stored_whole
+from inlay.core.model.parameter_changes import stamp
 from inlay.core.model.roles import CROSS_ATTENTION, layer_of
 from inlay.core.model.select import Places, select
 from inlay.core.model.site import Site
 from inlay.core.model.view import AttentionPlace, ModelView
-from inlay.core.model.watch import stamp
 from inlay.core.prompts.observe import keys_values
 from inlay.core.prompts.span import current_span
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import inlay
 from inlay import LadderSideTuning, Stack
+from inlay.core.adapted_modules import hosts_of
 from inlay.core.errors import ConfigError, SelectionError, UnsupportedError
-from inlay.core.hosts import hosts_of
 from inlay.testing.check import check_law
 from inlay.testing.laws import LAWS
 from inlay.testing.models import ZOO

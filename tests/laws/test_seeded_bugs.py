@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.bases import dense
-from inlay.core import class_exchange, install, merge
+from inlay.core import install, merge
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.method import Method
-from inlay.core.forward import roster, route, scope, stacks
+from inlay.core.forward import active_adapters, batched_adapters, checkpointing, route, scope
 from inlay.core.forward.host import Host
 from inlay.core.model import fingerprint, layer, site
-from inlay.core.prompts import encoder_sequence, prefix_attention, prompting
+from inlay.core.prompts import encoder_sequence, prefix_attention, virtual_positions
 from inlay.formats import native
 from inlay.methods import _low_rank, dora, ia3
 from inlay.testing import LAWS, ZOO
@@ -62,11 +62,11 @@ def neighbour(self: route.Route, name: str | None, like: Tensor, **kwargs: Any) 
 real_index = route.Route.index
 
 
-def turned(names: Any, among: Any, device: Any) -> stacks.Segments:
+def turned(names: Any, among: Any, device: Any) -> batched_adapters.Segments:
     return real_segments([*names[1:], *names[:1]], among, device)
 
 
-real_segments = stacks.Segments.of
+real_segments = batched_adapters.Segments.of
 
 
 def base_moved(self: Any, at: site.Site) -> None:
@@ -89,7 +89,7 @@ def mask_lost(module: Any, query: Any, key: Any, value: Any, mask: Any, prefixes
 real_naive = prefix_attention.naive
 
 
-def names_unchecked(self: roster.Roster, choice: Any) -> route.Route:
+def names_unchecked(self: active_adapters.Roster, choice: Any) -> route.Route:
     known = [c if c in self.adapters else None for c in ([choice] if isinstance(choice, str) else choice or [None])]
     return route.Route(tuple(known), per_row=not isinstance(choice, str) and choice is not None)
 
@@ -121,7 +121,8 @@ BUGS: dict[str, tuple[str, str, Method, Bug]] = {
     "rows go to their neighbours' adapters": (
         "mixed_training", "llama", inlay.LoRA(rank=2), patched(route.Route, "index", neighbour)),
     "rows that are computed at once go to their neighbours' adapters": (
-        "rows_are_independent", "llama", inlay.LoRA(rank=2), patched(stacks.Segments, "of", staticmethod(turned))),
+        "rows_are_independent", "llama", inlay.LoRA(rank=2),
+        patched(batched_adapters.Segments, "of", staticmethod(turned))),
     "padding is visible behind a prefix": (
         "rows_are_independent", "bert", inlay.PrefixTuning(length=2, projection=None),
         lambda: mock.patch.multiple(prefix_attention, naive=mask_lost, fusible=lambda *a: False)),
@@ -132,9 +133,9 @@ BUGS: dict[str, tuple[str, str, Method, Bug]] = {
         "rows_are_independent", "llama", inlay.LoRA(rank=2), patched(route.Route, "check_rows", nothing)),
     "beams are not counted": (
         "generation", "llama", inlay.PromptTuning(length=2, init="random"),
-        patched(prompting, "_copies", lambda *a: 1)),
+        patched(virtual_positions, "_copies", lambda *a: 1)),
     "an unknown adapter is served by the base": (
-        "silence", "llama", inlay.LoRA(rank=2), patched(roster.Roster, "check", names_unchecked)),
+        "silence", "llama", inlay.LoRA(rank=2), patched(active_adapters.Roster, "check", names_unchecked)),
     "a choice outlives an exception": (
         "silence", "llama", inlay.LoRA(rank=2), patched(scope.Binding, "__exit__", nothing)),
     "initialisation moves the base": (
@@ -154,7 +155,7 @@ BUGS: dict[str, tuple[str, str, Method, Bug]] = {
         "all_or_nothing", "llama", inlay.DoRA(rank=2), patched(install, "_remove", nothing)),
     "recomputation takes the route of the moment": (
         "checkpointing", "llama", inlay.LoRA(rank=2),
-        patched(class_exchange, "_checkpointed", lambda host, inner, function, *args: inner(function, *args))),
+        patched(checkpointing, "_checkpointed", lambda host, inner, function, *args: inner(function, *args))),
     "adapters are kept in half precision": (
         "precision", "llama", inlay.LoRA(rank=2), patched(site.Site, "empty", half_precision)),
     "a deep copy shares its hosts": (

@@ -26,9 +26,9 @@ from inlay import (
     PromptTuning,
 )
 from inlay.core.contracts.delta import groups_itself
-from inlay.core.forward.roster import roster_of
+from inlay.core.forward.active_adapters import roster_of
 from inlay.core.forward.segments import Segments
-from inlay.core.prompts import preparing
+from inlay.core.prompts import prefill
 from inlay.methods._bottleneck import BottleneckDelta
 from inlay.methods._low_rank import EmbeddingLowRank, LowRank
 from inlay.methods.dora import DoRADelta, DroppedDelta
@@ -74,7 +74,7 @@ def attached(model: Any, methods: list[Any]) -> list[str]:
 def outputs(model: Any, choice: list[str | None], batch: dict[str, Tensor], *, loop: bool) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         if loop:
-            patch.setattr(preparing, "stackable", lambda: False)
+            patch.setattr(prefill, "stackable", lambda: False)
         with inlay.use(model, choice), torch.no_grad():
             logits: Tensor = model(**batch).logits
     return logits.float()
@@ -214,7 +214,7 @@ def test_generation(pair: Any, dtype: torch.dtype) -> None:
     with inlay.use(pair, CHOICE):
         scores = pair.generate(**batch, output_logits=True, return_dict_in_generate=True).logits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "stackable", lambda: False)
+        patch.setattr(prefill, "stackable", lambda: False)
         with inlay.use(pair, CHOICE):
             loop = pair.generate(**batch, output_logits=True, return_dict_in_generate=True).logits
     assert (scores[0].float() - loop[0].float()).abs().max() <= TOLERANCE[dtype] * loop[0].float().std()

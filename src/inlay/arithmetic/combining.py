@@ -32,7 +32,7 @@ from inlay.core.contracts.adapter import Adapter, check_finite
 from inlay.core.contracts.pieces import DeltaPiece, Piece
 from inlay.core.contracts.site_pattern import pinned
 from inlay.core.errors import ConfigError, UnsupportedError, nearest, problems
-from inlay.core.forward.roster import roster_of
+from inlay.core.forward.active_adapters import roster_of
 from inlay.core.install import install
 from inlay.core.model.select import Places
 from inlay.methods.lora import LoRA

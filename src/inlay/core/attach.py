@@ -12,12 +12,12 @@ from types import MappingProxyType
 
 from torch import nn
 
+from inlay.core.adapted_modules import hosts_of
 from inlay.core.build import build, initialise
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.method import Batches, Method
 from inlay.core.errors import SelectionError, UnsupportedError
-from inlay.core.forward.roster import find_roster, roster_of
-from inlay.core.hosts import hosts_of
+from inlay.core.forward.active_adapters import find_roster, roster_of
 from inlay.core.install import install, uninstall
 from inlay.core.measure import check_data
 from inlay.core.model.layer import settle_all, unsettle_all

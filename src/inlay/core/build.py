@@ -16,8 +16,8 @@ from inlay.core.contracts.method import Method
 from inlay.core.contracts.pieces import DeltaPiece, Piece, PromptPiece, SubsetPiece
 from inlay.core.contracts.shared import shared_in
 from inlay.core.errors import AdapterNameError, SelectionError, UnsupportedError, problems
+from inlay.core.forward.active_adapters import find_roster, held_by_others
 from inlay.core.forward.chain import arranged, check_fork
-from inlay.core.forward.roster import find_roster, held_by_others
 from inlay.core.model.layer import store_of
 from inlay.core.model.select import Places
 from inlay.core.model.view import ModelView

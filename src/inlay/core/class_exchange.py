@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -53,8 +52,9 @@ from torch import Tensor, nn
 
 from inlay.core.errors import UnsupportedError
 from inlay.core.forward import wrappers
-from inlay.core.forward.host import Host, Storage, thread
-from inlay.core.prompts import prompting
+from inlay.core.forward.checkpointing import checkpoint_function, leave_embeddings, set_checkpoint_function
+from inlay.core.forward.host import Host
+from inlay.core.prompts import virtual_positions
 from inlay.core.upstream import CHECKPOINTS_BY
 
 
@@ -160,9 +160,9 @@ def _subclass(cls: Any, features: frozenset[str], parameters: frozenset[str]) ->
     if "root" in features and hasattr(cls, "generate"):
         body["generate"] = _generate(cls)
     if "root" in features and hasattr(cls, "enable_input_require_grads"):
-        body["enable_input_require_grads"] = _leave_embeddings
+        body["enable_input_require_grads"] = leave_embeddings
     if "checkpoint" in features:
-        body[CHECKPOINTS_BY] = property(_checkpoint_function, _set_checkpoint_function)
+        body[CHECKPOINTS_BY] = property(checkpoint_function, set_checkpoint_function)
     if "positions" in features and not moves:
         bases = (cls, ShiftedPositions)  # between the two, so that an offset which a subclass adds is added first
     body |= {name: property(functools.partial(_parameter, name)) for name in parameters}
@@ -236,7 +236,7 @@ def _patched(given: Any, owner: nn.Module) -> Callable[..., Any]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inner, host = functools.partial(function, self) if bound else function, self.__dict__.get("_inlay_host")
-        return inner(*args, **kwargs) if host is None else prompting.entered(host, inner, *args, **kwargs)
+        return inner(*args, **kwargs) if host is None else virtual_positions.entered(host, inner, *args, **kwargs)
 
     signature = inspect.signature(given)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
@@ -249,79 +249,10 @@ def _generate(cls: Any) -> Callable[..., Any]:
     @functools.wraps(cls.generate)
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         host: Host = self.__dict__["_inlay_host"]
-        with prompting.generation(host, args, kwargs):
+        with virtual_positions.generation(host, args, kwargs):
             return cls.generate(self, *args, **kwargs)
 
     return generate
-
-
-def _leave_embeddings(self: nn.Module) -> None:
-    """transformers calls this when checkpointing is switched on, so that reentrant checkpoints of a frozen model work.
-
-    Layers of an attached model get an anchor instead (`_checkpointed`): if the embeddings' outputs required gradients,
-    every layer would be computed again and gradients would flow to the bottom.
-    """
-
-
-def _checkpoint_function(module: nn.Module) -> Callable[..., Any]:
-    host: Host = module.__dict__["_inlay_host"]
-    inner = module.__dict__.get("_inlay_checkpoint")
-    if inner is None:
-        raise AttributeError(CHECKPOINTS_BY)
-    return functools.partial(_checkpointed, host, inner)
-
-
-def _set_checkpoint_function(module: nn.Module, function: Callable[..., Any]) -> None:
-    module.__dict__["_inlay_checkpoint"] = function
-
-
-def _checkpointed(host: Host, inner: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
-    """Run a checkpointed layer so that its recomputation, after every `use` block is left, takes the same route.
-
-    The prompts' tensors are passed as arguments: a reentrant checkpoint runs its own backward for each layer, and
-    would otherwise walk the graph that made them once per layer. Where no input requires gradients, an empty tensor
-    that does is passed along, so that the base's embeddings need not require any. What other layers captured for a
-    delta in this one is passed the same way; what a recomputation captures for deltas elsewhere is dropped.
-    """
-    roster = host.roster
-    route, call = roster.current(), roster.call.get()
-    layer = _layer(function) or host.module
-    inside = [h for m in layer.modules() if (h := m.__dict__.get("_inlay_host")) is not None]
-    waiting = [(h, path, x) for h in inside for path, x in h.captured.get(thread(), {}).items()]
-    prompts = call.tensors(host.path) if call is not None else []
-    tensors = [*prompts, *(x for _, _, x in waiting)]
-    flows = any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *tensors))
-    prefilling = call is not None and call.capture is not None  # its keys and values are kept after the layer's call
-    if prefilling or (not flows and not _trains(layer, route.used)):
-        return function(*args)
-    anchor = torch.empty(0, requires_grad=True)
-    runs = itertools.count()
-
-    def run(_: Tensor, *given: Any) -> Any:
-        again = next(runs) > 0
-        for (owner, path, _x), x in zip(waiting, given[len(prompts) : len(tensors)], strict=True):
-            owner.captured.setdefault(thread(), {})[path] = x
-        try:
-            with roster.bind(route, call and call.with_tensors(host.path, list(given[: len(prompts)]))):
-                return function(*given[len(tensors) :])
-        finally:
-            for elsewhere in [h for feeder in inside for h in feeder.feeds] if again else ():
-                elsewhere.captured.pop(thread(), None)
-
-    return inner(run, anchor, *tensors, *args)
-
-
-def _trains(layer: nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether one of these adapters has something to train inside the layer."""
-    stores = [m for m in layer.modules() if isinstance(m, Storage)]
-    return any(p.requires_grad for s in stores for n in names if n in s for p in s[n].parameters())
-
-
-def _layer(function: Any) -> nn.Module | None:
-    """The layer that a checkpointed function runs: the owner of a bound method, or a partial's first argument."""
-    owner = function.args[0] if isinstance(function, functools.partial) and function.args else function
-    owner = getattr(owner, "__self__", owner)
-    return owner if isinstance(owner, nn.Module) else None
 
 
 class ShiftedPositions(nn.Embedding):
@@ -337,7 +268,7 @@ def _moved(host: Host, positions: Tensor) -> Tensor:
     Raises:
         UnsupportedError: the table is too short for them; on the CPU, where looking costs nothing.
     """
-    moved = prompting.shift(host, positions)
+    moved = virtual_positions.shift(host, positions)
     if moved is not positions and moved.device.type == "cpu" and not torch.compiler.is_compiling():
         last, size = int(moved.max()), host.module.num_embeddings
         if last >= size:  # type: ignore[operator]

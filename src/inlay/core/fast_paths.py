@@ -8,12 +8,12 @@ from types import TracebackType
 
 from torch import nn
 
+from inlay.core.adapted_modules import Hosts, hosts_of, living
 from inlay.core.contracts.delta import groups_itself, says_itself
 from inlay.core.forward import wrappers
+from inlay.core.forward.active_adapters import find_roster
 from inlay.core.forward.chain import leaves
 from inlay.core.forward.host import Host
-from inlay.core.forward.roster import find_roster
-from inlay.core.hosts import Hosts, hosts_of, living
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from inlay.core.adapted_modules import Hosts, hosts_of
 from inlay.core.class_exchange import adopt, release
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.pieces import DeltaPiece, PromptPiece, SubsetPiece
@@ -11,14 +12,13 @@ from inlay.core.contracts.prompt import KeyValuePrompt, TokenPrompt
 from inlay.core.contracts.subset import SummedDifference
 from inlay.core.errors import UnsupportedError
 from inlay.core.forward import wrappers
+from inlay.core.forward.active_adapters import Roster, find_roster, held_by_others
 from inlay.core.forward.chain import Chain, arranged, leaves
 from inlay.core.forward.host import Host, Storage
-from inlay.core.forward.roster import Roster, find_roster, held_by_others
-from inlay.core.hosts import Hosts, hosts_of
 from inlay.core.model import roles
 from inlay.core.model.layer import settle_all, unsettle_all
 from inlay.core.model.view import ModelView
-from inlay.core.prompts.attention import implementation
+from inlay.core.prompts.attention_function import implementation
 from inlay.core.prompts.interface import put_back, swapped
 from inlay.machine.precision import warn_if_slow
 

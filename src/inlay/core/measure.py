@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from inlay.core.contracts.method import Batches, Method
 from inlay.core.errors import ConfigError
-from inlay.core.forward.roster import bare
+from inlay.core.forward.active_adapters import bare
 
 
 def check_data(method: Method, data: Batches | None) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.core.adapted_modules import Hosts, hosts_of
 from inlay.core.contracts.adapter import Adapter, check_finite
 from inlay.core.contracts.pieces import DeltaPiece, PromptPiece
 from inlay.core.errors import UnsupportedError, problems
+from inlay.core.forward.active_adapters import Merged, Roster, roster_of
 from inlay.core.forward.chain import weights
 from inlay.core.forward.host import Host
-from inlay.core.forward.roster import Merged, Roster, roster_of
-from inlay.core.hosts import Hosts, hosts_of
 from inlay.core.model.layer import Undo, read_weight, requantise_weight, shape_of, write_weight
 
 TRIAL_ROWS = 4  # rows on which a layer with a forward of its own is tried

@@ -28,7 +28,7 @@ def save(model: nn.Module, name: str, folder: str | Path, *, format: str = "nati
         OutputError: the folder cannot be written, or has another adapter that would be read in this one's place.
             What was there before is still there.
     """
-    from inlay.core.forward.roster import roster_of
+    from inlay.core.forward.active_adapters import roster_of
     from inlay.formats import native, peft
 
     if format not in FORMATS:

@@ -26,7 +26,7 @@ from inlay.core.build import build
 from inlay.core.contracts.adapter import Adapter, digest_of
 from inlay.core.contracts.method import Method
 from inlay.core.errors import AdapterFileError, BaseMismatchError, ConfigError, OutputError, problems
-from inlay.core.forward.roster import held_by_others
+from inlay.core.forward.active_adapters import held_by_others
 from inlay.core.install import install
 from inlay.core.model.fingerprint import Fingerprint, fingerprint
 from inlay.core.model.select import Places

@@ -18,7 +18,7 @@ from torch import nn
 
 from inlay.core.contracts.pieces import DeltaPiece, PromptPiece
 from inlay.core.errors import UnsupportedError
-from inlay.core.forward.roster import find_roster
+from inlay.core.forward.active_adapters import find_roster
 from inlay.core.model import roles
 from inlay.core.model.view import ModelView
 from inlay.core.upstream import call_of, compile_call, compiled_call_of

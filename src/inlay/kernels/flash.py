@@ -34,7 +34,7 @@ from inlay.core.forward.host import Host
 from inlay.core.forward.transforms import transformed
 from inlay.core.model.view import ModelView
 from inlay.core.upstream import flash_on_cpu, safe_softmax, softmax_backward
-from inlay.kernels import second
+from inlay.kernels import second_derivatives
 from inlay.kernels.alike import alike
 from inlay.kernels.dropout import Dropout
 from inlay.kernels.masks import MOST, fresh_seed
@@ -133,7 +133,7 @@ class BlockedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        second.refuse("flash attention", "load the model with attn_implementation='eager'")
+        second_derivatives.refuse("flash attention", "load the model with attn_implementation='eager'")
         query, key, value, mask = ctx.saved_tensors
         made = [torch.empty_like(t) for t in (query, key, value)]
         size = query.shape[1] * min(BLOCK, query.shape[2]) * key.shape[2]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from inlay.core.forward.host import Host
 from inlay.core.forward.transforms import transformed, watched
 from inlay.core.model.view import ModelView
-from inlay.kernels import gpu, second
+from inlay.kernels import gpu, second_derivatives
 
 CHILDREN = ("gate_proj", "up_proj", "down_proj", "act_fn")
 # Module → whether its forward is that of the formula.
@@ -79,7 +79,9 @@ class Gate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            twin = second.gradients(lambda g, u: ctx.function(g) * u, (gate, up), ctx.needs_input_grad[:2], grads[0])
+            twin = second_derivatives.gradients(
+                lambda g, u: ctx.function(g) * u, (gate, up), ctx.needs_input_grad[:2], grads[0]
+            )
             return *twin, None
         if gpu.serves(gate):
             from inlay.kernels.gpu import gated as kernel

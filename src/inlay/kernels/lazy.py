@@ -23,7 +23,7 @@ from torch import Tensor
 
 from inlay.core.errors import UnsupportedError
 from inlay.core.upstream import NoTorchFunction, make_wrapper_subclass, tree_map_only
-from inlay.kernels import second
+from inlay.kernels import second_derivatives
 
 # What can be answered without computing the tensor.
 _KNOWN: set[Any] = {
@@ -150,7 +150,7 @@ class _Place(torch.autograd.Function):
                 made: Tensor = ctx.function(x)
             return made
 
-        (found,) = second.gradients(function, (source,), (True,), grads[0])
+        (found,) = second_derivatives.gradients(function, (source,), (True,), grads[0])
         return found, None, None, None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from inlay.core.forward.transforms import transformed
 from inlay.core.upstream import is_view
-from inlay.kernels import gpu, second
+from inlay.kernels import gpu, second_derivatives
 from inlay.kernels.masks import MOST, drawn, fresh_seed, without, without_
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -181,9 +181,9 @@ def _with_graph(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     x, _, a, b, weight = saved
     _, wants_x, wants_a, wants_b, *_ = ctx.needs_input_grad
     if ctx.dropout and gpu.serves(grad):
-        second.refuse("dropout in a fused low-rank update on a GPU", "set the method's dropout to 0")
+        second_derivatives.refuse("dropout in a fused low-rank update on a GPU", "set the method's dropout to 0")
     if x is None and wants_b:
-        second.refuse("a low-rank update whose A is frozen", "train A too")
+        second_derivatives.refuse("a low-rank update whose A is frozen", "train A too")
     if x is None:  # the update is linear in x, so any value will do
         x = grad.new_zeros(ctx.shape).requires_grad_(wants_x)
     kept = without_(torch.ones_like(x).contiguous(), drawn(x.numel(), ctx.seed, ctx.dropout)) if ctx.dropout else None
@@ -193,7 +193,7 @@ def _with_graph(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]
         made = F.linear(F.linear(seen, a.to(x.dtype)), b.to(x.dtype) * float(ctx.scale))
         return made if weight is None else F.linear(x, weight) + made
 
-    return second.gradients(update, (x, a, b), (wants_x, wants_a, wants_b), grad)
+    return second_derivatives.gradients(update, (x, a, b), (wants_x, wants_a, wants_b), grad)
 
 
 def _gradients_on_gpu(ctx: Any, saved: Any, flat: Tensor, into: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from inlay.core.forward.host import Host
 from inlay.core.forward.transforms import transformed
 from inlay.core.model.view import ModelView
-from inlay.kernels import gpu, second
+from inlay.kernels import gpu, second_derivatives
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the gradient's norm
 # Norm → ε and the offset of its weight; None if the formula does not fit it.
@@ -103,7 +103,7 @@ class RootMeanSquare(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *second.gradients(ctx.inner, (x,), (True,), grads[0]), None, None, None, None
+            return *second_derivatives.gradients(ctx.inner, (x,), (True,), grads[0]), None, None, None, None
         return gradient(grads[0], x, weight, *ctx.formula), None, None, None, None
 
 

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.core.adapted_modules import hosts_of
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.pieces import PromptPiece
 from inlay.core.errors import UnsupportedError
 from inlay.core.forward.call import cache_among
 from inlay.core.forward.host import Host
-from inlay.core.hosts import hosts_of
 from inlay.core.model.view import ModelView
 from inlay.kernels.dropout import DROPOUTS
 

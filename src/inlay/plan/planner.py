@@ -24,7 +24,7 @@ from inlay.core.install import install
 from inlay.core.model.select import Places, Where
 from inlay.core.model.view import ModelView
 from inlay.core.upstream import storage_number
-from inlay.kernels.labelled_head import TRIAL_TOKENS
+from inlay.kernels.labelled_loss import TRIAL_TOKENS
 from inlay.machine.precision import Precision
 from inlay.plan.machine import Machine
 from inlay.plan.setting import BYTES_PER_WEIGHT, ROLES, Memory, Setting

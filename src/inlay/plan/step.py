@@ -19,7 +19,7 @@ from torch import Tensor
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.labels import IGNORED
 from inlay.core.upstream import tree_leaves
-from inlay.kernels import labelled_head
+from inlay.kernels import labelled_loss
 from inlay.kernels.alike import shortening
 from inlay.plan.ledger import Entry, Ledger
 from inlay.plan.setting import Setting
@@ -112,13 +112,13 @@ def trial(model: Any, adapter: Adapter, setting: Setting, *, task: str, gpu: boo
     tokens = [0]  # of each pass
 
     def passes(_: Any, args: Any, kwargs: Any) -> None:
-        if labelled_head.compared(model):
+        if labelled_loss.compared(model):
             raise _Compared
         tokens.append(max(t.shape[:2].numel() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)))
 
     # Not at the head: who watches that sees all scores.
     hook = trunk.register_forward_pre_hook(passes, with_kwargs=True)
-    labelled_head.forget(model)
+    labelled_loss.forget(model)
     try:
         with _checkpointing(model, setting, gpu, quantised), answering_autocast(), shortening(ledger.rounds), ledger:  # noqa: SIM117
             with Standins(gpu=gpu, quantised=quantised), torch.no_grad(), suppress(_Compared):
@@ -126,7 +126,7 @@ def trial(model: Any, adapter: Adapter, setting: Setting, *, task: str, gpu: boo
                 model(**batch)
     finally:
         hook.remove()
-    return Trial(replay(ledger.entries, set()).get("trial", {}), few=max(tokens) <= labelled_head.TRIAL_TOKENS)
+    return Trial(replay(ledger.entries, set()).get("trial", {}), few=max(tokens) <= labelled_loss.TRIAL_TOKENS)
 
 
 def warm(model: Any, task: str) -> None:

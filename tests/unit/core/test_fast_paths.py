@@ -14,7 +14,7 @@ import inlay
 from inlay import LoRA, PrefixTuning
 from inlay.core.errors import ConfigError
 from inlay.core.forward import wrappers
-from inlay.core.forward.roster import roster_of
+from inlay.core.forward.active_adapters import roster_of
 from inlay.kernels.lazy import LazyTensor
 from inlay.testing.models import ZOO
 
@@ -64,8 +64,8 @@ def test_off_means_off_everywhere() -> None:
         mock.patch.dict(wrappers._AROUND_ROOT, dict.fromkeys(wrappers.AROUND_ROOT, refused)),
         mock.patch("inlay.core.prompts.prefix_attention.fused", refused),
         mock.patch("inlay.core.prompts.stacked_prefixes.stacked", lambda *_: None),
-        mock.patch("inlay.core.forward.stacks.Stacks.groups", refused),
-        mock.patch("inlay.core.forward.kept.Kept.keep", refused),
+        mock.patch("inlay.core.forward.batched_adapters.Stacks.groups", refused),
+        mock.patch("inlay.core.forward.cache.Kept.keep", refused),
         mock.patch("inlay.methods._low_rank.LowRank.with_layer", refused),
         mock.patch("inlay.methods._low_rank.LowRank.post_into", refused),
     ]

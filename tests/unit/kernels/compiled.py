@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from inlay.kernels.gpu import gated, labelled_head, low_rank, norm
+from inlay.kernels.gpu import gated, labelled_loss, low_rank, norm
 
 HALF, WIDE = "*bf16", "*fp32"
 TILES = {"R": 16, "HEIGHT": 64, "WIDTH": 64, "WIDE": False}
@@ -29,7 +29,7 @@ compiled(low_rank._gradient_of_a, TILES, low=HALF, x=HALF, out=WIDE, **NUMBERS)
 compiled(low_rank._gradient_of_x, TILES, low=HALF, a=HALF, out=HALF, **NUMBERS)
 scalars = {"vocabulary": "i32", "factor": "fp32", "cap": "fp32"}
 options = {"CAPPED": True, "WRITES": True, "BLOCK": 4096}
-compiled(labelled_head._cross_entropy, options, scores=HALF, labels="*i64", losses=WIDE, **scalars)
+compiled(labelled_loss._cross_entropy, options, scores=HALF, labels="*i64", losses=WIDE, **scalars)
 elementwise = dict.fromkeys(("grad", "gate", "up", "d_gate", "d_up"), HALF)
 for kind in gated.KNOWN:
     compiled(gated._backward, {"KIND": kind, "BLOCK": 1024}, count="i32", **elementwise)

@@ -12,7 +12,7 @@ from torch import Tensor
 import inlay
 from inlay.kernels import gated, low_rank, norm
 from inlay.kernels import gpu as kernels
-from inlay.kernels.gpu import labelled_head as gpu_labelled_head
+from inlay.kernels.gpu import labelled_loss as gpu_labelled_head
 from inlay.kernels.gpu import low_rank as gpu_low_rank
 from inlay.kernels.gpu import philox, twins
 from inlay.testing.models import ZOO

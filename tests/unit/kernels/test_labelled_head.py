@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import inlay
-from inlay.kernels import cross_entropy, labelled_head
-from inlay.kernels.labelled_head import LabelledLoss, naive
+from inlay.kernels import cross_entropy, labelled_loss
+from inlay.kernels.labelled_loss import LabelledLoss, naive
 from inlay.kernels.lazy import LazyTensor
 from inlay.testing.models import ZOO
 
@@ -23,10 +23,10 @@ def long_way(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Switches the short way off, and on again."""
 
     def switch(off: bool) -> None:
-        labelled_head._SEEN.clear()
-        monkeypatch.setattr(labelled_head, "_agree", (lambda *_: False) if off else agree)
+        labelled_loss._SEEN.clear()
+        monkeypatch.setattr(labelled_loss, "_agree", (lambda *_: False) if off else agree)
 
-    agree = labelled_head._agree
+    agree = labelled_loss._agree
     return switch
 
 
@@ -122,7 +122,7 @@ def test_the_loads_of_experts_stay_in_the_loss(named: bool) -> None:
     expected = plain + model.config.router_aux_loss_coef * model(**batch).aux_loss
     assert expected != plain
     torch.testing.assert_close(model(**batch, return_dict=named)[0], expected, atol=1e-6, rtol=1e-6)
-    labelled_head.forget(model)
+    labelled_loss.forget(model)
     torch.testing.assert_close(model(**batch, return_dict=named)[0], expected, atol=1e-6, rtol=1e-6)
 
 
@@ -150,8 +150,8 @@ def test_the_function_against_its_twin(factor: float, cap: float | None) -> None
 @pytest.mark.parametrize("bias", [False, True])
 def test_chunks_in_the_memory_of_the_first_and_half_precision(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three chunks, the last smaller; blocks of two rows in float32, the last of one."""
-    monkeypatch.setattr(labelled_head, "FEWEST_ROWS", 5)
-    monkeypatch.setattr(labelled_head, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(labelled_loss, "FEWEST_ROWS", 5)
+    monkeypatch.setattr(labelled_loss, "LOGITS_AT_ONCE", 1)
     monkeypatch.setattr(cross_entropy, "LOGITS_IN_CACHE", 2 * 64)
     generator = torch.Generator().manual_seed(4)
     hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (13, 64))

@@ -12,7 +12,7 @@ from torch import Tensor
 import inlay
 from inlay import LoRA
 from inlay.core.errors import UnsupportedError
-from inlay.kernels import labelled_head
+from inlay.kernels import labelled_loss
 from inlay.kernels.lazy import LazyTensor
 from inlay.testing.models import ZOO
 
@@ -152,7 +152,7 @@ def test_what_is_put_on_the_head_later_counts(short: Any, what: str) -> None:
 
 def test_a_batch_without_labels_decides_nothing(short: Any) -> None:
     model, batch = short
-    labelled_head.forget(model)
+    labelled_loss.forget(model)
     blank = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     model(**blank)
     assert isinstance(model(**batch).logits, LazyTensor)

@@ -3,8 +3,8 @@
     TokenPrompt      vectors at the input, before the embedded text       (length, hidden)
     KeyValuePrompt   key/value pairs at attention, before the text's own   (key heads, length, head size)
 
-A method says what the vectors are. The core (`core/prompts/prompting.py`) owns lengths, masks, positions, labels
-and caches: outputs keep the input's length, and virtual positions never show.
+A method says what the vectors are. The core (`core/prompts/virtual_positions.py`) owns lengths, masks, positions,
+labels and caches: outputs keep the input's length, and virtual positions never show.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from inlay.core.contracts.prompt import KeyValues
+from inlay.core.forward.batched_adapters import Stacks
 from inlay.core.forward.route import Route
-from inlay.core.forward.stacks import Stacks
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from inlay.core.contracts.adapter import Held
 from inlay.core.contracts.subset import Difference
 from inlay.core.errors import RouteError, UnsupportedError
 from inlay.core.forward import wrappers
+from inlay.core.forward.active_adapters import Roster
+from inlay.core.forward.batched_adapters import Group
 from inlay.core.forward.chain import Chain, changes_input, enter, leave, leaves, with_layer
-from inlay.core.forward.roster import Roster
 from inlay.core.forward.route import Route
-from inlay.core.forward.stacks import Group
 from inlay.core.model.layer import shape_of
 
 Forward = Callable[..., Any]

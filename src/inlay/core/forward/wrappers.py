@@ -2,10 +2,11 @@
 
     caller ─▶ … ─▶ forward ─▶ norm ─▶ … ─▶ root ─▶ … ─▶ rotary ─▶ the module's own        `ORDER` from right to left
 
-The file that implements a wrapper registers it under a name of `ORDER` (`core/prompts/prompting.py`, `inlay.kernels`);
-the order is decided here and nowhere else. ``forward`` is the adapters themselves (`core/forward/host.py`): the names
-behind it see a module's input before any adapter does. A wrapper that only saves time or memory is a *fast path*. Its
-name is in `FAST_PATHS`, together with those that are no wrappers; while it is switched off, the plain code runs.
+The file that implements a wrapper registers it under a name of `ORDER` (`core/prompts/virtual_positions.py`,
+`inlay.kernels`); the order is decided here and nowhere else. ``forward`` is the adapters themselves
+(`core/forward/host.py`): the names behind it see a module's input before any adapter does. A wrapper that only saves
+time or memory is a *fast path*. Its name is in `FAST_PATHS`, together with those that are no wrappers; while it is
+switched off, the plain code runs.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.contracts.prompt import KeyValues
-from inlay.core.forward.roster import bare
+from inlay.core.forward.active_adapters import bare
 from inlay.core.model.view import AttentionPlace, ModelView
-from inlay.core.prompts.attention import attend, implementation
+from inlay.core.prompts.attention_function import attend, implementation
 from inlay.core.prompts.interface import NAMESPACE, put_back, registered, swapped
 from inlay.core.prompts.prefix_attention import Attended
 

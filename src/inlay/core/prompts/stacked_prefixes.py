@@ -1,11 +1,12 @@
 """Attention of a mixed batch: the prompts of all its adapters at one module in one stack, without gradients.
 
     text       the flash kernel, all rows at once
-    prompts    one small attention of the rows with prompts, in segments (`core/forward/stacks.py`), each over its own
+    prompts    one small attention of the rows with prompts, in segments (`core/forward/batched_adapters.py`), each over
+               its own
     both       combined by log-sum-exp (`core/prompts/prefix_attention.py`)
 
-The loop over adapters in `core/prompts/attention.py` remains as the oracle, and for what cannot be stacked. Stacks are
-cached with the route, as long as the tensors they were made of are the same.
+The loop over adapters in `core/prompts/attention_function.py` remains as the oracle, and for what cannot be stacked.
+Stacks are cached with the route, as long as the tensors they were made of are the same.
 """
 
 from __future__ import annotations

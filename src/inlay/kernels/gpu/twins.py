@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inlay.kernels.gpu import gated, labelled_head, low_rank, norm, philox
+from inlay.kernels.gpu import gated, labelled_loss, low_rank, norm, philox
 
 # Relative to the norm of the twin's result: kernels round to the tensors' dtype once, at the end.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -69,9 +69,9 @@ def _labelled_head(sizes: Sizes, like: Tensor) -> Iterator[tuple[Tensor, Tensor]
         expected.sum().backward()
         assert wide.grad is not None
         untouched = scores.clone()
-        yield labelled_head.cross_entropy_(untouched, labels, factor, cap, writes=False), expected.detach()
+        yield labelled_loss.cross_entropy_(untouched, labels, factor, cap, writes=False), expected.detach()
         yield untouched, wide.detach()
-        yield labelled_head.cross_entropy_(scores, labels, factor, cap, writes=True), expected.detach()
+        yield labelled_loss.cross_entropy_(scores, labels, factor, cap, writes=True), expected.detach()
         yield scores, wide.grad
 
 

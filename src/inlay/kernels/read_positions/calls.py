@@ -35,11 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.core.adapted_modules import hosts_of
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.pieces import DeltaPiece, PromptPiece
 from inlay.core.forward.host import Host, Storage
 from inlay.core.forward.transforms import transformed
-from inlay.core.hosts import hosts_of
 from inlay.core.upstream import has_any_global_hook
 from inlay.kernels.lazy import Mode
 from inlay.kernels.read_positions.index import Index

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from inlay.core.errors import UnsupportedError
+from inlay.core.forward.active_adapters import Roster
 from inlay.core.forward.host import Host
-from inlay.core.forward.roster import Roster
 from inlay.core.model.layer import shape_of
 from inlay.core.model.view import ModelView
 from inlay.kernels.dropout import DROPOUTS

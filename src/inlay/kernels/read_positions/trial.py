@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inlay.core.adapted_modules import hosts_of
 from inlay.core.contracts.adapter import Adapter
+from inlay.core.forward.active_adapters import Roster, roster_of
 from inlay.core.forward.host import Forward, Host, Storage
-from inlay.core.forward.roster import Roster, roster_of
 from inlay.core.forward.route import Route
-from inlay.core.hosts import hosts_of
 from inlay.core.upstream import tree_leaves
 from inlay.kernels.read_positions.index import Index
 from inlay.kernels.read_positions.modules import Asked, Short, asking, only

@@ -13,10 +13,10 @@ import yaml
 from torch import nn
 
 import inlay
+from inlay.core.adapted_modules import Hosts
 from inlay.core.contracts.method import Method
 from inlay.core.errors import AdapterFileError, AdapterNameError, BaseMismatchError, ConfigError
 from inlay.core.forward.host import Host
-from inlay.core.hosts import Hosts
 from inlay.testing.laws.scaffold import (
     Broken,
     accompany,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from inlay.core.contracts.prompt import KeyValues, TokenPrompt
 from inlay.core.errors import UnsupportedError
+from inlay.core.forward.active_adapters import Roster
 from inlay.core.forward.call import Call
-from inlay.core.forward.roster import Roster
 from inlay.core.forward.route import Route
 from inlay.core.forward.transforms import transformed
 from inlay.core.forward.wrappers import enabled

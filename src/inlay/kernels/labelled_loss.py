@@ -30,7 +30,7 @@ from inlay.core.forward.transforms import transformed, watched
 from inlay.core.labels import IGNORED
 from inlay.core.model.view import ModelView
 from inlay.core.upstream import losses
-from inlay.kernels import gpu, second
+from inlay.kernels import gpu, second_derivatives
 from inlay.kernels.alike import alike
 from inlay.kernels.cross_entropy import cross_entropy_
 from inlay.kernels.lazy import LazyTensor, Mode
@@ -338,7 +338,7 @@ def naive(
 def _cross_entropy_of(scores: Tensor) -> Callable[..., Tensor]:
     """The cross-entropy kernel for the device."""
     if gpu.serves(scores):
-        from inlay.kernels.gpu.labelled_head import cross_entropy_ as on_gpu
+        from inlay.kernels.gpu.labelled_loss import cross_entropy_ as on_gpu
 
         return on_gpu
     return cross_entropy_
@@ -380,5 +380,7 @@ class LabelledLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        second.refuse("the loss at the labels", "call the model without labels and compute the loss from its logits")
+        second_derivatives.refuse(
+            "the loss at the labels", "call the model without labels and compute the loss from its logits"
+        )
         return ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None, None, None, None

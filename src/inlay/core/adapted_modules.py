@@ -1,7 +1,7 @@
 """The hosts of one model: the modules at which adapters do something, and what was changed in it so that they can.
 
-The roster (`core/forward/roster.py`) knows which adapters there are and which is active; this file is only needed when
-adapters are attached or detached.
+The roster (`core/forward/active_adapters.py`) knows which adapters there are and which is active; this file is only
+needed when adapters are attached or detached.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from inlay.core.class_exchange import adopt
+from inlay.core.forward.active_adapters import Roster, roster_of
 from inlay.core.forward.host import Host
-from inlay.core.forward.roster import Roster, roster_of
 from inlay.core.model import roles
 from inlay.core.model.view import ModelView
 

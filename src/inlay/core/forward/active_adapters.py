@@ -12,8 +12,8 @@ from torch import nn
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.shared import shared_in
 from inlay.core.errors import AdapterNameError, RouteError, UnsupportedError, nearest
+from inlay.core.forward.cache import Kept
 from inlay.core.forward.call import Call
-from inlay.core.forward.kept import Kept
 from inlay.core.forward.route import Route
 from inlay.core.forward.scope import Scoped
 from inlay.core.upstream import COMPILED_FROM

@@ -8,7 +8,7 @@
     key/value prompt   stands in front of the text's own keys and values at its attention modules.
 
 The functions here wrap the forwards of special modules (listed in `core/class_exchange.py`). Prompts are computed in
-`core/prompts/preparing.py`; how they join an encoder's sequence is in `core/prompts/encoder_sequence.py`.
+`core/prompts/prefill.py`; how they join an encoder's sequence is in `core/prompts/encoder_sequence.py`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from inlay.core.errors import UnsupportedError
 from inlay.core.forward import wrappers
+from inlay.core.forward.active_adapters import Roster
 from inlay.core.forward.call import Call
 from inlay.core.forward.host import Host, thread
-from inlay.core.forward.roster import Roster
 from inlay.core.forward.route import Route
-from inlay.core.prompts import encoder_sequence, preparing
+from inlay.core.prompts import encoder_sequence, prefill
 from inlay.core.prompts.span import span_of
 
 Forward = Callable[..., Any]
@@ -59,9 +59,9 @@ def entered(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
         prompted = any(roster.has_prompt(n) for n in route.used)
         if route.single and not prompted and not _reads_span(roster, route):
             return inner(*args, **kwargs)
-        call = preparing.prepare(roster, route) if prompted else Call(route)
+        call = prefill.prepare(roster, route) if prompted else Call(route)
     given = _given(host, args, kwargs)
-    stacks = None if route.single or not preparing.stackable() else roster.kept.of(route)
+    stacks = None if route.single or not prefill.stackable() else roster.kept.of(route)
     call = replace(call, rows=rows, tokens=tokens, padding=_padding(call, given), stacks=stacks)
     if rows is not None and tokens is not None and not _encoder_decoder(roster) and _reads_span(roster, route):
         labelled = given if _generates(host.module) else {**given, "labels": None}
@@ -105,7 +105,7 @@ def stack(host: Host, inner: Forward, *args: Any, **kwargs: Any) -> Any:
     roster = host.roster
     call = roster.call.get()
     if call is None and any(roster.has_prompt(n) for n in roster.current().used):
-        call = preparing.prepare(roster, roster.current())
+        call = prefill.prepare(roster, roster.current())
     if call is None or not call.sequences:
         return inner(*args, **kwargs)
     given = _given(host, args, kwargs)
@@ -205,7 +205,7 @@ def generation(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ite
     if rows is not None:
         replace(route, expand=1).check_rows(rows)
     route = replace(route, expand=_copies(host.module, kwargs))
-    with torch.no_grad(), roster.bind(route, replace(preparing.prepare(roster, route), prompt=tokens)):
+    with torch.no_grad(), roster.bind(route, replace(prefill.prepare(roster, route), prompt=tokens)):
         yield
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from inlay.core.forward.batched_adapters import Stacks
 from inlay.core.forward.call import Call
 from inlay.core.forward.route import Route
-from inlay.core.forward.stacks import Stacks
-from inlay.core.model.watch import Watch, watchable
+from inlay.core.model.parameter_changes import Watch, watchable
 
 KEPT_PROMPTS = 128
 KEPT_ROUTES = 4  # a server alternates between a few: the batch it decodes, those it prefills

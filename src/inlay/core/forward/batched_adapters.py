@@ -8,7 +8,7 @@ can be stacked says how in `Delta.grouped`. The loop in `core/forward/host.py` r
 computes what cannot be stacked and everything through which gradients flow.
 
 Stacks belong to a route. They are cached for the next forward with the same route, as long as nothing that went into
-them has changed (`core/model/watch.py`).
+them has changed (`core/model/parameter_changes.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from inlay.core.contracts.delta import Delta, groups_itself
 from inlay.core.forward.chain import Chain, Fork, Placed, changes_input, enter, leave, leaves
 from inlay.core.forward.segments import Segments
-from inlay.core.model.watch import Watch, versioned, watchable
+from inlay.core.model.parameter_changes import Watch, versioned, watchable
 
 
 @dataclass(frozen=True, eq=False)
