@@ -123,7 +123,7 @@ def test_generate_one_adapter_a_prompt_in_one_batch(command: Command, base: Path
 def test_generate_prints_one_text_alone(command: Command, base: Path) -> None:
     code, out, err = command("generate", "--base", base, "--max-new-tokens", 3, "abc")
     (row,) = document(command("generate", "--base", base, "--max-new-tokens", 3, "abc", "--json"))
-    assert (code, out, err) == (0, row["text"] + "\n", "")
+    assert (code, out, err) == (0, row["text"] + "\n", "precision: fp32 (as the base is stored)\n")
 
 
 def test_generate_writes_prompts_as_training_did(base: Path, make_adapter: Make) -> None:

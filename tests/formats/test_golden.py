@@ -33,13 +33,13 @@ def close(actual: list[float], expected: list[float]) -> bool:
 
 
 def content(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The whole file, except for what later code writes beside it: its version, and samples of the base's values."""
+    """The whole file, except for the version of inlay that wrote it, and for the samples of the base that it keeps."""
     raw = path.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:end])
     ours = json.loads(header["__metadata__"].pop("inlay"))
     ours.pop("inlay")
-    ours["base"].pop("samples", None)
+    ours["base"].pop("samples", None)  # what float16 needs (ADR 21); files had none when these were written
     return header | ours, raw[end:]
 
 

@@ -151,7 +151,7 @@ def test_one_that_fails_leaves_the_others(completions: Path, llama: Path, tmp_pa
 
 def test_what_cannot_share_a_base(completions: Path, llama: Path, tmp_path: Path) -> None:
     asked = [config(completions, llama, tmp_path / "a"), config(completions, llama, tmp_path / "b", precision="bf16")]
-    with pytest.raises(ConfigError, match="precision is 'bf16', but None"):
+    with pytest.raises(ConfigError, match="precision is 'bf16', but 'fp32'"):
         run_together(asked)
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     (tmp_path / "a").mkdir()
