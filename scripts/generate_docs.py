@@ -51,8 +51,8 @@ TRIED = [name for name, library in LIBRARIES.items() if library == "bitsandbytes
 BASES_LEGEND = f"""\
 Quantised bases: tried on {", ".join(TRIED)} (bitsandbytes). *yes*: it trains beside the packed weights, which do
 not change. *from files*: yes, if the folder from which the base was quantised still exists. *no*: it trains the base's
-own weights, which are packed. If torchao is installed, the laws check its int8 and int4 as well, and `inlay methods --json`
-tries each format that your machine has."""
+own weights, which are packed. If torchao is installed, the laws check its int8 and int4 as well, and
+`inlay methods --json` tries each format that your machine has."""
 
 
 def method_table() -> str:

@@ -107,7 +107,7 @@ def load_base(
 
 
 def absolute(source: str) -> str:
-    """A local path in full; a hub id as it is."""
+    """The absolute path of a local file or folder; a hub id as it is."""
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
 
