@@ -49,9 +49,9 @@ from inlay.train.options import described
 ROOT = Path(__file__).parents[1]
 TRIED = [name for name, library in LIBRARIES.items() if library == "bitsandbytes"]
 BASES_LEGEND = f"""\
-Quantised bases: tried on {", ".join(TRIED)} (bitsandbytes). *yes*: it trains beside the packed weights, which stay
-as they are. *from files*: yes, where the folder that the base was quantised from is still there. *no*: it trains the
-base's own weights, which are packed. The laws hold the same of torchao's int8 and int4 where torchao is installed, and
+Quantised bases: tried on {", ".join(TRIED)} (bitsandbytes). *yes*: it trains beside the packed weights, which do
+not change. *from files*: yes, if the folder from which the base was quantised still exists. *no*: it trains the base's
+own weights, which are packed. If torchao is installed, the laws check its int8 and int4 as well, and
 `inlay methods --json` tries each format that your machine has."""
 
 

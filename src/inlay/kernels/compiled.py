@@ -4,7 +4,7 @@
 
 A block's weights and adapters are inputs of its graph, so the graph is traced for the first block and reused for the
 others; torch caches the compiled code on disk for the next process. Sizes are symbolic: batches with other numbers of
-rows and other lengths do not compile again. Outside of the blocks the fast paths stay (`labelled_head.py`); inside, the
+rows and other lengths do not compile again. Outside of the blocks the fast paths stay (`labelled_loss.py`); inside, the
 compiler replaces them. Without gradients (evaluation, generation with its caches) a block runs uncompiled.
 """
 

@@ -308,8 +308,8 @@ def _logits_of(host: Host, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """A value that differs if a frozen tensor's values have changed. Unlike `core.model.watch.stamp` it stays the same
-    after an optimizer's step, because a training loop may use its logits then."""
+    """A value that differs if a frozen tensor's values have changed. Unlike `core.model.parameter_changes.stamp` it
+    stays the same after an optimizer's step, because a training loop may use its logits then."""
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 

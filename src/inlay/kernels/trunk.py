@@ -130,7 +130,7 @@ def _order(
 
     handles = [modules[path].register_forward_pre_hook(hook(path)) for path in {*trained, *blocks}]
     try:
-        with quietly(model):  # without labels, for which a model may be called twice (`labelled_head`)
+        with quietly(model):  # without labels, for which a model may be called twice (`labelled_loss`)
             model(**{name: value for name, value in batch.items() if name != "labels"})
     finally:
         for handle in handles:

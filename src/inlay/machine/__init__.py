@@ -1,5 +1,5 @@
-"""What the machine underneath does well, found out once: the room below all others.
+"""What this machine does well, found out once; this room is below all others.
 
-precision.py  in which precision a device computes fast and safely, and the choice of one for a base
-kept.py       what was measured here, in the user's cache folder
+precision.py  the precisions in which a device computes fast and safely, and the choice of one for a base
+kept.py       measurements of this machine, kept in the user's cache folder
 """

@@ -1,4 +1,4 @@
-"""What was measured on this machine, kept in the user's cache folder, so that it is measured once and not each time."""
+"""Measurements of this machine, kept in the user's cache folder so that they are made only once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 
 def cache_folder() -> Path:
-    """Of inlay, where the system keeps what programs can make again; it need not exist."""
+    """inlay's cache folder, at the system's usual place; it need not exist."""
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "inlay" / "cache"
     if sys.platform == "darwin":
@@ -24,7 +24,7 @@ def cache_folder() -> Path:
 
 
 class Kept(NamedTuple):
-    """What was measured, and how many seconds ago."""
+    """A measured value, and how many seconds ago it was measured."""
 
     value: Any
     age: float
@@ -38,13 +38,13 @@ def kept(
     usable: Callable[[Any], bool] = lambda _value: True,
     lasts: float = math.inf,
 ) -> Kept:
-    """What `measure` gives, or gave under the same circumstances before; measured anew where nothing can be kept.
+    """The result of `measure`, or of an earlier one under the same circumstances; measured anew if nothing can be kept.
 
     Args:
-        name: of the file, letters and dashes.
-        circumstances: all that the result depends on, as JSON: processor, versions, restrictions.
-        usable: whether a file's value is one that `measure` can have given; others are measured anew.
-        lasts: seconds after which it is measured anew.
+        name: name of the file, letters and dashes.
+        circumstances: everything on which the result depends, as JSON data: processor, versions, restrictions.
+        usable: whether `measure` can have returned a stored value; other values are measured anew.
+        lasts: seconds after which a value is measured anew.
     """
     said = json.dumps(circumstances, sort_keys=True, default=str)
     with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError, RecursionError):
@@ -54,7 +54,7 @@ def kept(
         if age <= lasts and usable(value):
             return Kept(value, age)
     value = measure()
-    with suppress(OSError, RuntimeError):  # no home, or a folder that cannot be written to: no reason not to go on
+    with suppress(OSError, RuntimeError):  # go on even without a home, or if the folder cannot be written to
         path = _path(name, said)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")

@@ -1,17 +1,17 @@
-"""In which precision a device computes fast and safely, and the choice of one for a base.
+"""The precisions in which a device computes fast and safely, and the choice of one for a base.
 
-    device                             16 bits   a base stored in 16 bits is computed in
+    device                             16 bits   precision for a base stored in 16 bits
     GPU with bf16 (Ampere and later)   bf16      bf16
     GPU before (Turing, Volta, …)      fp16      fp16, and training scales its gradients
     CPU with bf16 products             bf16      bf16
-    any other CPU                      none      fp32: what has no instructions is emulated, up to 200 times slower
-    Apple's GPU                        bf16 where it can multiply and differentiate in it, else none
+    any other CPU                      none      fp32: 16 bits are emulated there, up to 200 times slower
+    Apple's GPU                        bf16 if it can multiply and differentiate in it, else none
 
-A base stored in 32 bits is computed in 32: `auto` never rounds what is stored, except between the two kinds of 16
+A base stored in 32 bits is computed in 32 bits: `auto` never rounds what is stored, except between the two kinds of 16
 bits and beside quantised layers, whose rounding is far larger. Adapters are float32 everywhere.
 
-A CPU with AMX says so. Otherwise (AVX512-BF16 alone is faster than float32 on some processors only; other makers'
-flags; instructions forbidden by ONEDNN_MAX_CPU_ISA) a product in each precision is timed, once a machine.
+A CPU with AMX reports it. For others (AVX512-BF16 alone is faster than float32 on some processors only; other makers
+have other flags; ONEDNN_MAX_CPU_ISA may forbid instructions) a product in each precision is timed, once per machine.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Asked: TypeAlias = Literal["auto", "bf16", "fp32", "fp16"]
 ASKED: tuple[Asked, ...] = get_args(Asked)
 _NAMES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _RESTRICTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-_SIZE = 256  # of the products that are timed: 0.1 ms where bf16 is native, 5 ms where it is emulated
-_ATTEMPTS, _HOPELESS = 5, 4  # of each product; how many times as slow bf16 is where no more of them are needed
-_WORTH = 0.8  # of fp32's time that bf16 may take to count as native: emulated it takes as long or far longer
+_SIZE = 256  # size of the timed products: 0.1 ms if bf16 is native, 5 ms if it is emulated
+_ATTEMPTS, _HOPELESS = 5, 4  # runs of each product; no more are needed if bf16 is so many times slower
+_WORTH = 0.8  # bf16 counts as native below this share of fp32's time; emulated it takes as long or far longer
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Choice:
     """A precision, and why it was chosen.
 
     Attributes:
-        precision: in which the base's weights are held and computed.
-        why: for the user, without a full stop.
+        precision: precision of the base's weights and of computation.
+        why: the reason, for the user, without a full stop.
     """
 
     precision: Precision
@@ -59,14 +59,14 @@ class Choice:
 def choose(
     asked: Asked, stored: Precision, half: Precision | None, *, device: str = "this CPU", quantised: bool = False
 ) -> Choice:
-    """The precision to compute a base in.
+    """The precision in which to compute a base.
 
     Args:
-        asked: ``auto``, or a precision that is taken whatever it costs.
-        stored: in which the base's files are.
-        half: the device's 16 bits (`half_of`); None where it has none that are fast.
-        device: its name, for the reason that is given.
-        quantised: the base's layers are, so that `stored` says little about what they are computed in.
+        asked: ``auto``, or a precision that is used whatever it costs.
+        stored: precision of the base's files.
+        half: the device's fast 16-bit precision (`half_of`); None if it has none.
+        device: name of the device, for the reason.
+        quantised: whether the base's layers are quantised; `stored` then says little about their computation.
     """
     if asked != "auto":
         emulated = asked != "fp32" and half is None
@@ -84,7 +84,7 @@ def choose(
 
 
 def training_device() -> str:
-    """Where `inlay train` puts a model, as `transformers.Trainer` does: cuda, mps or cpu."""
+    """The device on which `inlay train` runs, chosen as by `transformers.Trainer`: cuda, mps or cpu."""
     import torch
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -92,7 +92,7 @@ def training_device() -> str:
 
 
 def device_named(device: str) -> str:
-    """A device as a user is told of it."""
+    """A device's name for the user."""
     import torch
 
     if device == "cuda":
@@ -102,7 +102,7 @@ def device_named(device: str) -> str:
 
 @functools.cache
 def half_of(device: str) -> Precision | None:
-    """The 16 bits in which a kind of device (``cpu``, ``cuda``, ``mps``) computes fast; None where there are none."""
+    """The 16-bit precision in which a kind of device (``cpu``, ``cuda``, ``mps``) is fast; None if there is none."""
     import torch
 
     if device == "cpu":
@@ -113,19 +113,19 @@ def half_of(device: str) -> Precision | None:
 
 
 def is_slow(dtype: torch.dtype, device: str) -> bool:
-    """Whether products of this type are emulated on a kind of device."""
+    """Whether products in this dtype are emulated on a kind of device."""
     return device == "cpu" and dtype.itemsize == 2 and dtype.is_floating_point and half_of("cpu") is None
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """A precision as torch's type."""
+    """A precision as torch dtype."""
     import torch
 
     return getattr(torch, _NAMES[precision])  # type: ignore[no-any-return]
 
 
 def precision_of(dtype: Any) -> Precision:
-    """The inverse of `dtype_of`, for torch's types and their names; types of more bits count as fp32."""
+    """The inverse of `dtype_of`, for torch dtypes and their names; dtypes with more bits count as fp32."""
     name = str(dtype).rpartition(".")[2]
     return next((precision for precision, known in _NAMES.items() if known == name), "fp32")
 
@@ -139,7 +139,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def _flags() -> bool | None:
-    """Whether this process multiplies faster in bf16, where flags tell; None where only trying does."""
+    """Whether products are faster in bf16 according to the processor's flags; None if only a trial can tell."""
     import torch
 
     restricted = any(name in os.environ for name in _RESTRICTIONS)
@@ -169,17 +169,17 @@ def _processor() -> str:
 
 
 def _bf16_pays() -> bool:
-    """Whether a product in bfloat16 takes clearly less time than one in float32; a few milliseconds."""
+    """Whether a product in bfloat16 takes clearly less time than one in float32; takes a few milliseconds."""
     import torch
 
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
     factors = {dtype: torch.ones(_SIZE, _SIZE, dtype=dtype) for dtype in best}
     with torch.no_grad():
-        for attempt in range(_ATTEMPTS):  # by turns, so that other work on the machine slows both
+        for attempt in range(_ATTEMPTS):  # alternating, so that other work on the machine slows both
             for dtype, factor in factors.items():
                 began = time.perf_counter()
                 factor @ factor
-                if attempt:  # the first one also sets up
+                if attempt:  # the first one includes set-up
                     best[dtype] = min(best[dtype], time.perf_counter() - began)
             if _HOPELESS * best[torch.float32] < best[torch.bfloat16] < float("inf"):
                 break
@@ -187,7 +187,7 @@ def _bf16_pays() -> bool:
 
 
 def _learns_in_bf16(device: str) -> bool:
-    """Whether a product and its gradient can be computed there."""
+    """Whether the device can compute a product and its gradient in bf16."""
     import torch
 
     try:
@@ -204,7 +204,7 @@ _told = False
 
 
 def warn_if_slow(model: nn.Module) -> None:
-    """Say once a process that a model which is given adapters computes in what this CPU has no instructions for."""
+    """Warn, once per process, that a model that gets adapters computes in a dtype without instructions on this CPU."""
     if _told:
         return
     sizes: dict[tuple[torch.dtype, str], int] = {}
@@ -217,7 +217,7 @@ def warn_if_slow(model: nn.Module) -> None:
     if is_slow(dtype, device):
         told_of_slowness()
         warnings.warn(
-            f"this model computes in {str(dtype).removeprefix('torch.')}, which this CPU has no instructions for: "
+            f"this model computes in {str(dtype).removeprefix('torch.')}, for which this CPU has no instructions: "
             "float32 is up to 200 times faster here and loses nothing. Call model.float(), or load it with "
             "dtype=torch.float32",
             stacklevel=4,
@@ -225,6 +225,6 @@ def warn_if_slow(model: nn.Module) -> None:
 
 
 def told_of_slowness() -> None:
-    """Note that the user knows, so that nobody says it again."""
+    """Record that the user knows already, so that there is no warning."""
     global _told
     _told = True

@@ -1,4 +1,4 @@
-"""Plans as a page: one bar each, memory by role, with the limit where there is one."""
+"""Plans as an HTML chart: one bar for each, memory by role, with the limit if there is one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def write_chart(
     """Write a self-contained HTML page.
 
     Args:
-        limit: bytes, drawn as a line.
-        overhead: bytes that the process takes by itself, the first part of every bar.
+        limit: limit in bytes, drawn as a line.
+        overhead: bytes that the process itself takes, the first part of every bar.
 
     Raises:
         ConfigError: plotly is not installed.

@@ -1,4 +1,4 @@
-"""How fast a machine is: this one measured in less than a second, and kept; data sheets of GPUs that are not here."""
+"""How fast a machine is: this one is measured in less than a second, and kept; other GPUs have data sheets."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ WITHOUT_BF16 = ("T4", "V100")  # GPUs before Ampere
 REACHED_PRODUCTS, REACHED_BANDWIDTH = 0.45, 0.7  # shares of the data sheet that training steps usually reach
 GPU_OVERHEAD_BYTES = 0.6 * 2**30  # the driver's context and the libraries' workspaces
 LASTS = 30 * 86_400  # seconds until this machine is measured anew
-LONG = 0.2  # seconds after which a speed is known well enough
-SPARE = 0.97  # share of a GPU's memory that can be used: what the allocator rounds up and cannot fill again
+LONG = 0.2  # a measurement of so many seconds is good enough
+SPARE = 0.97  # usable share of a GPU's memory; the allocator loses the rest by rounding and fragmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,12 @@ class Machine:
     """Rates of one device.
 
     Attributes:
-        memory: bytes; None where it is not known.
-        flops: of products a second, by precision.
-        bandwidth: bytes a second of everything else.
-        overhead_bytes: taken before any tensor is there.
-        measured: on this machine, not taken from a data sheet.
-        age: seconds since then; None where it was not measured.
+        memory: bytes; None if unknown.
+        flops: operations per second in matrix products, by precision.
+        bandwidth: bytes per second in everything else.
+        overhead_bytes: memory taken before there is any tensor.
+        measured: whether the rates were measured on this machine, not taken from a data sheet.
+        age: seconds since they were measured; None if they were not.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Machine:
         return {**asdict(self), "flops": dict(self.flops)}
 
     def seconds(self, seen: Trace, setting: Setting, trained: int) -> float:
-        """Of a whole step: products, the rest at the memory's speed, and the optimizer's pass over its states."""
+        """Seconds of a step: products, the rest at the memory's speed, and the optimizer's pass over its states."""
         one = seen.flops / self.flops[setting.precision] + seen.bytes_moved / self.bandwidth
         return one * setting.accumulate + trained * (16 + setting.optimizer_bytes * 2) / self.bandwidth
 
@@ -83,13 +83,13 @@ def machine_named(name: str) -> Machine:
     """A GPU by its name, in any spelling with the same letters and digits; the memory's size may be left out.
 
     Raises:
-        ConfigError: unknown.
+        ConfigError: the GPU is unknown.
     """
     plain = {_plain(known): known for known in GPUS}
     wanted = _plain(name.lower().removeprefix("nvidia").removeprefix("geforce").strip())
     wanted = wanted.removeprefix("geforce")
     found = plain.get(wanted) or next(
-        # What is left out must be the size alone: an RTX 4060 is not an RTX 4060 Ti, of twice the memory.
+        # Only the size may be left out: an RTX 4060 is not an RTX 4060 Ti, which has twice the memory.
         (known for key, known in plain.items() if wanted and re.fullmatch(re.escape(wanted) + r"\d+gb", key)),
         None,
     )
@@ -112,10 +112,10 @@ def machine_named(name: str) -> Machine:
 
 
 def half_planned(gpu: str | None, device: str | None) -> Precision | None:
-    """The 16 bits of a GPU by its name, or of a device here (`half_of`), as training there would choose them.
+    """The 16-bit precision that training would choose on a GPU, given by name, or on a device here (`half_of`).
 
     Raises:
-        ConfigError: an unknown GPU.
+        ConfigError: the GPU is unknown.
     """
     if gpu is not None:
         return "fp16" if machine_named(gpu).name in WITHOUT_BF16 else "bf16"
@@ -123,13 +123,13 @@ def half_planned(gpu: str | None, device: str | None) -> Precision | None:
 
 
 def calibrate(device: str = "cpu", *, anew: bool = False) -> Machine:
-    """This machine, measured in well under a second, once in `LASTS` for each processor, torch and number of threads.
+    """Measure this machine, in less than a second; once in `LASTS` for each processor, torch and number of threads.
 
     Args:
-        anew: measure it in any case.
+        anew: measure in any case.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: there is no such device here.
     """
     import torch
 
@@ -190,7 +190,7 @@ def _there(device: str) -> str:
 
 
 def resident_bytes() -> float:
-    """Of this process now: on a CPU, what interpreter and libraries take before there is a model."""
+    """Memory of this process now: on a CPU, what interpreter and libraries take before there is a model."""
     try:
         with open("/proc/self/status", encoding="ascii") as lines:
             return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))

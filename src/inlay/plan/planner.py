@@ -1,8 +1,8 @@
-"""Memory and work of training one method on one base, for any setting, from the base's configuration.
+"""Memory and work of training one method on one base, for any setting, from the base's configuration alone.
 
-Weights and adapter are counted on the whole model, without values. The step is run (`step.py`) on two models of
-few layers, and every phase and role grows by what one more layer adds: the plan of 80 layers takes as long as that
-of 4. Where an adapter does not grow evenly with the layers, the step is run on all of them.
+Weights and adapter are counted on the whole model, without values. The step is run (`step.py`) on two models with few
+layers, and every phase and role is extrapolated by what one more layer adds, so the plan for 80 layers takes as long as
+that for 4. If an adapter does not grow evenly with the layers, the step is run on all of them.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Plan:
     """What training needs.
 
     Attributes:
-        trainable: trained numbers.
-        base_parameters: of the frozen base.
-        memory: at the worst moment of a step.
-        phase: in which that is.
-        disk_bytes: of the saved adapter.
-        seconds: of a step on the machine planned for, None without one.
+        trainable: number of trained values.
+        base_parameters: number of parameters of the frozen base.
+        memory: memory at the peak of a step.
+        phase: the phase of the peak.
+        disk_bytes: size of the saved adapter.
+        seconds: time of a step on the given machine; None without one.
     """
 
     method: str
@@ -80,14 +80,14 @@ class Plan:
 
 
 class Planner:
-    """Plans of one method at its places.
+    """Makes plans for one method at its places.
 
     Args:
-        where, layers, modules_to_save: as for `attach`.
-        machine: planned for; None estimates no speed.
+        where, layers, modules_to_save: as in `attach`.
+        machine: the machine to plan for; None estimates no speed.
 
     Raises (on the first plan):
-        SelectionError, UnsupportedError: the method cannot be put on this base.
+        SelectionError, UnsupportedError: the method cannot be attached to this base.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Planner:
         self._traces: dict[tuple[Setting, int | None], Trace] = {}
 
     def plan(self, setting: Setting, *, by_batch: bool = False) -> Plan:
-        """The needs of one setting.
+        """The plan for one setting.
 
         Args:
-            by_batch: take large batches to grow evenly from small ones, which a search is faster with.
+            by_batch: extrapolate large batches from small ones, which makes a search faster.
         """
         full = self._model(setting.precision, None)
         sizes, seen = full.sizes, self._seen_by_batch(setting) if by_batch else self._seen(setting)
@@ -121,7 +121,7 @@ class Planner:
         )
 
     def forget(self) -> None:
-        """Let go of models and traces."""
+        """Free models and traces."""
         self._attached.clear()
         self._traces.clear()
 
@@ -191,7 +191,7 @@ class Planner:
         return self._traces[key]
 
     def _worst(self, setting: Setting, seen: Trace, weights: float, adapter: float, trained: int) -> tuple[str, Memory]:
-        """The phase that needs most, and how much of it is what."""
+        """The phase that needs most memory, and its memory by role."""
         found: list[tuple[str, Memory]] = []
         for phase in PHASES:
             roles = dict(seen.peaks.get(phase, {}))

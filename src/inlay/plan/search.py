@@ -1,7 +1,7 @@
-"""Which settings of one method fit into a given memory, and the first that do not.
+"""Which settings of one method fit into a given amount of memory, and the first that do not.
 
-Memory grows with batch and length, so for each way of keeping the weights, with and without checkpointing, and each
-length there is a largest batch that fits and a next one that does not.
+Memory grows with batch and length. So for each quantisation, with and without checkpointing, and for each length, there
+is a largest batch that fits and a next one that does not.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One way of keeping weights and activations, at one length.
+    """One choice of quantisation and checkpointing at one length.
 
     Attributes:
-        fits: with the largest batch that fits; None where not even one row does.
-        beyond: with the smallest batch that does not; None where the largest that is tried fits.
+        fits: the plan with the largest batch that fits; None if not even one row does.
+        beyond: the plan with the smallest batch that does not fit; None if the largest one tried fits.
     """
 
     fits: Plan | None
@@ -39,12 +39,12 @@ def search(
     batches: Sequence[int] = BATCHES,
     checkpointing: Sequence[bool] = (False, True),
 ) -> list[Fit]:
-    """Every way at every length, best first: the least quantised weights, the longest rows, the fastest.
+    """Every choice at every length, best first: the least quantised weights, the longest rows, the fastest.
 
     Args:
-        memory: bytes for weights, adapter and step; what the process takes by itself is already off.
-        start: everything that is not searched.
-        quantisations: from the most to the least faithful.
+        memory: bytes for weights, adapter and step, without what the process itself takes.
+        start: the values of everything that is not searched.
+        quantisations: from the most to the least exact.
     """
     found = [
         _largest(planner, memory, setting, batches) for setting in _ways(start, quantisations, lengths, checkpointing)

@@ -1,4 +1,4 @@
-"""What is planned, and what comes out."""
+"""The settings that are planned, and the memory by role that comes out."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Setting:
     """How a step is run.
 
     Attributes:
-        precision: of the base's weights; where quantised, of what is computed.
-        quantisation: of the linear layers in the base's blocks; None is none.
-        checkpointing: layers keep their input only and compute the rest again in the backward pass.
-        batch: rows in a pass.
+        precision: precision of the base's weights; if they are quantised, of computation.
+        quantisation: format of the linear layers in the base's blocks; None means not quantised.
+        checkpointing: whether layers store only their input and recompute the rest in the backward pass.
+        batch: rows in a forward pass.
         length: tokens in each row.
-        accumulate: passes in a step.
+        accumulate: forward passes in a step.
         padded: whether rows have different lengths, so that masks are needed; a single row never does.
-        optimizer_bytes: of the optimizer's states, a trained number: AdamW keeps two in float32.
+        optimizer_bytes: bytes of optimizer state for each trained value; AdamW has two in float32.
     """
 
     precision: Precision = "bf16"
@@ -57,21 +57,21 @@ class Setting:
 
     @property
     def weights(self) -> str:
-        """What the base's weights are kept in."""
+        """The format of the base's weights."""
         return self.quantisation or self.precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes in use at the worst moment of a step, by role.
+    """Bytes in use at the peak of a step, by role.
 
     Attributes:
         weights: the frozen base, its buffers included.
         adapter: everything an adapter stores, trained or not.
-        gradients, optimizer: of what is trained.
-        activations: made in the forward pass and needed in the backward pass.
-        logits: what the output head and the loss make.
-        temporary: made and freed within an operation or a layer.
+        gradients, optimizer: gradients and optimizer state of what is trained.
+        activations: tensors made in the forward pass and needed in the backward pass.
+        logits: tensors of the output head and the loss.
+        temporary: tensors made and freed within an operation or a layer.
     """
 
     weights: float = 0.0

@@ -1,4 +1,4 @@
-"""A base from its configuration alone: every module and parameter, no values."""
+"""A base made from its configuration alone: every module and parameter, but no values."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Skeleton:
     """Weightless models of one configuration, at any depth.
 
     Args:
-        config: of transformers.
-        task: `TASKS`; None is the one the configuration suggests.
+        config: transformers' configuration.
+        task: one of `TASKS`; None takes the one that the configuration suggests.
     """
 
     def __init__(self, config: Any, *, task: str | None = None) -> None:
@@ -38,7 +38,7 @@ class Skeleton:
 
     @cached_property
     def precision(self) -> Precision:
-        """In which the base's files are."""
+        """Precision of the base's files."""
         return precision_of(getattr(self.config, "dtype", None) or getattr(self._text, "dtype", None))
 
     @property
@@ -48,7 +48,7 @@ class Skeleton:
 
     @cached_property
     def context(self) -> int | None:
-        """Tokens that the base can read; None where it states no limit."""
+        """Number of tokens the base can read; None if there is no stated limit."""
         return stated_context(self.build(self.precision, layers=1))
 
     @cached_property
@@ -64,10 +64,10 @@ class Skeleton:
         return 1
 
     def build(self, precision: Precision, layers: int | None = None) -> Any:
-        """The model, in training mode; with fewer layers where `layers` says so.
+        """The model in training mode, with `layers` layers if given.
 
         Raises:
-            ConfigError: an architecture that cannot do the task, or a configuration that makes no model.
+            ConfigError: the architecture cannot do the task, or no model can be made from the configuration.
         """
         import transformers
 
@@ -98,7 +98,7 @@ class Skeleton:
 
 
 def guess_task(config: Any) -> str:
-    """What a configuration's base is for: its architecture's name, or whether it has a decoder."""
+    """The likely task of a configuration's base, by the name of its architecture or by whether it has a decoder."""
     named = " ".join(getattr(config, "architectures", None) or ())
     if "SequenceClassification" in named or config.model_type in (
         "bert",
@@ -112,7 +112,7 @@ def guess_task(config: Any) -> str:
 
 
 def read_config(source: str | Path) -> Any:
-    """A transformers configuration from a folder, a config.json or a hub id; no weights are looked for.
+    """Read a transformers configuration from a folder, a config.json or a hub id; weights are not needed.
 
     Raises:
         ConfigError: there is none, or it cannot be used.

@@ -1,29 +1,29 @@
-"""The run: configuration → data and base → transformers.Trainer → adapter.
+"""Training runs: configuration → data and base → transformers.Trainer → adapter.
 
-config.py     `RunConfig`: what a run is, from flags, YAML or Python; its options are declared here
-options.py    the same options as plain data, from run.schema.json, for what must start fast
-words.py      text that stands for a list, for layers or for places
-hyper.py      `--set rank=16`: words to a method
-loading.py    `load_base`: a transformers folder → model, tokenizer, freshly initialised modules
-rows.py       tables → the rows of a run, split and encoded
+config.py     `RunConfig`: the configuration of a run, from flags, YAML or Python; options are declared here
+options.py    the same options as plain data, from run.schema.json, for code that must start fast
+words.py      parsing text that stands for a list, for layers or for places
+hyper.py      `--set rank=16`: from words to a method
+loading.py    `load_base`: a transformers folder → model, tokenizer, newly initialised modules
+rows.py       data files → the rows of a run, split and encoded
 prepare.py    files and configuration → model, rows and resolved configuration
-members.py    adapters that a method is made of, from their folders
-running.py    `run`: all of it, start to end
-several.py    `run_several`: one after another, or together on one base, in turns (turns.py)
-trainer.py    transformers.Trainer with adapters as checkpoints and exact losses
+members.py    the adapters that a method combines, from their folders
+running.py    `run`: a whole run, from start to end
+several.py    `run_several`: runs one after another, or in turns on one base (turns.py)
+trainer.py    transformers.Trainer, with adapters as checkpoints and exact losses
 order.py      the order of the rows
-packing.py    rows behind one another in place of padding
-passes.py     passes that are cut smaller when memory runs out
-trunk.py      the states below the lowest trained layer, kept
+packing.py    several rows in one sequence instead of padding
+passes.py     micro-batches that get smaller when memory runs out
+trunk.py      the trunk cache: hidden states below the lowest trained layer
 optimizers.py optimizers by name
-foresight.py  what a run will need, said before its first step
-callbacks.py  pace, metrics.jsonl, progress
-stop.py       Ctrl-C and SIGTERM;  quiet.py: noise of libraries, off
-folder.py     the output folder: who may use it, what is in it, full disks
-record.py     `training.json`: what later commands must know about a trained adapter
+foresight.py  the memory plan of a run, printed before its first step
+callbacks.py  Trainer callbacks: pace, metrics.jsonl, progress
+stop.py       Ctrl-C and SIGTERM;  quiet.py: silencing libraries
+folder.py     the output folder: locking, its files, full disks
+record.py     `training.json`: what later commands need to know about a trained adapter
 card.py       the adapter's README.md
 
-Names are imported when first used, so that the configuration can be had without torch.
+Names are imported when first used, so that the configuration is available without torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What happens between the steps: pace, turns, metrics.jsonl, progress."""
+"""Trainer callbacks, which run between steps: pace, turns, metrics.jsonl, progress."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-CHECKPOINT_SECONDS = 600  # a killed run loses no more than this, however far apart its checkpoints are in steps
-_LINES = 10  # of progress where nobody watches
+CHECKPOINT_SECONDS = 600  # a killed run loses at most this much time, however many steps lie between its checkpoints
+_LINES = 10  # lines of progress if standard error is not a terminal
 
 
 class Pace(TrainerCallback):
-    """Stops when asked to, and saves when the last checkpoint is long ago; saving draws no random numbers."""
+    """Stops when asked to, and saves if the last checkpoint is old; saving draws no random numbers."""
 
     def __init__(self, request: StopRequest) -> None:
         self.request = request
@@ -44,7 +44,7 @@ class Pace(TrainerCallback):
 
 
 class Turn(TrainerCallback):
-    """Lets other runs have a turn before each step of this one."""
+    """Lets the other runs take a turn before each step of this one."""
 
     def __init__(self, pass_on: Callable[[], None]) -> None:
         self.pass_on = pass_on
@@ -57,9 +57,10 @@ class Metrics(TrainerCallback):
     """Writes metrics.jsonl and counts tokens and time.
 
     Attributes:
-        seconds: spent in training (evaluations and checkpoints left out), by earlier parts of a resumed run too.
-        tokens_per_second: in the steps of this part.
-        micro_batch: rows of a pass since memory ran out; None where it did not.
+        seconds: time spent in training steps, without evaluations and checkpoints, including earlier parts of a
+            resumed run.
+        tokens_per_second: speed in the steps of this part.
+        micro_batch: rows of a micro-batch since memory ran out; None if it did not.
         skipped: steps that fp16 overflowed in, by earlier parts too.
     """
 
@@ -87,7 +88,7 @@ class Metrics(TrainerCallback):
         self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()  # from one step's end to the next's, so that making batches counts
+        now = time.perf_counter()  # from the end of one step to the end of the next, so that making batches is included
         self.step_seconds, self.started = now - self.started, now
         self.step_tokens = state.num_input_tokens_seen - self.tokens_before
         self.tokens_before = state.num_input_tokens_seen
@@ -121,7 +122,7 @@ class Metrics(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with loss, tokens per second and time left, scores below it; plain lines where nobody watches.
+    """A bar with loss, tokens per second and time left, scores below it; plain lines if stderr is not a terminal.
 
     Args:
         console: where to; None is standard error.
@@ -168,12 +169,12 @@ class Progress(TrainerCallback):
                 say(f"{step}  {loss}  {speed}  {self._left(state)}")
 
     def evaluating(self, done: int, total: int) -> None:
-        """Told by the trainer while it evaluates."""
+        """Called by the trainer during an evaluation."""
         if self.watched:
             self.note.plain = f"evaluating {done:,}/{total:,}"
 
     def close(self) -> None:
-        """Take the bar down, however training ended."""
+        """Remove the bar, however training ended."""
         if self.watched:
             self.live.stop()
 
@@ -203,6 +204,6 @@ def _bar(console: Console) -> Bar:
 
 
 def say(line: str) -> None:
-    """A line on standard error."""
+    """Print a line on standard error."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

@@ -33,10 +33,10 @@ def card(
     Args:
         config: resolved.
         facts: ``rows, eval_rows, trainable, base_parameters, steps, seconds``.
-        metrics: of the adapter that is kept.
+        metrics: scores of the adapter that is kept.
     """
     base = shown(config.base) if config.base else "embedded"
-    published = config.base == base  # and not a folder of this machine
+    published = config.base == base  # it is a hub id, not a folder of this machine
     share = 100 * facts["trainable"] / max(facts["base_parameters"], 1)
     hyper = {name: getattr(config, name) for name in _HYPER if getattr(config, name) not in (None, False)}
     return "\n".join(

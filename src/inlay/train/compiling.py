@@ -1,7 +1,7 @@
-"""`inlay train --compile`: whether it computes the same, what it costs, and after how many steps it has paid.
+"""`inlay train --compile`: checks that compiled layers compute the same, and how soon compiling pays.
 
-All of it is found out before the first step, on a batch of the run and without a trace in the adapter, its gradients or
-the random numbers; so a run that is resumed computes what it would have computed without the stop.
+This happens before the first step, on a batch of the run, and does not affect the adapter, its gradients or the random
+state, so that a resumed run computes what it would have computed without the stop.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from inlay.kernels.compiled import blocks_of, compile_layers
 if TYPE_CHECKING:
     from inlay.train.prepare import Prepared
 
-PASSES = 3  # timed each way; the shortest counts
-# Relative, of the loss and of the gradients' norm: a compiler keeps float32 where the model rounds in between.
+PASSES = 3  # timed passes each way; the fastest counts
+# Relative difference allowed in the loss and in the gradients' norm: a compiler keeps float32 where the model rounds.
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 1e-1), torch.float16: (1e-2, 1e-1)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """What compiling a run's layers cost and gave.
+    """The cost and the gain of compiling a run's layers.
 
     Attributes:
-        layers: that are compiled.
-        seconds: until the first compiled pass was over, without the pass.
+        layers: number of compiled layers.
+        seconds: time until the first compiled pass was over, without the pass itself.
         pass_before, pass_after: seconds of a forward and backward pass.
-        steps: of the run after which it has paid for itself; None is never.
+        steps: number of steps after which compiling has paid for itself; None means never.
     """
 
     layers: int
@@ -48,7 +48,7 @@ class Compilation:
         return asdict(self)
 
     def told(self, total: int) -> str:
-        """A line for who waits."""
+        """A line for the user."""
         pays = "it does not pay"
         if self.steps is not None:
             pays = f"it {'has paid' if self.steps <= total else 'would have paid'} after {self.steps} steps of {total}"
@@ -62,16 +62,16 @@ def compile_run(prepared: Prepared, *, first: int = 0) -> tuple[Compilation, Cal
     """Compile the layers of a run, from number `first` on.
 
     Returns:
-        What it cost, and what gives the layers their own code back.
+        Its cost and gain, and a function that undoes it.
 
     Raises:
-        UnsupportedError: layers that cannot be compiled, or that compute something else then.
+        UnsupportedError: the layers cannot be compiled, or compute something else when compiled.
     """
     model, config = prepared.base.model, prepared.config
     rows = [prepared.train[i] for i in range(min(config.batch_size, len(prepared.train)))]
     batch = {name: value.to(model.device) for name, value in prepared.collator(rows).items()}
     kept = {name: tensor.detach().clone() for name, tensor in prepared.adapter.tensors().items()}
-    _pass(prepared, batch)  # the first one tries the fast paths
+    _pass(prepared, batch)  # the first pass tries the fast paths
     eager = [_pass(prepared, batch) for _ in range(PASSES)]
     undo = compile_layers(model, first=first)
     try:
@@ -97,7 +97,7 @@ def compile_run(prepared: Prepared, *, first: int = 0) -> tuple[Compilation, Cal
 
 
 def _of_the_compiler(error: BaseException) -> str | None:
-    """What a compiler says that has failed: torch's, or the system's that it calls."""
+    """The message of a compiler that failed (torch's, or the system's that it calls); None for other errors."""
     if not isinstance(error, compiler_errors()):
         return None
     return " ".join(str(error).partition("\n\n")[0].split())[:300] or type(error).__name__
@@ -136,7 +136,7 @@ def _pass(prepared: Prepared, batch: dict[str, Tensor]) -> Pass:
 
 
 def _check_same(prepared: Prepared, eager: list[Pass], compiled: list[Pass]) -> None:
-    """Compare losses and gradients, unless the pass draws numbers that a compiler draws in another order."""
+    """Compare losses and gradients, unless the pass draws random numbers, which a compiler draws in another order."""
     if any(one.random for one in (*eager, *compiled)):
         return
     of_loss, of_gradient = TOLERANCE.get(prepared.base.model.dtype, TOLERANCE[torch.bfloat16])
@@ -147,8 +147,8 @@ def _check_same(prepared: Prepared, eager: list[Pass], compiled: list[Pass]) -> 
     missing = any((a is None) != (b is None) for a, b in zip(one.gradients, other.gradients, strict=True))
     if missing or abs(one.loss - other.loss) > of_loss * abs(other.loss) or apart > of_gradient * whole:
         raise UnsupportedError(
-            f"compiled layers do not compute what the model computes (loss {one.loss:.6g} for {other.loss:.6g}, "
-            f"gradients {apart / max(whole, 1e-30):.1e} apart). Leave --compile out"
+            f"compiled layers do not compute the same as the model (loss {one.loss:.6g} instead of {other.loss:.6g}, "
+            f"gradients differ by {apart / max(whole, 1e-30):.1e}). Leave --compile out"
         )
 
 

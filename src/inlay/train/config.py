@@ -1,4 +1,4 @@
-"""What a training run is: one frozen model, the same from flags, YAML, JSON or Python."""
+"""The configuration of a training run: one frozen model, whether it comes from flags, YAML, JSON or Python."""
 
 from __future__ import annotations
 
@@ -36,38 +36,38 @@ _REPORTERS = BeforeValidator(listed, json_schema_input_type=str | list[Literal["
 
 
 def _says(text: str, **limits: Any) -> Any:
-    """What an option does, and what it may be beyond its type."""
+    """An option's description, and limits of its value beyond its type."""
     return Field(description=text, **limits)
 
 
 class RunConfig(BaseModel):
-    """One run, whole. `None` means: found out when the run starts, then saved in ``run.yaml``.
+    """The complete configuration of a run. `None` means: found out when the run starts, then saved in ``run.yaml``.
 
-    An option is said here and nowhere else: type, limits, default, and what it does. From these fields `make docs`
-    makes `run.schema.json`, by which editors complete, and from that come the command line and docs/training.md. After
-    "Default:" a description says what None leads to; any other default is added where it is shown.
+    Options are declared here and nowhere else: type, limits, default and description. From these fields `make docs`
+    makes `run.schema.json`, which editors use for completion, and from that come the command line and docs/training.md.
+    After "Default:" a description says what None means; other defaults are added where the description is shown.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # -- what is trained, on what, and where it goes --
-    data: Annotated[str, _says("CSV, TSV, JSONL, JSON, Parquet or text file (maybe .gz), or datasets id.")]
+    data: Annotated[str, _says("CSV, TSV, JSONL, JSON, Parquet or text file (also .gz), or a datasets id.")]
     out: Annotated[str, _says("Folder to write the run to.")]
     base: Annotated[str | None, _says("Transformers folder or hub id of the model. Default: the embedded base.")] = None
     method: Annotated[str, _says("Method or baseline; `inlay methods` lists them.")] = "lora"
-    settings: Annotated[dict[str, Any], _says("Hyper-parameters of the method, e.g. rank=16.")] = {}
+    settings: Annotated[dict[str, Any], _says("Hyper-parameters of the method, such as rank=16.")] = {}
     where: Annotated[
         str | list[str] | None,
         _says(
             "Layers to adapt: all-linear, attention, mlp, a role, module names with commas, or re:PATTERN. "
-            "Default: the paper's, and all-linear for low-rank methods on a quantised base."
+            "Default: those of the paper, or all-linear for low-rank methods on a quantised base."
         ),
     ] = None
     layers: Annotated[
-        list[int] | None, _LAYERS, _says("Numbers of the layers to stay within, e.g. 0-5,11. Default: all.")
+        list[int] | None, _LAYERS, _says("Numbers of the layers to adapt, such as 0-5,11. Default: all.")
     ] = None
     modules_to_save: Annotated[
-        list[str], _NAMES, _says("Modules to train whole. A head made afresh is added by itself.")
+        list[str], _NAMES, _says("Modules to train whole. A newly initialised head is added automatically.")
     ] = []
     name: Annotated[str, _says("Name of the adapter.")] = "default"
 
@@ -77,39 +77,39 @@ class RunConfig(BaseModel):
     eval_split: Annotated[str | None, _says("Split of a datasets id to evaluate on.")] = None
     eval_share: Annotated[
         float,
-        _says("Share of the data to evaluate on, where no other rows are given; 0 is none.", ge=0, lt=1),
+        _says("Share of the data to hold out for evaluation if no other rows are given; 0 for none.", ge=0, lt=1),
     ] = 0.05
     reading: Annotated[
-        dict[str, Any], _says("How files are read where that is not plain: format=csv, header=text,label …")
+        dict[str, Any], _says("How files are read, if the defaults do not suit: format=csv, header=text,label …")
     ] = {}
     task: Annotated[Task | None, _says("What to learn from the rows. Default: guessed from columns and base.")] = None
-    columns: Annotated[dict[str, str], _says("Columns with other names, e.g. prompt=question,completion=answer.")] = {}
+    columns: Annotated[dict[str, str], _says("Columns with other names: prompt=question,completion=answer.")] = {}
     prompt_template: Annotated[str, _says("Text with column names in braces that becomes the prompt.")] = "{prompt}"
     separator: Annotated[str, _says("Text between prompt and completion; never scored.")] = "\n"
-    max_length: Annotated[int | None, _says("Tokens a row may have. Default: what the base can read.", ge=2)] = None
+    max_length: Annotated[int | None, _says("Most tokens of a row. Default: what the base can read.", ge=2)] = None
     on_long: Annotated[
-        OnLong | None, _says("What happens to longer rows. Default: split for plain text, else error.")
+        OnLong | None, _says("What to do with longer rows. Default: split for plain text, else error.")
     ] = None
     packing: Annotated[
-        bool | None, _says("Rows behind one another in place of padding. Default: where that is exact.")
+        bool | None, _says("Several rows in one sequence instead of padding. Default: if that is exact.")
     ] = None
 
     # -- the training --
     epochs: Annotated[
-        float | None, _says("Passes over the data. Default: 3, and up to 20 where rows are few.", gt=0)
+        float | None, _says("Passes over the data. Default: 3, or more (up to 20) if there are few rows.", gt=0)
     ] = None
-    steps: Annotated[int | None, _says("Optimizer steps, in place of epochs.", ge=1)] = None
-    batch_size: Annotated[int, _says("Rows in a forward pass.", ge=1)] = 16
-    accumulate: Annotated[int, _says("Forward passes in a step.", ge=1)] = 1
+    steps: Annotated[int | None, _says("Optimizer steps, instead of epochs.", ge=1)] = None
+    batch_size: Annotated[int, _says("Rows in a forward pass (micro-batch).", ge=1)] = 16
+    accumulate: Annotated[int, _says("Forward passes in an optimizer step.", ge=1)] = 1
     learning_rate: Annotated[float | None, _says("Peak learning rate. Default: the method's.", gt=0)] = None
-    schedule: Annotated[Schedule | None, _says("How the rate goes over the run. Default: the method's.")] = None
+    schedule: Annotated[Schedule | None, _says("Learning-rate schedule. Default: the method's.")] = None
     warmup: Annotated[
         float | None,
-        _says("Share of the steps in which the rate rises. Default: the method's.", ge=0, lt=1),
+        _says("Share of the steps over which the rate rises. Default: the method's.", ge=0, lt=1),
     ] = None
     weight_decay: Annotated[float | None, _says("Decoupled weight decay. Default: the method's.", ge=0)] = None
-    optimizer: Annotated[Optimizer, _says("Optimizer; Lion, 8 bits and pages need bitsandbytes.")] = "adamw"
-    max_grad_norm: Annotated[float, _says("Gradients are scaled down to this norm; 0 leaves them.", ge=0)] = 1.0
+    optimizer: Annotated[Optimizer, _says("Optimizer; Lion, 8-bit and paged ones need bitsandbytes.")] = "adamw"
+    max_grad_norm: Annotated[float, _says("Norm above which gradients are scaled down; 0 for none.", ge=0)] = 1.0
     seed: Annotated[int, _says("Seed of every random draw.", ge=0, lt=2**32)] = 0
 
     # -- evaluation and checkpoints --
@@ -119,9 +119,9 @@ class RunConfig(BaseModel):
     ] = None
     save_every: Annotated[
         int | None,
-        _says("Steps between checkpoints. Default: as evaluations, and every ten minutes.", ge=1),
+        _says("Steps between checkpoints. Default: as for evaluations, and at least every ten minutes.", ge=1),
     ] = None
-    early_stopping: Annotated[int | None, _says("End after so many evaluations without a better score.", ge=1)] = None
+    early_stopping: Annotated[int | None, _says("Stop after so many evaluations without a better score.", ge=1)] = None
     report_to: Annotated[
         list[Literal["tensorboard", "wandb", "mlflow"]], _REPORTERS, _says("Trackers to report to.")
     ] = []
@@ -129,27 +129,27 @@ class RunConfig(BaseModel):
     # -- memory and speed --
     precision: Annotated[
         Asked,
-        BeforeValidator(lambda value: "auto" if value is None else value),  # as run.yaml of earlier versions has it
-        _says("Precision to hold the base and compute in; auto is what this machine computes fast and safely."),
+        BeforeValidator(lambda value: "auto" if value is None else value),  # in run.yaml of earlier versions
+        _says("Precision of the base and of computation; auto is one that is fast and safe on this machine."),
     ] = "auto"
     quantize: Annotated[
-        Quantization | None, _says("Format of the base's weights (QLoRA: nf4). Default: as they are.")
+        Quantization | None, _says("Format to quantise the base's weights to (QLoRA: nf4). Default: not quantised.")
     ] = None
-    gradient_checkpointing: Annotated[
-        bool, _says("Recompute activations in place of keeping them, to save memory.")
-    ] = False
-    compile: Annotated[bool, _says("Compile the layers first; says after how many steps that pays.")] = False
+    gradient_checkpointing: Annotated[bool, _says("Recompute activations instead of storing them, to save memory.")] = (
+        False
+    )
+    compile: Annotated[bool, _says("Compile the layers first; prints after how many steps that pays.")] = False
     trunk_cache: Annotated[
         str,
         _says(
-            "Compute the layers below the trained ones once: auto (in memory, where it is exact and pays), "
-            "off, or a folder to keep them in."
+            "Compute the layers below the trained ones only once: auto (in memory, if it is exact and pays), "
+            "off, or a folder to keep the results in."
         ),
     ] = "auto"
-    trunk_cache_limit: Annotated[str, _says("Memory or disk that the trunk cache may take.")] = "4GiB"
+    trunk_cache_limit: Annotated[str, _says("Memory or disk space that the trunk cache may take.")] = "4GiB"
     plain: Annotated[
         bool,
-        _says("Without fast paths: the model's own code and the methods' plain formulas, no packing, no trunk cache."),
+        _says("Without fast paths: the model's own code, the methods' plain formulas, no packing, no trunk cache."),
     ] = False
 
     @model_validator(mode="after")
@@ -163,8 +163,8 @@ class RunConfig(BaseModel):
         beside = [name for name in ("packing", "gradient_checkpointing") if getattr(self, name)]
         if self.compile and beside:
             raise ValueError(
-                f"compile cannot be combined with {' and '.join(beside)}: a graph knows nothing of where rows begin, "
-                "and keeps or recomputes what it needs by itself. Leave one of them out"
+                f"compile cannot be combined with {' and '.join(beside)}: a compiled graph does not know where rows "
+                "begin, and decides itself what to recompute. Leave one of them out"
             )
         return self
 
@@ -172,7 +172,7 @@ class RunConfig(BaseModel):
     def _is_plain(self) -> Self:
         fast = [*["packing"] * bool(self.packing), *["trunk_cache"] * (self.trunk_cache not in ("auto", "off"))]
         if self.plain and fast:
-            raise ValueError(f"plain switches {' and '.join(fast)} off, which is asked for; leave one of them out")
+            raise ValueError(f"plain switches {' and '.join(fast)} off, which you asked for; leave one of them out")
         return self
 
     @field_validator("*", mode="before")
@@ -180,7 +180,7 @@ class RunConfig(BaseModel):
     def _is_no_switch(cls, value: Any, field: ValidationInfo) -> Any:
         takes = cls.model_fields[str(field.field_name)].annotation
         if isinstance(value, bool) and bool not in (takes, *get_args(takes)):
-            raise ValueError(f"{field.field_name} is {value}, no number or text (as YAML reads `yes` and `on`)")
+            raise ValueError(f"{field.field_name} is {value}, expected a number or text (YAML reads `yes` as true)")
         return value
 
     @field_validator("trunk_cache_limit")
@@ -203,7 +203,7 @@ class RunConfig(BaseModel):
         """Check plain values.
 
         Raises:
-            ConfigError: everything that is wrong with them, unknown names with the nearest known one.
+            ConfigError: lists everything that is wrong with them; unknown names with the nearest known one.
         """
         try:
             return cls.model_validate(dict(values))
@@ -230,7 +230,7 @@ def read_values(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file, unchecked.
 
     Raises:
-        ConfigError: no such file, not a mapping, or one that says something twice.
+        ConfigError: the file does not exist, is not a mapping, or has a name twice.
     """
     import yaml
 
@@ -243,13 +243,13 @@ def read_values(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be used as YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path} holds {type(values).__name__}, expected `name: value` lines such as `data: rows.jsonl`"
+            f"{path} contains {type(values).__name__}, expected `name: value` lines such as `data: rows.jsonl`"
         )
     return values
 
 
 def _yaml(text: str) -> Any:
-    """What YAML says, each name once; what a name is merged from (``<<``) may be said again beside it."""
+    """Parse YAML; a name may occur only once, except that a name merged with ``<<`` may be overridden."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -261,11 +261,11 @@ def _yaml(text: str) -> Any:
 
 
 def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """The mapping of these pairs; of a name given twice, one value would be lost in silence."""
+    """The mapping of these pairs; raises if a name occurs twice, because one value would be lost silently."""
     names = [name for name, _ in pairs]
     twice = sorted({str(name) for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{', '.join(twice)} stands there more than once; keep one")
+        raise ValueError(f"{', '.join(twice)} is given more than once; keep one")
     return dict(pairs)
 
 

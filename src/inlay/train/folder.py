@@ -1,13 +1,13 @@
-"""The output folder of a run: who may use it, what is in it, and disks that are full.
+"""The output folder of a run: locking, its files, and full disks.
 
     <out>/run.yaml              the resolved configuration; a run from it reproduces this one
-    <out>/metrics.jsonl         a line a step and an evaluation
+    <out>/metrics.jsonl         one line per step and per evaluation
     <out>/checkpoints/          only while the run is unfinished
     <out>/adapter/              adapter.safetensors, training.json, README.md
     <out>/result.json           written last: the run is finished
     <out>/.replaced/            a finished run that --overwrite replaces, until the new one is finished
 
-Everything is written beside its place and renamed, so that a kill at any moment leaves whole files.
+Everything is written under another name and then renamed, so that a kill at any moment leaves complete files.
 """
 
 from __future__ import annotations
@@ -23,10 +23,17 @@ from typing import IO, Any
 
 from inlay.core.errors import OutputError
 
-_OWN = ("result.json", "adapter", "checkpoints", "runs", "metrics.jsonl", "run.yaml")  # as they are removed
-_UNFINISHED = tuple(f".{name}.part" for name in _OWN)  # what a kill leaves of `write_beside`
+_OWN = (
+    "result.json",
+    "adapter",
+    "checkpoints",
+    "runs",
+    "metrics.jsonl",
+    "run.yaml",
+)  # removed in this order
+_UNFINISHED = tuple(f".{name}.part" for name in _OWN)  # what a kill during `write_beside` leaves
 _PREFIX = "checkpoint-"
-_REMEDY = "Whole files are kept: free space, then go on with --resume, or choose another --out"
+_REMEDY = "Complete files are kept: free space, then continue with --resume, or choose another --out"
 _SAID = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -45,7 +52,7 @@ _FULL_WORDS = (
 
 
 class RunFolder:
-    """The paths of one run, and what they say about it."""
+    """The paths of one run, and the state of the run according to them."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser()
@@ -59,7 +66,7 @@ class RunFolder:
 
     @property
     def used(self) -> bool:
-        """Whether anything is in the way of a new run."""
+        """Whether the folder has files that are in the way of a new run."""
         return self.root.exists() and (not self.root.is_dir() or any(e.name != ".lock" for e in self.root.iterdir()))
 
     @property
@@ -67,10 +74,10 @@ class RunFolder:
         return self.result.is_file()
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Whether a run may write here; nothing is touched.
+        """Check whether a run may write here, without changing anything.
 
         Raises:
-            OutputError: the folder is in use, or there is nothing to resume or no run to overwrite.
+            OutputError: the folder is in use, or there is no run to resume or to overwrite.
         """
         with disk_errors(self.root):
             there = self.root.exists()
@@ -93,20 +100,20 @@ class RunFolder:
         state = "a finished run" if self.finished else "an unfinished run" if begun else "other files"
         remedy = {
             "a finished run": "Choose another --out, or --overwrite to train again",
-            "an unfinished run": "Give --resume to go on, --overwrite to start again, or another --out",
+            "an unfinished run": "Give --resume to continue, --overwrite to start again, or another --out",
             "other files": "Choose another --out",
         }[state]
         raise OutputError(
             f"the output folder {self.root} is already in use: it holds {state}. {remedy}"
-            + ("" if "--resume" in remedy else " (--resume goes on with an unfinished run; --overwrite replaces a run)")
-            + (f". The finished run that it was to replace is in {self.replaced}" if self.replaced.is_dir() else "")
+            + ("" if "--resume" in remedy else " (--resume continues an unfinished run; --overwrite replaces a run)")
+            + (f". The finished run it would have replaced is in {self.replaced}" if self.replaced.is_dir() else "")
         )
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Hold the folder for this process; a second run in it is refused, and a dead one leaves no trace.
+        """Lock the folder for this process. A second run in it is refused; a killed run leaves no lock behind.
 
-        One that fails before its first checkpoint gives back the finished run that it was to replace.
+        If the run fails before its first checkpoint, the finished run that it would have replaced is restored.
         """
         made = [path for path in (self.root, *self.root.parents) if not path.exists()]
         lock = self._lock()
@@ -115,17 +122,17 @@ class RunFolder:
         finally:
             if self.replaced.is_dir() and not self.finished and self.last_checkpoint() is None:
                 with suppress(OSError, OutputError):
-                    self.restore()  # nothing to go on with
+                    self.restore()  # there is nothing to resume
             with suppress(OSError):
                 (self.root / ".lock").unlink(missing_ok=True)
             lock.close()
-            with suppress(OSError):  # a run that was refused leaves no folders; used ones are not empty and stay
+            with suppress(OSError):  # a refused run leaves no folders behind; folders that are not empty stay
                 for path in made:
                     path.rmdir()
 
     def _lock(self) -> IO[str]:
-        """The locked file of the folder. A run that ends removes it, and a file that was removed locks nobody out."""
-        import fcntl  # there is no such lock on Windows, where inlay does not run yet
+        """Lock a file in the folder. A run that ends removes it; a lock on a removed file does not count."""
+        import fcntl  # Windows has no such lock; inlay does not run there yet
 
         path = self.root / ".lock"
         while True:
@@ -138,19 +145,19 @@ class RunFolder:
                 lock.close()
                 raise OutputError(
                     f"the output folder {self.root} is already in use: another process is training in it. "
-                    "Wait for its end (then --resume or --overwrite), or choose another --out"
+                    "Wait until it ends (then --resume or --overwrite), or choose another --out"
                 ) from error
             except OSError:
-                pass  # a file system that knows no locks, as on some clusters: nobody can be kept out
+                pass  # a file system without locks, as on some clusters: a second run cannot be refused
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                     return lock
             lock.close()
 
     def make_room(self) -> None:
-        """Set a finished run aside, until `finish`; remove an unfinished one.
+        """Move a finished run aside until `finish`; remove an unfinished one.
 
-        What says that a run is finished is moved last, so that one who was killed in between can do it again.
+        The file that marks a run as finished is moved last, so that a process killed in between can do it again.
         """
         if not self.finished:
             self._clear()
@@ -158,12 +165,12 @@ class RunFolder:
         for name in _UNFINISHED:
             _remove(self.root / name)
         with disk_errors(self.replaced):
-            if (self.replaced / self.result.name).exists():  # the new run was killed as it finished
+            if (self.replaced / self.result.name).exists():  # the new run was killed while finishing
                 _remove(self.replaced)
             self._move(self.root, self.replaced)
 
     def restore(self) -> None:
-        """What was there before `make_room`, but for an unfinished run."""
+        """Restore the finished run that `make_room` moved aside."""
         self._clear()
         if self.replaced.is_dir():
             with disk_errors(self.root):
@@ -171,7 +178,7 @@ class RunFolder:
                 self.replaced.rmdir()
 
     def finish(self, result: str) -> None:
-        """Write the result, and remove what is only for an unfinished run."""
+        """Write the result, and remove what only an unfinished run needs."""
         write_text(self.result, result)
         for path in (self.checkpoints, self.replaced):
             _remove(path)
@@ -183,7 +190,7 @@ class RunFolder:
                 os.replace(path, target / path.name)
 
     def _clear(self) -> None:
-        """Remove a run's files, last what says that it is a run."""
+        """Remove a run's files; the one that marks the folder as a run goes last."""
         for path in (self.root / name for name in (*_UNFINISHED, *_OWN)):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -195,7 +202,7 @@ class RunFolder:
         return self.checkpoints / f"{_PREFIX}{step}"
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; what a kill left unfinished has another name and is removed."""
+        """The newest complete checkpoint. Incomplete ones, which a kill leaves under another name, are removed."""
         if not self.checkpoints.is_dir():
             return None
         for entry in self.checkpoints.glob(".*"):
@@ -210,7 +217,7 @@ class RunFolder:
                 shutil.rmtree(entry, ignore_errors=True)
 
     def keep_metrics(self, last_step: int) -> list[dict[str, Any]]:
-        """Drop the lines of metrics.jsonl after `last_step` (a killed run's, about to be repeated); return the rest."""
+        """Drop the lines of metrics.jsonl after `last_step`, because these steps will be repeated; return the rest."""
         if not self.metrics.is_file():
             return []
         kept = []
@@ -227,7 +234,7 @@ class RunFolder:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Full disks and forbidden places as an `OutputError` that names the path."""
+    """Turn errors of full disks and missing permissions into an `OutputError` that names the path."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -235,7 +242,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if why is None:
             raise
         raise OutputError(f"{path} cannot be written: {why}. {_REMEDY}") from error
-    except Exception as error:  # safetensors has an error class of its own
+    except Exception as error:  # safetensors has its own error class
         if type(error).__name__ != "SafetensorError":
             raise
         raise OutputError(f"{path} cannot be written: {_why(error) or error}. {_REMEDY}") from error
@@ -252,7 +259,7 @@ def _why(error: BaseException) -> str | None:
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file or folder beside `path`, then rename it into place; a failure leaves nothing."""
+    """Let `write` make a file or folder beside `path`, then rename it to `path`; a failure leaves nothing behind."""
     part = path.with_name(f".{path.name}.part")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +275,7 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
+    """Write a text file completely or not at all."""
     write_beside(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""What a run will need, said before its first step; a warning where that is more than there is."""
+"""The memory that a run will need, printed before its first step, with a warning if there is not enough."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from inlay.train.prepare import Prepared
 
 
-BYTES = 12  # a number that enters or leaves a layer: in float32, three times
-STATES = 16  # bytes of a trained number: itself, its gradient, and AdamW's two moments
+BYTES = 12  # for each value that enters or leaves a layer: three times in float32
+STATES = 16  # bytes for each trained value: itself, its gradient, and AdamW's two moments
 ROOM = 2  # times the ceiling must be free for it to be all that is said
 
 
 def foresee(prepared: Prepared) -> str | None:
-    """One line with the plan of a prepared run, and one more where it will not fit; None where it cannot be planned.
+    """One line with the plan of a prepared run, and a second one if it will not fit; None if it cannot be planned.
 
-    Where far more is free than any step could need, tracing one would only keep the run from starting, and the line
-    tells the ceiling.
+    If far more memory is free than any step could need, tracing a step would only delay the run, and the line has an
+    upper bound instead.
     """
     room = free_bytes()
     most = ceiling(prepared)
     if room is not None and most is not None and ROOM * most <= room:
-        return f"plan: below {told_bytes(most)} beside the base, of {told_bytes(room)} that are free"
+        return f"plan: less than {told_bytes(most)} on top of the base; {told_bytes(room)} are free"
     try:
         plan = plan_of(prepared)
-    except Exception:  # a plan is a courtesy: whatever it cannot follow must not keep a run from starting
+    except Exception:  # a plan is optional: if it fails, the run must start all the same
         return None
     memory = plan.memory
     parts = ", ".join(
@@ -38,7 +38,7 @@ def foresee(prepared: Prepared) -> str | None:
         for role, value in (("weights", memory.weights), ("activations", memory.activations), ("scores", memory.logits))
     )
     line = f"plan: {told_bytes(memory.total)} at the worst moment of a step ({parts})"
-    needed = memory.total - memory.weights  # the base is there already
+    needed = memory.total - memory.weights  # the base is loaded already
     if room is None or needed <= room:
         return line
     return (
@@ -48,9 +48,10 @@ def foresee(prepared: Prepared) -> str | None:
 
 
 def ceiling(prepared: Prepared) -> int | None:
-    """Bytes beside the base that no step of the run comes near; None for a model that does not tell its attention.
+    """An upper bound of the bytes a step needs on top of the base; None if the model's attention heads are unknown.
 
-    Whatever enters and leaves each matrix for each token, the shares of every attention head twice, and the optimizer.
+    It counts the input and output of each matrix for each token, the scores of every attention head twice, and the
+    optimizer.
     """
     model, config = prepared.base.model, prepared.base.model.config.get_text_config()
     heads, layers = (getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers"))
@@ -59,7 +60,7 @@ def ceiling(prepared: Prepared) -> int | None:
     rows = min(prepared.config.batch_size, len(prepared.train))
     length = max(len(ids) for ids in prepared.train["input_ids"])
     around = sum(sum(p.shape[-2:]) * math.prod(p.shape[:-2]) for p in model.parameters() if p.dim() > 1)
-    scores = heads * layers * length * 2  # of a token
+    scores = heads * layers * length * 2  # for each token
     trained = sum(p.numel() for p in prepared.adapter.parameters())
     return int(rows * length * (around * BYTES + scores * 4) + trained * STATES)
 
@@ -93,7 +94,7 @@ def plan_of(prepared: Prepared) -> Plan:
 
 
 def free_bytes() -> int | None:
-    """What is left for this process: of the device, or of the machine and of the process's own limits."""
+    """Memory left for this process: on the device, or on the machine within the process's own limits."""
     import torch
 
     if torch.cuda.is_available():
@@ -107,7 +108,7 @@ def free_bytes() -> int | None:
 
 
 def _left_in_limit() -> int | None:
-    """Of the address space that the process may use, where it is limited."""
+    """Address space left for the process; None if it is not limited."""
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)

@@ -1,4 +1,4 @@
-"""Options from words: ``rank=16`` typed by the field of the dataclass that it is for."""
+"""Parsing options: ``rank=16`` becomes a value of the type of the dataclass field with this name."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _CLASSES = ConfigDict(arbitrary_types_allowed=True)  # fields may hold methods
 
 
 def parse_settings(method: str, words: Sequence[str]) -> dict[str, Any]:
-    """``["rank=16", "dropout=0.1"]`` as values of the types that the method's fields have.
+    """Parse ``["rank=16", "dropout=0.1"]`` to values of the types of the method's fields.
 
-    Lists are written with commas, an absent value as ``none``, mappings as JSON.
+    Lists are written with commas, None as ``none``, mappings as JSON.
 
     Raises:
-        ConfigError: all words that are not ``name=value``, name no hyper-parameter or do not fit its type.
+        ConfigError: lists all words that are not ``name=value``, name no hyper-parameter or do not fit its type.
     """
     from inlay.methods import method_named
 
@@ -32,7 +32,7 @@ def parse_settings(method: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_fields(cls: type, words: Sequence[str], *, heading: str, noun: str) -> dict[str, Any]:
-    """``name=value`` words as values of the types that a dataclass's fields have. Raises as `parse_settings`."""
+    """Parse ``name=value`` words to values of the types of a dataclass's fields. Raises as `parse_settings` does."""
     hints = fields_of(cls)
     found: list[str] = []
     values: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def build_method(name: str, settings: Mapping[str, Any]) -> Method:
     """The method that a configuration describes.
 
     Raises:
-        ConfigError: an unknown method, unknown hyper-parameters, values of the wrong type or out of range.
+        ConfigError: the method or a hyper-parameter is unknown, or a value has the wrong type or is out of range.
     """
     from inlay.methods import method_named
 
@@ -69,20 +69,20 @@ def build_method(name: str, settings: Mapping[str, Any]) -> Method:
 
 
 def usual_places(method: Method, quantize: str | None) -> str | None:
-    """Where a run puts a method when nothing is said; None is the method's own places."""
-    # QLoRA: adapters at every linear layer make up for what 4 bits lose.
+    """The default places of a run with this method; None means the method's own."""
+    # As in QLoRA: adapters at every linear layer compensate for what 4 bits lose.
     return "all-linear" if quantize and method.family == "low rank" else None
 
 
 def _methods_in(value: Any) -> Any:
-    """A value in which every mapping that names a method is that method (`Stack`, `Parallel`, `Average`)."""
+    """Turn every mapping in a value that describes a method into that method (`Stack`, `Parallel`, `Average`)."""
     if isinstance(value, Mapping) and "method" in value:
         return build_method(str(value["method"]), {k: v for k, v in value.items() if k != "method"})
     return [_methods_in(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def check_fields(cls: type, values: Mapping[str, Any], *, heading: str, noun: str) -> dict[str, Any]:
-    """Values from a file, in the types that a dataclass's fields have. Raises as `build_method`."""
+    """Check values from a file against the types of a dataclass's fields. Raises as `build_method` does."""
     hints = fields_of(cls)
     found: list[str] = []
     checked: dict[str, Any] = {}
@@ -104,12 +104,12 @@ def check_fields(cls: type, values: Mapping[str, Any], *, heading: str, noun: st
 
 
 def fields_of(cls: Any) -> dict[str, Any]:
-    """Field → type, of a dataclass."""
+    """Field → type, for a dataclass."""
     return {field.name: _hint(cls, field.name) for field in dataclasses.fields(cls)}
 
 
 def _hint(cls: type, name: str) -> Any:
-    """A field's type, resolved where it was written; class variables may name what only type checkers import."""
+    """A field's type, resolved in the module where it was declared."""
     owner = next(parent for parent in cls.__mro__ if name in inspect.get_annotations(parent))
     hint = inspect.get_annotations(owner)[name]
     return eval(hint, vars(sys.modules[owner.__module__])) if isinstance(hint, str) else hint

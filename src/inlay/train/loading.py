@@ -1,4 +1,4 @@
-"""A base model and its tokenizer from a folder or the hub, strictly, without warnings."""
+"""Loading a base model and its tokenizer from a folder or the hub: strictly, and without warnings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Base(NamedTuple):
     """A loaded base.
 
     Attributes:
-        fresh: names of modules that the base's files have no weights for, so that they must be trained.
+        fresh: names of modules for which the base's files have no weights, so that they must be trained.
     """
 
     model: Any
@@ -73,11 +73,11 @@ def load_base(
     """Load a base for a task.
 
     Args:
-        path: transformers folder or hub id; None is the embedded base. A hub id is taken from the local cache
-            where it is there, so that no network is needed.
+        path: transformers folder or hub id; None is the embedded base. A hub id is loaded from the local cache if
+            it is there, without the network.
         task: ``causal``, ``seq2seq``, ``classification`` or ``regression``.
-        num_labels: outputs of a classification head; those of `label_names` where None.
-        label_names: names of the classes, in order. A head trained for other names counts as fresh.
+        num_labels: number of outputs of a classification head; None means that of `label_names`.
+        label_names: names of the classes, in order. A head that was trained for other names counts as fresh.
         precision: of the weights and what is computed with them. ``auto`` is what the device computes fast and safely
             (`inlay.machine.precision`), ``stored`` is the files' own whatever that costs, for weights that are to be
             written and not computed with; else ``bf16``, ``fp32`` or ``fp16``.
@@ -88,8 +88,8 @@ def load_base(
             `inlay train` would put it.
 
     Raises:
-        ConfigError: not a model, weights that are missing or damaged, an architecture that cannot do the task,
-            no tokenizer; the message says what to give instead.
+        ConfigError: it is not a model, weights are missing or damaged, the architecture cannot do the task, or there is
+            no tokenizer. The message says what to give instead.
     """
     source = base_source(path)
     with quiet_libraries():
@@ -107,7 +107,7 @@ def load_base(
 
 
 def absolute(source: str) -> str:
-    """A local path in full; a hub id as it is."""
+    """The absolute path of a local file or folder; a hub id as it is."""
     path = Path(source).expanduser()
     return str(path.resolve()) if path.exists() else source
 
@@ -116,7 +116,7 @@ def base_source(path: str | Path | None) -> str:
     """The folder or hub id that `path` means.
 
     Raises:
-        ConfigError: a path that is no model folder.
+        ConfigError: the path is not a model folder.
     """
     if path is None:
         from inlay.assets import base_path
@@ -197,7 +197,7 @@ def read_config(source: str) -> Any:
     """The base's transformers configuration.
 
     Raises:
-        ConfigError: unreadable, of an unknown architecture, or not to be had.
+        ConfigError: it is unreadable, has an unknown architecture, or cannot be found.
     """
     from transformers import AutoConfig
 
@@ -210,7 +210,7 @@ def read_config(source: str) -> Any:
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """The modules of a model that are not its trunk: heads."""
+    """The heads of a model: the modules outside of its trunk."""
     trunk = getattr(model, "base_model", None)
     return tuple(
         name
@@ -220,7 +220,7 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
 
 
 def _cached_first(read: Any, source: str, **options: Any) -> Any:
-    """Read from the local cache if it is there; else ask the hub."""
+    """Read from the local cache if possible, else from the hub."""
     if Path(source).is_dir():
         return read(source, **options)
     try:
@@ -240,12 +240,12 @@ def _check_folder(folder: Path) -> None:
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise ConfigError(
             f"base {folder} has a config.json but no weights (*.safetensors). Download the weights beside it; "
-            "a large file kept outside of git must be fetched too"
+            "large files that git keeps elsewhere (LFS) must be fetched too"
         )
 
 
 def able_tasks(config: Any) -> list[str]:
-    """The tasks that a configuration's architecture has a head for."""
+    """The tasks for which a configuration's architecture has a head."""
     import transformers
 
     return [task for task, mapping in MAPPINGS.items() if type(config) in getattr(transformers, mapping)]
@@ -297,7 +297,7 @@ def _read_model(
         )
     except SafetensorError as error:
         raise ConfigError(
-            f"base {source}: its weights are damaged or cut short ({error}). Download them again"
+            f"base {source}: its weights are damaged or truncated ({error}). Download them again"
         ) from error
     except OSError as error:
         raise ConfigError(f"base {source}: its weights cannot be read ({_first_line(error)})") from error
@@ -324,7 +324,7 @@ def _read_quantised(
     model, info = read_quantised(auto, config, tensors, quantize, dtype, **options)
     model.name_or_path = source
     if model.can_generate():
-        with suppress(OSError):  # the model has none of its own
+        with suppress(OSError):  # the model has no generation configuration
             model.generation_config = _cached_first(GenerationConfig.from_pretrained, source)
     return model, info
 
@@ -342,7 +342,7 @@ def _read_tokenizer(source: str) -> Any:
 
 
 def _fresh_modules(model: Any, info: dict[str, Any], source: str, task: str) -> tuple[str, ...]:
-    """The modules without weights; an error where these are more than a head."""
+    """The modules without weights; raises if they are more than a head."""
     mismatched = {key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ())}
     missing = {str(key) for key in info.get("missing_keys", ())} | mismatched
     parameters = {name for name, _ in model.named_parameters()}
@@ -366,7 +366,7 @@ def _fresh_modules(model: Any, info: dict[str, Any], source: str, task: str) -> 
 
 
 def collapse(missing: Collection[str], parameters: Collection[str]) -> tuple[str, ...]:
-    """The largest modules all of whose parameters are missing, in the order of `parameters`."""
+    """The largest modules of which all parameters are missing, in the order of `parameters`."""
     found: list[str] = []
     for name in (name for name in parameters if name in missing):
         parts = name.split(".")[:-1]
@@ -387,7 +387,7 @@ def _other_labels(config: Any, label_names: Sequence[str]) -> bool:
 
 
 def _settle(model: Any, tokenizer: Any, task: str) -> None:
-    """Make model and tokenizer agree on padding, which a classifier on a decoder finds a text's end by."""
+    """Make model and tokenizer agree on padding, by which a decoder that classifies finds the end of a text."""
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     if task in ("classification", "regression") and tokenizer.pad_token_id is not None:

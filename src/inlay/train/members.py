@@ -1,4 +1,4 @@
-"""Adapters that a method is made of (AdapterFusion), from their folders, on the model while it is attached."""
+"""The adapters that a method combines (AdapterFusion): loaded from their folders while the method is attached."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 
 
 def located(method: Method) -> Method:
-    """The method with its folders in full, so that a saved configuration starts the same run from anywhere.
+    """The method with absolute paths of its folders, so that a saved configuration starts the same run from anywhere.
 
     Raises:
-        ConfigError: what it names is no folder or file here.
+        ConfigError: a folder or file that it names does not exist.
     """
     given = method.takes_over()
-    wrong = [f"{word!r} is no folder or file here" for word in given if not Path(word).expanduser().exists()]
+    wrong = [f"{word!r}: no such folder or file" for word in given if not Path(word).expanduser().exists()]
     if wrong:
-        heading = f"method {method.name!r} takes over stored adapters: give their folders, e.g. runs/first/adapter"
+        heading = f"method {method.name!r} combines stored adapters: give their folders, such as runs/first/adapter"
         raise ConfigError(problems(heading, wrong))
     return method.taking_over([str(Path(word).expanduser().resolve()) for word in given]) if given else method
 
 
 @contextmanager
 def standing(model: Any, method: Method, taken: Collection[str]) -> Iterator[Method]:
-    """While it lasts, the adapters in the method's folders are on the model; yields the method with their names.
+    """Attach the adapters in the method's folders for a block; yields the method with their names.
 
-    What they trained whole (a head for their own task) is left in the file.
+    Their copies of whole modules (heads for their own tasks) are not loaded.
 
     Args:
-        taken: names that they must not have.
+        taken: names that are not free.
 
     Raises:
-        AdapterFileError, BaseMismatchError: one that cannot be put on this model.
+        AdapterFileError, BaseMismatchError: an adapter cannot be attached to this model.
     """
     import inlay
 
@@ -65,7 +65,7 @@ def _load(model: Any, path: Path, name: str) -> Adapter:
 
 
 def _free_name(path: Path, taken: Collection[str]) -> str:
-    """After the run's folder, in which an adapter's own is always called the same."""
+    """A free name, taken from the run's folder, because the adapter's own folder is always called `adapter`."""
     last = path.parent.name if path.name == "adapter" else path.stem
     base = re.sub(r"[^A-Za-z0-9_-]+", "-", last) or "member"
     return next(n for n in (base, *(f"{base}-{i}" for i in range(2, 2 + len(taken) + 1))) if n not in taken)

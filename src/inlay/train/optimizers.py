@@ -7,7 +7,7 @@ from typing import Any
 
 from inlay.core.errors import ConfigError
 
-# Our name → that of `transformers.TrainingArguments.optim`; None is its default, AdamW of torch.
+# Our name → the name in `transformers.TrainingArguments.optim`; None is its default, torch's AdamW.
 NAMES: dict[str, str | None] = {
     "adamw": None,
     "adamw8bit": "adamw_8bit",
@@ -18,26 +18,26 @@ NAMES: dict[str, str | None] = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
-OWN = ("adamw", "adafactor", "sgd")  # that need no further package
+OWN = ("adamw", "adafactor", "sgd")  # these need no further package
 
 
 def check_optimizer(name: str) -> None:
-    """Raise one `ConfigError` if the optimizer cannot run here."""
+    """Raise a `ConfigError` if the optimizer cannot run here."""
     import torch
 
     if name not in OWN and find_spec("bitsandbytes") is None:
         raise ConfigError(f"optimizer {name!r} needs bitsandbytes, which is not installed: pip install bitsandbytes")
     if name.startswith("paged") and not torch.cuda.is_available():
         without = name.removeprefix("paged-")
-        raise ConfigError(f"optimizer {name!r} moves its states between a GPU and memory; on a CPU give {without!r}")
+        raise ConfigError(f"optimizer {name!r} moves its states between GPU and main memory; on a CPU give {without!r}")
 
 
 def optimizer_options(name: str, *, scaled: bool = False) -> dict[str, Any]:
-    """For `TrainingArguments`.
+    """The arguments of `TrainingArguments` for an optimizer.
 
     Args:
-        scaled: gradients are, and a step that overflows is to be left out: a fused optimizer would be called for it
-            all the same, and the schedule of rates would go on.
+        scaled: whether gradients are scaled, so that a step that overflows must be skipped. A fused optimizer would be
+            called for it all the same, and the learning-rate schedule would advance.
     """
     chosen = "adamw_torch" if scaled and NAMES[name] is None else NAMES[name]
     return {} if chosen is None else {"optim": chosen}

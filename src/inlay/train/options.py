@@ -1,6 +1,6 @@
-"""The options of a run as plain data: what `RunConfig` declares, read from `run.schema.json` without importing it.
+"""The options of a run as plain data: the fields of `RunConfig`, read from `run.schema.json` without importing it.
 
-`inlay train --help` must not wait for pydantic, torch or the methods.
+So `inlay train --help` does not have to wait for pydantic, torch or the methods.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Option:
     """A field of `RunConfig`.
 
     Attributes:
-        name: of the field; with dashes, of the flag.
+        name: name of the field; the flag has dashes instead of underscores.
         kinds: JSON's words for its types, without ``null``: ``string``, ``integer``, ``number``, ``boolean``,
             ``array``, ``object``.
-        choices: what it may be, where that is a list of words.
-        default: None where it is found out when the run starts, or required.
+        choices: the words it may be; empty if it is not restricted to words.
+        default: None if it is found out when the run starts, or if the option is required.
         told: what it does.
-        unsaid: what happens where it is not given, as told; empty where that follows from `told`.
+        unsaid: what happens if it is not given; empty if that follows from `told`.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Option:
 
     @property
     def help(self) -> str:
-        """One line: what it does, what it may be, what it is where nothing is said."""
+        """One line: what it does, its choices, its default."""
         choices = f" One of {', '.join(self.choices)}." if self.choices else ""
         return f"{self.told}{choices}{UNSAID if self.unsaid else ''}{self.unsaid}{'.' if self.unsaid else ''}"
 
@@ -55,7 +55,7 @@ def described(schema: dict[str, Any]) -> dict[str, Option]:
 
 
 def choices(name: str) -> str:
-    """What an option may be, as text: ``nf4, fp4, int8``."""
+    """The choices of an option as text: ``nf4, fp4, int8``."""
     return ", ".join(options()[name].choices)
 
 

@@ -1,6 +1,6 @@
-"""The order of the rows: random, with rows of like length together, and known from seed and epoch alone.
+"""The order of the rows: random, with rows of similar length together, and determined by seed and epoch alone.
 
-That it depends on nothing else makes a run resumable at any step; like lengths spare padding.
+Because it depends on nothing else, a run can be resumed at any step. Similar lengths need less padding.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-WINDOW = 32  # batches within which rows are sorted: a tenth less padding than 8 on short questions; more mixes less
+WINDOW = 32  # batches within which rows are sorted; more would mix less, 8 pads a tenth more on short questions
 
 
 class LengthGroupedOrder(Sampler[int]):
     """Row numbers for one epoch after another.
 
     Args:
-        lengths: tokens of each row.
+        lengths: number of tokens of each row.
         batch_size: rows in a batch.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -40,7 +40,7 @@ class LengthGroupedOrder(Sampler[int]):
         for start in range(0, len(rows), size):
             window = sorted(rows[start : start + size], key=lambda row: self.lengths[row])
             batches += [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
-        # A short batch stays last: anywhere else it would shift the borders of the others.
+        # A batch with fewer rows stays last: anywhere else it would shift the borders of the others.
         whole = [batch for batch in batches if len(batch) == self.batch_size]
         short = [batch for batch in batches if len(batch) < self.batch_size]
         for place in torch.randperm(len(whole), generator=generator).tolist():

@@ -1,4 +1,4 @@
-"""Rows behind one another in place of padding, where that gives what padding gives."""
+"""Packing several rows into one sequence instead of padding them, if that gives the same results."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
     from inlay.data.collating import Collator
 
-LENGTHS = (17, 24, 11)  # of the texts that a model is tried on
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative, of one token's scores
+LENGTHS = (17, 24, 11)  # lengths of the texts on which a model is tried
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative, for the logits of one token
 
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Packs rows of different lengths; rows of one length need no padding and stay a batch."""
+    """Packs rows of different lengths; rows of equal length need no padding and stay a batch."""
 
     padded: Collator
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """As `Collator`'s; packed, all tensors are (1, tokens), with ``position_ids`` that begin anew in each row."""
+        """As in `Collator`; packed tensors are (1, tokens), with ``position_ids`` that restart at each row."""
         texts = [list(row["input_ids"]) for row in rows]
         if len({len(text) for text in texts}) == 1:
             return self.padded(rows)
@@ -44,10 +44,10 @@ class PackingCollator:
 
 
 def packs(config: RunConfig, task: str, model: Any, adapter: Adapter, rows: Dataset) -> bool:
-    """Whether a run packs its rows; the model is ready for it if so.
+    """Whether a run packs its rows; if so, the model is prepared for it.
 
     Raises:
-        UnsupportedError: packing was asked for and is not exact here.
+        UnsupportedError: packing was asked for, but is not exact here.
     """
     if config.packing is False or config.compile:  # a graph does not know where rows begin
         return False
@@ -64,33 +64,35 @@ def packs(config: RunConfig, task: str, model: Any, adapter: Adapter, rows: Data
 
 def _prepare(config: RunConfig, task: str, model: Any, adapter: Adapter, rows: Dataset) -> None:
     if task != "causal":
-        raise UnsupportedError(f"the task {task} reads whole rows; only causal rows can be packed")
+        raise UnsupportedError(f"only rows of the task causal can be packed, not of {task}")
     for piece in adapter.pieces:
         if isinstance(piece, PromptPiece) or (isinstance(piece, DeltaPiece) and piece.delta.reads_span):
-            raise UnsupportedError(f"{adapter.method.name} depends on where a row begins")
+            raise UnsupportedError(f"method {adapter.method.name!r} depends on where a row begins")
     if config.gradient_checkpointing and next(model.parameters()).is_cuda:
-        raise UnsupportedError("a GPU recomputes checkpointed layers in another thread, which does not know the rows")
+        raise UnsupportedError(
+            "a GPU recomputes checkpointed layers in another thread, which does not know where rows begin"
+        )
     texts = _texts(rows)
     undo = packed.prepare(model)
     with trunk.quietly(model), _moved(adapter):
         exact = packed.isolates(model, texts, TOLERANCE.get(model.dtype, 1e-3))
     if not exact:
         undo()
-        raise UnsupportedError(f"{type(model).__name__} does not give packed rows the scores they have alone")
+        raise UnsupportedError(f"{type(model).__name__} gives packed rows other logits than the same rows alone")
 
 
 def _texts(rows: Dataset) -> list[list[int]]:
     """Pieces of the run's own rows, of different lengths."""
     tokens = [token for row in rows.select(range(min(len(rows), 64)))["input_ids"] for token in row]
     if len(tokens) < sum(LENGTHS):
-        raise UnsupportedError(f"{len(tokens)} tokens are too few to try it on")
+        raise UnsupportedError(f"{len(tokens)} tokens are too few to try it")
     starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
     return [tokens[start : start + length] for start, length in zip(starts, LENGTHS, strict=True)]
 
 
 @contextmanager
 def _moved(adapter: Adapter) -> Iterator[None]:
-    """An adapter away from where it starts, which is often a place where it does nothing."""
+    """For a block, move an adapter away from its start, where it often does nothing."""
     kept = [(p, p.detach().clone()) for p in adapter.parameters()]
     try:
         for parameter, _ in kept:

@@ -1,8 +1,9 @@
-"""Passes that are cut smaller when memory runs out.
+"""Micro-batches ("passes") that get smaller when memory runs out.
 
-A step's rows, and what each of them weighs in its loss, do not depend on how the step is cut into passes
-(`AdapterTrainer.compute_loss`). So when a pass breaks, the step's gradients so far are dropped, the random numbers
-are put back to where it began, and all of it is done again in passes of half the rows, as is everything after it.
+The rows of a step and their weights in its loss do not depend on how the step is divided into passes
+(`AdapterTrainer.compute_loss`). So if a pass runs out of memory, the step's gradients so far are dropped, the random
+state of its start is restored, and the step is repeated in passes of half the rows; all later passes have that size
+too.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from inlay.core.errors import ConfigError
 
 Made = TypeVar("Made")
 Batch = dict[str, Any]
-# What torch says when the system gives it no more memory on a CPU, where it has no error class for that.
+# Torch's messages when a CPU has no more memory, for which it has no error class.
 SAID = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "out of memory")
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that there is no more memory."""
+    """Whether an error means that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
@@ -33,11 +34,11 @@ class Passes:
     """Runs batches, whole or in parts.
 
     Args:
-        discard: drops what a broken step has left behind.
+        discard: drops what a failed step has left behind.
         told: called with the new number of rows when it has changed.
 
     Attributes:
-        rows: that a pass may have; None as long as all went well.
+        rows: most rows of a pass; None until memory runs out.
     """
 
     def __init__(self, *, discard: Callable[[], None], told: Callable[[int], None]) -> None:
@@ -47,14 +48,14 @@ class Passes:
         self.state: list[Tensor] = []
 
     def begin(self) -> None:
-        """A step begins; until the next one, all batches belong to it."""
+        """Begin a step; all batches until the next call belong to it."""
         self.done, self.state = [], _random_state()
 
     def run(self, batch: Batch, do: Callable[[Batch], Made]) -> list[Made]:
-        """What `do` makes of each part of the batch, which is the next of its step.
+        """Call `do` with each part of the next batch of the step, and return the results.
 
         Raises:
-            ConfigError: not even one row fits.
+            ConfigError: not even one row fits into memory.
         """
         self.done.append(batch)
         made = self._attempt([batch], do)
@@ -66,7 +67,7 @@ class Passes:
         return made
 
     def _attempt(self, batches: list[Batch], do: Callable[[Batch], Made]) -> list[Made] | None:
-        """What `do` makes of the last batch; None where memory ran out, and nothing holds on to what was made."""
+        """The results of `do` for the last batch; None if memory ran out, and then nothing refers to them."""
         made: list[Made] = []
         try:
             for batch in batches:
@@ -93,7 +94,7 @@ class Passes:
 
 
 def parts(batch: Batch, rows: int | None) -> Iterator[Batch]:
-    """The batch in runs of at most so many rows; whole where None."""
+    """The batch in parts of at most so many rows; None does not divide it."""
     begin = starts(batch)
     if rows is None or len(begin) <= rows:
         yield batch
@@ -108,7 +109,7 @@ def parts(batch: Batch, rows: int | None) -> Iterator[Batch]:
 
 
 def starts(batch: Batch) -> list[int]:
-    """Where each row begins: its number, or its first token where rows are packed behind one another."""
+    """Where each row begins: its number, or its first token if rows are packed."""
     if "position_ids" in batch:
         return [int(i) for i in (batch["position_ids"][0] == 0).nonzero().squeeze(1)]
     return list(range(len(batch["labels"])))

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 SHARED = tuple(n for n in ("precision", "quantize", "gradient_checkpointing") if n in RunConfig.model_fields)
 USUAL_EPOCHS, MOST_EPOCHS, FEWEST_STEPS = 3, 20, 250
-ROWS_TO_INITIALISE = 512  # of the training rows, for methods that are initialised from data
+ROWS_TO_INITIALISE = 512  # training rows, for methods that are initialised from data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ class Prepared:
     """Everything a run needs before its first step.
 
     Attributes:
-        config: resolved: nothing left to be found out.
-        identity: digests of rows and base; a resumed run must have the same.
+        config: resolved, with nothing left to find out.
+        identity: digests of rows and base, which must be the same when the run is resumed.
         precision: the line that tells in which precision the run computes, and why.
     """
 
@@ -72,14 +72,14 @@ class Prepared:
 
 
 def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
-    """Read, check, load and encode; nothing is written.
+    """Read, check, load and encode everything; nothing is written.
 
     Args:
-        beside: a run that is prepared already. This one shares its base, with an adapter of its own there, and
-            everything drawn at random is what it would be alone.
+        beside: a run that is prepared already. The new one shares its base, with its own adapter, and draws the same
+            random numbers as it would alone.
 
     Raises:
-        UserError: whatever is wrong with configuration, data or base.
+        UserError: something is wrong with configuration, data or base.
     """
     from transformers import set_seed
 
@@ -97,14 +97,15 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
     rows, held = split_rows(rows, held, config)
     chosen = precision_for(config.base, config.precision, quantize=config.quantize)
     config = config.changed(precision=chosen.precision)
-    set_seed(config.seed)  # a fresh head and the adapter are drawn from it
+    set_seed(config.seed)  # a new head and the adapter are drawn with it
     own, base = _bases(config, layout, task, labels, beside)
     base_parameters = beside.base_parameters if beside else sum(p.numel() for p in base.model.parameters())
-    # What is initialised from data needs the rows first; what takes room in the context is attached before them.
+    # A method that is initialised from data needs the rows first; others may take room in the context, so they come
+    # first.
     adapter = None if method.needs_data else _attach(base, method, config)
     config = config.changed(max_length=max_length_of(config, layout, base, adapter), on_long=on_long_of(config, layout))
     train = encoded(rows, layout, base, task, labels, config)
-    # As evaluation pads: on the left, positions that a model counts by itself would begin at the padding.
+    # As in evaluation: with padding on the left, positions that a model counts itself would start at the padding.
     collator: Any = replace(collate(base.tokenizer, task), side="right")
     if adapter is None:
         adapter = _attach(base, method, config, _batches(train, collator, config))
@@ -135,7 +136,7 @@ def prepare(config: RunConfig, *, beside: Prepared | None = None) -> Prepared:
 def _bases(
     config: RunConfig, layout: Layout, task: Task, labels: list[str] | None, beside: Prepared | None
 ) -> tuple[Base, Base]:
-    """The base as this run alone would load it, and the one it is put on; the same where it shares none."""
+    """The base as this run would load it alone, and the base it uses; the same unless it shares one."""
     source = absolute(base_source(config.base))
     own = _loader(beside)(
         source if config.base else None,
@@ -177,7 +178,7 @@ def _attach(base: Base, method: Method, config: RunConfig, data: list[Any] | Non
     import inlay
 
     there = inlay.adapters(base.model)
-    with inlay.use(base.model, None) if there else nullcontext():  # what is read of the base is the base's
+    with inlay.use(base.model, None) if there else nullcontext():  # so that the base itself is read
         return _attached(base, method, config, _free_name(config.name, there), data)
 
 
@@ -197,20 +198,20 @@ def _attached(base: Base, method: Method, config: RunConfig, name: str, data: li
 
 
 def _free_name(name: str, there: Collection[str]) -> str:
-    """The adapter's name, or one like it where another run on the same base has that."""
+    """The adapter's name, with a number if another run on the same base has it already."""
     numbered = (f"{name}-{number}" for number in itertools.count(2))
     return next(free for free in itertools.chain([name], numbered) if free not in there)
 
 
 def _loader(beside: Prepared | None) -> Callable[..., Base]:
-    """`load_base`, unless there is nothing in the base that is drawn afresh for each run."""
+    """`load_base`; or the shared base, if nothing in it is drawn anew for each run."""
     if beside is None or beside.base.fresh:
         return load_base
     return lambda *_, **__: beside.base
 
 
 def _take_heads(adapter: Adapter, own: Any) -> None:
-    """Heads that were made afresh for this run, in the place of those of the base that it shares."""
+    """Replace the shared base's new heads by those that were drawn for this run."""
     import torch
 
     values = dict(own.named_parameters(remove_duplicate=False))
@@ -220,7 +221,7 @@ def _take_heads(adapter: Adapter, own: Any) -> None:
 
 
 def _check_beside(config: RunConfig, task: str, labels: list[str] | None, beside: Prepared) -> None:
-    """Whether a run can share the base of another."""
+    """Raise if a run cannot share the base of another."""
     other = beside.config
     pairs: dict[str, tuple[Any, Any]] = {
         "base": (absolute(base_source(config.base)), absolute(base_source(other.base))),
@@ -234,19 +235,19 @@ def _check_beside(config: RunConfig, task: str, labels: list[str] | None, beside
 
 
 def _batches(rows: Dataset, collator: Any, config: RunConfig) -> list[Any]:
-    """Training rows to initialise from: at most a few hundred, drawn by the seed."""
+    """Training rows for initialisation: at most a few hundred, drawn with the seed."""
     order = np.random.default_rng(config.seed).permutation(len(rows))[:ROWS_TO_INITIALISE]
     cuts = range(0, len(order), config.batch_size)
     return [collator([rows[int(i)] for i in order[at : at + config.batch_size]]) for at in cuts]
 
 
 def default_epochs(steps_per_epoch: int) -> float:
-    """Three, or of few rows as many as make 250 steps, at most twenty: a rate cannot rise and fall in ten steps."""
+    """Three, or more if the rows are few: enough for 250 steps, at most twenty. Ten steps are no schedule."""
     return float(max(USUAL_EPOCHS, min(MOST_EPOCHS, math.ceil(FEWEST_STEPS / steps_per_epoch))))
 
 
 def _resolved(config: RunConfig, task: Task, method: Method, layout: Layout, rows: int) -> tuple[RunConfig, int]:
-    """Everything that was found out, and absolute paths, so that the saved file says it all; and the run's steps."""
+    """The configuration with everything found out filled in and absolute paths; and the run's number of steps."""
     recipe = method.recipe
     per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.accumulate)
     epochs = config.epochs or default_epochs(per_epoch)

@@ -1,4 +1,4 @@
-"""Noise of libraries that says nothing a user can act on, off while a run lasts."""
+"""Silencing messages of libraries that a user cannot act on, during a run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import logging as python_logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# The first two speak while transformers is imported, the last to everyone without an optional package for 4-bit layers.
+# The first two log while transformers is imported, the last whenever an optional package for 4-bit layers is missing.
 TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 def hush() -> None:
-    """Let these say errors only; best before they are imported."""
+    """Let these loggers report errors only; best called before the libraries are imported."""
     for name in TALKATIVE:
         python_logging.getLogger(name).setLevel(python_logging.ERROR)
 
@@ -20,8 +20,8 @@ def hush() -> None:
 def quiet_libraries() -> Iterator[None]:
     """Silence progress bars and notices of transformers and datasets; errors still show.
 
-    What these notices are about (weights that are missing or of other shapes, special tokens) is checked
-    in `loading.py`, which raises instead.
+    `loading.py` checks what these notices are about (weights that are missing or have other shapes, special tokens) and
+    raises instead.
     """
     hush()
     import datasets

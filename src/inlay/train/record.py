@@ -1,4 +1,4 @@
-"""`training.json` beside an adapter: what evaluating and generating must know about its training."""
+"""`training.json` beside an adapter: what evaluation and generation need to know about its training."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ class TrainingRecord:
     """Facts of a finished or running training.
 
     Attributes:
-        task: what was trained.
-        base: folder or hub id; None is the embedded base. In the file a folder has its last name only (`shareable`);
-            `read_record` finds the whole path in the configuration of the run, while the adapter lies in its folder.
+        task: the task of the training.
+        base: folder or hub id; None is the embedded base. The file has only the last name of a folder (`shareable`);
+            `read_record` finds the whole path in the run's configuration, as long as the adapter is in the run's
+            folder.
         labels: names of the classes in the order of the head's outputs.
         columns: role → column of the training data.
-        kind: of the data: ``completion``, ``chat``, ``classification``, ``regression`` or ``text``.
+        kind: kind of the data: ``completion``, ``chat``, ``classification``, ``regression`` or ``text``.
         prompt_template, separator: how prompt and completion were joined.
-        max_length: tokens a row could have.
-        data: digests of the encoded rows, ``train`` and maybe ``eval``.
-        versions: of Python and the libraries.
-        quantize: format of the base's weights; None is as they are.
+        max_length: most tokens of a row.
+        data: digests of the encoded rows, ``train`` and perhaps ``eval``.
+        versions: versions of Python and the libraries.
+        quantize: format of the base's weights; None if they were not quantised.
     """
 
     task: str
@@ -55,10 +56,10 @@ class TrainingRecord:
 
 
 def read_record(folder: str | Path) -> TrainingRecord | None:
-    """The record beside an adapter; None where the adapter was not made by a training run.
+    """The record beside an adapter; None if the adapter does not come from a training run.
 
     Raises:
-        AdapterFileError: a record that cannot be read.
+        AdapterFileError: the record cannot be read.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -70,23 +71,23 @@ def read_record(folder: str | Path) -> TrainingRecord | None:
         return TrainingRecord(**values, base=base, labels=None if labels is None else tuple(labels))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise AdapterFileError(
-            f"{path} is not a whole training record ({error}); copy it again, or remove it"
+            f"{path} is not a complete training record ({error}); copy it again, or remove it"
         ) from error
 
 
 def _in_full(base: str | None, folder: Path) -> str | None:
-    """The path of a base of which only the name was recorded, as the run around the adapter has it."""
+    """The path of a base of which only the name was recorded, found in the configuration of the adapter's run."""
     if base is None or not base.startswith(LOCAL):
         return base
     try:
         named = yaml.safe_load((folder.resolve().parent / "run.yaml").read_text(encoding="utf-8"))["base"]
         return str(named) if shareable(named) == base else base
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-        return base  # the adapter was taken out of its run's folder
+        return base  # the adapter is no longer in its run's folder
 
 
 def versions() -> dict[str, str]:
-    """What the run ran with."""
+    """The versions of inlay, Python and the libraries."""
     found = {name: metadata.version(name) for name in ("torch", "transformers", "datasets", "accelerate")}
     from inlay import __version__
 

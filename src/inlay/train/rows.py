@@ -1,4 +1,4 @@
-"""The rows of a run: read, split, and encoded to what the base can read beside its adapter."""
+"""The rows of a run: read, split, and encoded to the length that base and adapter allow."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from inlay.core.contracts.adapter import Adapter
     from inlay.data import Layout
 
-FEWEST_TO_SPLIT = 20  # rows; holding one out of fewer says nothing and costs too much
-UNBOUNDED_CONTEXT = 1024  # tokens, where a base states no limit
-TEXT_WINDOW = 1024  # tokens; plain text is cut into rows, which need not be as long as the longest contexts
+FEWEST_TO_SPLIT = 20  # rows; of fewer, holding some out costs too much and tells too little
+UNBOUNDED_CONTEXT = 1024  # tokens, for a base without a stated limit
+TEXT_WINDOW = 1024  # tokens; plain text is cut into rows, which need not fill the longest contexts
 
 
 def read_rows(config: RunConfig) -> tuple[Dataset, Dataset | None, Layout]:
-    """Both tables as read, and the layout they share."""
+    """The training table, the evaluation table (or None), and the layout they share."""
     from inlay.data import Reading, read_table, resolve_columns
 
     reading = Reading(**check_fields(Reading, config.reading, heading="reading", noun="option"))
@@ -31,7 +31,7 @@ def read_rows(config: RunConfig) -> tuple[Dataset, Dataset | None, Layout]:
     layout = resolve_columns(rows, config.columns, task=config.task)
     if config.eval_data is None and config.eval_split is None:
         return rows, None, layout
-    source = config.eval_data or config.data  # a split of the same data set may be held out
+    source = config.eval_data or config.data  # it may be a split of the same data set
     held = read_table(source, split=config.eval_split, reading=reading)
     try:
         other = resolve_columns(held, roles_of(layout), task=config.task)
@@ -43,7 +43,7 @@ def read_rows(config: RunConfig) -> tuple[Dataset, Dataset | None, Layout]:
 
 
 def guess_task(layout: Layout, source: str) -> Task:
-    """The task that columns and base suggest."""
+    """The most likely task for these columns and this base."""
     if layout.kind in ("classification", "regression"):
         return layout.kind
     encoder_decoder = bool(getattr(read_config(source), "is_encoder_decoder", False))
@@ -57,19 +57,19 @@ def labels_for(rows: Dataset, layout: Layout, task: Task) -> list[str] | None:
 
 
 def answers_for(rows: Dataset, layout: Layout, labels: list[str] | None) -> list[str] | None:
-    """The labels that evaluating chooses from: also those that a language model answers with."""
+    """The labels among which evaluation chooses, including those with which a language model answers."""
     from inlay.data import labels_of
 
     if labels is not None or layout.kind != "classification":
         return labels
     try:
         return labels_of(rows, layout)
-    except DataError:  # one label alone: nothing to choose from
+    except DataError:  # there is only one label, so nothing to choose from
         return None
 
 
 def split_rows(rows: Dataset, held: Dataset | None, config: RunConfig) -> tuple[Dataset, Dataset | None]:
-    """Hold rows out for evaluation, drawn by the seed, where no file for it is given."""
+    """Hold rows out for evaluation, drawn with the seed, if no file is given for it."""
     if held is not None or config.eval_share == 0:
         return rows, held
     if len(rows) < FEWEST_TO_SPLIT:
@@ -103,12 +103,12 @@ def encoded(
 
 
 def longest_first(rows: Dataset) -> Dataset:
-    """Longest first: least padding, and too much memory shows at once."""
+    """Sort rows, longest first: least padding, and a lack of memory shows at once."""
     return rows.select(np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable"))
 
 
 def max_length_of(config: RunConfig, layout: Layout, base: Base, adapter: Adapter | None) -> int:
-    """The longest row the base can read beside the adapter's virtual tokens."""
+    """The longest row that the base can read in addition to the adapter's virtual tokens."""
     context, virtual = context_of(base.model, base.tokenizer), 0 if adapter is None else _virtual_tokens(adapter)
     room = (context or UNBOUNDED_CONTEXT) - virtual
     if room < 2:
@@ -126,7 +126,7 @@ def max_length_of(config: RunConfig, layout: Layout, base: Base, adapter: Adapte
 
 
 def context_of(model: Any, tokenizer: Any) -> int | None:
-    """Tokens a base can read, None where it states no limit."""
+    """The number of tokens a base can read; None if there is no stated limit."""
     from inlay.bases.context import stated_context
 
     limits = [stated_context(model), tokenizer.model_max_length]
@@ -146,7 +146,7 @@ def on_long_of(config: RunConfig, layout: Layout) -> str:
 
 
 def roles_of(layout: Layout) -> dict[str, str]:
-    """Role → column, as a configuration states it."""
+    """Role → column, as in a configuration."""
     from inlay.data.columns import ROLES
 
     return {role: column for role in ROLES if (column := getattr(layout, role)) is not None}

@@ -35,23 +35,23 @@ IDENTITY = "identity.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
         out: the run's folder.
         adapter: the adapter's folder.
         metrics: ``train_loss`` (mean over all steps) and the kept adapter's ``eval_`` scores.
-        steps: that were run.
-        best_step: after which the kept adapter was saved, None without evaluations.
-        stopped_early: whether patience ended it.
-        seconds: in training steps, over all parts of a resumed run.
-        trainable: trained numbers, a head included.
-        precision: in which the base was held and computed; None in results of earlier versions.
-        skipped_steps: that fp16 overflowed in, so that nothing was learned.
-        peak_memory_bytes: of the device, or of this process on a CPU.
-        tokens_per_second: not counting padding.
-        micro_batch: rows a pass had at the end, where memory ran out and `batch_size` did not fit; else None.
-        compiled: what compiling the layers cost and gave (`Compilation`); None where they are not compiled.
+        steps: number of steps that were run.
+        best_step: the step after which the kept adapter was saved; None without evaluations.
+        stopped_early: whether `early_stopping` ended the run.
+        seconds: time in training steps, over all parts of a resumed run.
+        trainable: number of trained values, a head included.
+        precision: precision in which the base was held and computed; None in results of earlier versions.
+        skipped_steps: number of steps in which fp16 overflowed, so that nothing was learned.
+        peak_memory_bytes: peak memory of the device, or of this process on a CPU.
+        tokens_per_second: without padding.
+        micro_batch: rows per micro-batch at the end, if memory ran out and `batch_size` did not fit; else None.
+        compiled: cost and gain of compiling the layers (`Compilation`); None if they are not compiled.
     """
 
     out: Path
@@ -70,16 +70,16 @@ class RunResult:
     compiled: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As the command prints it; the file in the run's folder names what is beside it (`stored`)."""
+        """Plain data, with the paths as the command prints them."""
         return {**dataclasses.asdict(self), "out": str(self.out), "adapter": str(self.adapter)}
 
     def stored(self) -> str:
-        """The text of result.json, which holds wherever the folder is moved."""
+        """The text of result.json; its paths are relative, so that the folder can be moved."""
         return json.dumps(self.to_dict() | {"out": ".", "adapter": self.adapter.name}, indent=2) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> RunResult:
-        """The result of a finished run."""
+        """Read the result of a finished run."""
         values = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**values, "out": path.parent, "adapter": path.parent / "adapter"})
 
@@ -88,22 +88,23 @@ def run(config: RunConfig, *, resume: bool = False, overwrite: bool = False, pro
     """Train an adapter.
 
     Args:
-        config: what to do.
-        resume: go on with the run in ``config.out`` from its last checkpoint, giving the numbers it would have
-            given without the stop; a finished run gives its result.
+        config: the configuration.
+        resume: continue the run in ``config.out`` from its last checkpoint, with the same numbers as without the stop;
+            for a finished run, return its result.
         overwrite: replace the run in ``config.out``.
-        progress: show it on standard error.
+        progress: show progress on standard error.
 
     Raises:
-        UserError: whatever the user can mend; the output folder is as it was, or holds whole files to resume from.
-        Stopped: Ctrl-C or SIGTERM; the checkpoint is saved.
+        UserError: a mistake that the user can correct. The output folder is unchanged, or has complete files from which
+            to resume.
+        Stopped: Ctrl-C or SIGTERM; a checkpoint is saved.
     """
     if resume and overwrite:
         raise ConfigError("resume and overwrite exclude each other: one goes on with a run, the other replaces it")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UnsupportedError(
-            "`inlay train` is one process on one device. For several, attach the adapter in a script of your own "
-            "and launch it with torchrun; attached models train in any loop"
+            "`inlay train` uses one process and one device. For several, attach the adapter in a script of your own "
+            "and launch it with torchrun; models with adapters can be trained in any loop"
         )
     folder = RunFolder(config.out)
     folder.check(resume=resume, overwrite=overwrite)
@@ -125,18 +126,18 @@ def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
     """The configuration of the run in `out`, for resuming it.
 
     Args:
-        asked: options the user gave again; they must be those of the run.
+        asked: options that the user gave again; they must be the same as in the run.
 
     Raises:
-        OutputError: no run there.
-        ConfigError: options that differ, all of them.
+        OutputError: there is no run.
+        ConfigError: lists all options that differ.
     """
     folder = RunFolder(out)
     folder.check(resume=True, overwrite=False)
     saved = RunConfig.read(folder.config).changed(out=str(folder.root.resolve()))
     if saved.precision == "auto":  # of an earlier version, which computed in what the base is stored in
         saved = saved.changed(precision=own_precision(saved.base, saved.quantize))
-    values = saved.model_dump(mode="json")  # as the file has it: lists, no tuples
+    values = saved.model_dump(mode="json")  # as in the file: lists, no tuples
     wrong = []
     for name, value in RunConfig.of({**values, **asked}).model_dump(mode="json").items():
         if name not in asked or name == "out" or value == values[name]:
@@ -151,7 +152,7 @@ def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
     if wrong:
         raise ConfigError(
             problems(
-                f"{out} cannot go on with other options; leave them out, or start anew with --overwrite",
+                f"{out} cannot be resumed with other options; leave them out, or start again with --overwrite",
                 wrong,
             )
         )
@@ -159,18 +160,18 @@ def resumed_config(out: str | Path, asked: dict[str, Any]) -> RunConfig:
 
 
 def start_folder(folder: RunFolder, prepared: Prepared) -> None:
-    """Make room, and write what a resumed run needs to know."""
+    """Make room in the folder, and write what a resumed run needs."""
     folder.make_room()
     try:
         write_text(folder.checkpoints / IDENTITY, json.dumps(prepared.identity, indent=2))
         write_text(folder.config, prepared.config.to_yaml())
     except OutputError:
-        folder.restore()  # too little to resume from
+        folder.restore()  # there is too little to resume from
         raise
 
 
 def check_identity(folder: RunFolder, prepared: Prepared) -> None:
-    """Refuse to resume on other rows or another base."""
+    """Raise if a run would be resumed on other rows or another base."""
     from inlay.core.model.fingerprint import Fingerprint
 
     path = folder.checkpoints / IDENTITY
@@ -181,18 +182,16 @@ def check_identity(folder: RunFolder, prepared: Prepared) -> None:
             f"{path} cannot be read, so the run cannot be resumed. Start again with --overwrite"
         ) from error
     if before["data"] != prepared.identity["data"]:
-        raise DataError(
-            f"{prepared.config.data} changed since the run began, so it cannot go on. Start again with --overwrite"
-        )
+        raise DataError(f"{prepared.config.data} has changed since the run began. Start again with --overwrite")
     if Fingerprint.from_dict(before["base"]).differences(Fingerprint.from_dict(prepared.identity["base"])):
         base = prepared.config.base or "the embedded base"
-        raise BaseMismatchError(f"{base} changed since the run began, so it cannot go on. Start again with --overwrite")
+        raise BaseMismatchError(f"{base} has changed since the run began. Start again with --overwrite")
 
 
 def train_prepared(
     prepared: Prepared, folder: RunFolder, request: StopRequest, *, progress: bool, callbacks: Sequence[Any] = ()
 ) -> RunResult:
-    """Train what is prepared, in a folder that is started; `callbacks` stand before the run's own."""
+    """Train a prepared run in its folder; `callbacks` are called before the run's own."""
     from transformers.trainer_callback import TrainerState
 
     from inlay.train.callbacks import Metrics, Pace, Progress, say
@@ -216,7 +215,7 @@ def train_prepared(
             stack.callback(undo)
             tell(compilation.told(prepared.total_steps))
         if checkpoint is not None and state is not None and _over(state, prepared, patience_used_up):
-            trainer.state = state  # killed between its last step and its end
+            trainer.state = state  # the run was killed between its last step and its end
             read_tensors(prepared.adapter, checkpoint / "adapter.safetensors")
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -257,7 +256,7 @@ def _trainer(
 
 @contextmanager
 def _explained(config: RunConfig, folder: RunFolder, request: StopRequest, metrics: Metrics) -> Iterator[None]:
-    """A stop, and memory that ran out, with how to go on."""
+    """Turn a stop, or a lack of memory, into an error that says how to continue."""
     from inlay.train.passes import ran_out
 
     try:
@@ -268,13 +267,13 @@ def _explained(config: RunConfig, folder: RunFolder, request: StopRequest, metri
         if not ran_out(error):
             raise
         raise ConfigError(
-            f"out of memory with {metrics.micro_batch or config.batch_size} rows a pass. Lower --batch-size and raise "
-            "--accumulate, give --gradient-checkpointing or a smaller --max-length, and --overwrite"
+            f"out of memory with {metrics.micro_batch or config.batch_size} rows at a time. Lower --batch-size and "
+            "raise --accumulate, give --gradient-checkpointing or a smaller --max-length, and --overwrite"
         ) from error
 
 
 def _serving(trunk: TrunkCache | None) -> Any:
-    """How a batch is run: packed or padded, with the whole stack or what lies above a cut."""
+    """A context manager in which a batch is run: packed or padded, with all layers or those above a cut."""
     from inlay.kernels import packed
 
     @contextmanager
@@ -286,11 +285,11 @@ def _serving(trunk: TrunkCache | None) -> Any:
 
 
 def _shrunk(metrics: Metrics, asked: int, rows: int) -> None:
-    """Note that passes have fewer rows from now on, and say so the first time."""
+    """Record that micro-batches have fewer rows from now on, and warn the first time."""
     if metrics.micro_batch is None:
         sys.stderr.write(
-            f"warning: out of memory with {asked} rows a pass; the step is done again with fewer, which changes "
-            f"its time but not its batch (--batch-size {rows} with more --accumulate would start there)\n"
+            f"warning: out of memory with {asked} rows at a time; the step is repeated with fewer, which takes longer "
+            f"but gives the same batch (--batch-size {rows} with more --accumulate would start this way)\n"
         )
     metrics.micro_batch = rows
 
@@ -302,11 +301,11 @@ def _over(state: Any, prepared: Prepared, patience_used_up: Any) -> bool:
 def _stopped(folder: RunFolder, request: StopRequest) -> Stopped:
     kept = folder.last_checkpoint()
     if kept is None and folder.replaced.is_dir():
-        back = f"before a checkpoint; {folder.root} keeps the run that was to be replaced"
+        back = f"before a checkpoint; {folder.root} still has the run that would have been replaced"
         return Stopped(f"stopped by {request.name} {back}", request.number)
     step = 0 if kept is None else int(kept.name.rpartition("-")[2])
-    again = f"Go on with: inlay train --out {folder.root} --resume"
-    return Stopped(f"stopped by {request.name}: {step} steps are saved in {folder.root}. {again}", request.number)
+    again = f"Continue with: inlay train --out {folder.root} --resume"
+    return Stopped(f"stopped by {request.name}: saved in {folder.root} up to step {step}. {again}", request.number)
 
 
 def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
@@ -357,7 +356,7 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
 def _finish(
     prepared: Prepared, folder: RunFolder, state: Any, metrics: Any, compilation: Compilation | None
 ) -> RunResult:
-    """Save the adapter and its card, then say that the run is finished."""
+    """Save the adapter and its card, then mark the run as finished."""
     lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     scores = {"train_loss": sum(losses) / max(len(losses), 1)}
@@ -389,7 +388,7 @@ def _write_adapter(prepared: Prepared, result: RunResult, part: Path) -> None:
     from inlay.formats import native
     from inlay.train.card import card
 
-    named = dataclasses.replace(prepared.adapter, name=prepared.config.name)  # whatever it is called beside others
+    named = dataclasses.replace(prepared.adapter, name=prepared.config.name)  # beside other runs it has another
     native.write(prepared.base.model, named, part)
     prepared.record.write(part)
     facts = {
@@ -405,7 +404,7 @@ def _write_adapter(prepared: Prepared, result: RunResult, part: Path) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Of the device, or of this process on a CPU."""
+    """Peak memory of the device, or of this process on a CPU."""
     import resource
 
     import torch

@@ -1,12 +1,12 @@
-"""Several runs: one after another, or together, in turns on one copy of the base.
+"""Several runs: one after another, or together, taking turns on one copy of the base.
 
     base (frozen, once) ─┬─ adapter a, optimizer a, rows a ── step ─┐
                          ├─ adapter b, optimizer b, rows b ── step ─┤  a turn is one optimizer step,
                          └─ adapter c, optimizer c, rows c ── step ─┘  with its evaluation and checkpoint
 
-Each run is the run that it would be alone, to the bit: the same code, seeds, batches and random numbers, and the same
-folder. What they share is the base's memory, its loading, and the states of a trunk cache where their rows are the
-same. Activations, the larger part of a step's memory, exist for one run at a time.
+Each run gives the same bits as alone: it has the same code, seeds, batches, random numbers and folder. The runs share
+the base's memory and loading, and the states of a trunk cache for rows that they have in common. Activations, the
+larger part of a step's memory, exist for one run at a time.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def checked(runs: Sequence[Mapping[str, Any]], *, resume: bool) -> list[RunConfi
     """The configurations of several runs.
 
     Raises:
-        ConfigError: what is wrong with any of them, or two that write to one folder.
+        ConfigError: something is wrong with one of them, or two write to the same folder.
     """
     found: list[RunConfig] = []
     for place, values in enumerate(runs, 1):
         if "out" not in values:
-            raise ConfigError(f"run {place} of {len(runs)} has no out: give each the folder to write it to")
+            raise ConfigError(f"run {place} of {len(runs)} has no out: give each run a folder to write to")
         begun = resume and RunFolder(str(values["out"])).config.is_file()
         found.append(
             resumed_config(str(values["out"]), dict(values))
@@ -46,7 +46,7 @@ def checked(runs: Sequence[Mapping[str, Any]], *, resume: bool) -> list[RunConfi
     folders = [str(Path(config.out).expanduser().resolve()) for config in found]
     twice = sorted({folder for folder in folders if folders.count(folder) > 1})
     if twice:
-        raise ConfigError(f"several runs write to {', '.join(twice)}; give each an out of its own")
+        raise ConfigError(f"several runs write to {', '.join(twice)}; give each run its own out")
     return found
 
 
@@ -58,10 +58,10 @@ def run_several(
     resume: bool = False,
     overwrite: bool = False,
 ) -> list[Any]:
-    """Run them all. A run that was not begun is begun when the others are resumed.
+    """Run them all. When they are resumed, a run that had not begun is started.
 
     Args:
-        runner: what runs a method that is run by itself (`inlay.train.run`, or a baseline's).
+        runner: runs a single configuration (`inlay.train.run`, or a baseline's).
     """
     if together:
         return list(run_together(configs, resume=resume, overwrite=overwrite))
@@ -75,16 +75,16 @@ def run_together(configs: Sequence[RunConfig], *, resume: bool = False, overwrit
     """Train several adapters on one copy of their base, in turns.
 
     Args:
-        configs: of runs with the same base, task, labels and precision; all else may differ.
-        resume: go on with those that were begun.
+        configs: runs with the same base, task, labels and precision; everything else may differ.
+        resume: continue those that had begun.
         overwrite: replace runs in the folders.
 
     Raises:
-        UserError: what is wrong with one of them before they start; or, when all others have ended, what broke one.
-        Stopped: Ctrl-C or SIGTERM; every run has saved its checkpoint.
+        UserError: before they start, something is wrong with one of them; or, after all others have ended, one failed.
+        Stopped: Ctrl-C or SIGTERM; every run has saved a checkpoint.
     """
     if any(config.compile for config in configs):
-        raise ConfigError("compile is for runs by themselves: compiled layers serve one adapter at a time")
+        raise ConfigError("compile cannot be combined with several runs at once: compiled layers serve one adapter")
     folders = [RunFolder(config.out) for config in configs]
     begun = [resume and folder.config.is_file() for folder in folders]
     for folder, again in zip(folders, begun, strict=True):
@@ -128,7 +128,7 @@ def _in_turns(
 
 
 def _run(me: int, prepared: Any, folder: RunFolder, request: StopRequest, turns: Any, ended: dict[int, Any]) -> None:
-    """A run's thread: its whole training, a step a turn."""
+    """The thread of a run: its whole training, one step per turn."""
     import inlay
     from inlay.train.callbacks import Turn
 
@@ -137,14 +137,14 @@ def _run(me: int, prepared: Any, folder: RunFolder, request: StopRequest, turns:
         with inlay.use(prepared.base.model, prepared.adapter.name):
             turn = Turn(lambda: turns.pass_on(me))
             ended[me] = train_prepared(prepared, folder, request, progress=False, callbacks=[turn])
-    except BaseException as error:  # told when the other runs have ended
+    except BaseException as error:  # reported when the other runs have ended
         ended[me] = error
     finally:
         turns.leave()
 
 
 def _wait(threads: list[threading.Thread], request: StopRequest) -> None:
-    """Until all runs have ended; the first signal lets each finish its step, a second ends them at once."""
+    """Wait until all runs have ended. The first signal lets each finish its step, a second ends them at once."""
     while any(thread.is_alive() for thread in threads):
         asked = request.number
         try:

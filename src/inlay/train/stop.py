@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, keep it, say how to go on."""
+"""Ctrl-C and SIGTERM: finish the step, save it, and say how to continue."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Stopped(InlayError):
-    """A run that was asked to stop and did; not a mistake.
+    """A run stopped because it was asked to; not a mistake.
 
     Attributes:
-        exit_code: the shell's: 130 for Ctrl-C, 143 for SIGTERM.
+        exit_code: the usual one of the shell: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -28,11 +28,11 @@ class Stopped(InlayError):
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop.
+    """Whether the run was asked to stop.
 
     Attributes:
-        number: of the signal, 0 while there is none.
-        training: whether a step is under way that is worth finishing; else a signal ends the run at once.
+        number: number of the signal; 0 if there was none.
+        training: whether a step is running that is worth finishing; else a signal ends the run at once.
     """
 
     def __init__(self) -> None:
@@ -44,18 +44,18 @@ class StopRequest:
         return _NAMES.get(signal.Signals(self.number), str(self.number))
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Handle a signal: the first is noted, a second ends the run at once."""
+        """Handle a signal: the first is recorded, a second ends the run at once."""
         again = bool(self.number)
         self.number = number
         if again or not self.training:
             raise Stopped(f"stopped by {self.name}", number)
-        sys.stderr.write(f"\n{self.name}: finishing this step, then saving a checkpoint (once more to stop at once)\n")
+        sys.stderr.write(f"\n{self.name}: finishing this step, then saving a checkpoint (repeat to stop at once)\n")
         sys.stderr.flush()
 
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Receive SIGINT and SIGTERM while the block lasts; other threads than the main one cannot."""
+    """Receive SIGINT and SIGTERM within the block, if it runs in the main thread."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

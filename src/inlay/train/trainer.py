@@ -1,12 +1,12 @@
-"""`transformers.Trainer` where a model is a frozen base and one adapter.
+"""`transformers.Trainer` for a frozen base with one adapter.
 
-What differs from the plain Trainer, and nothing else:
+Only these differ from the plain Trainer:
 
-    checkpoint    the adapter, optimizer, schedule, random states and counters; never the base; whole or absent
-    loss          the mean over all scored items of a step, however they are cut into passes
+    checkpoint    the adapter, optimizer, schedule, random states and counters, never the base; complete or absent
+    loss          the mean over all scored items of a step, however it is divided into micro-batches
     evaluation    the mean over all scored items, without keeping logits; it draws no random numbers
     rows          in `order.LengthGroupedOrder`
-    memory        a step that runs out of it is done again in smaller passes (`passes.py`)
+    memory        a step that runs out of memory is repeated in smaller micro-batches (`passes.py`)
     fp16          losses are scaled (`scaling.py`) and nothing is cast
 """
 
@@ -39,16 +39,17 @@ PASSES_FILE = "passes.json"
 
 
 class AdapterTrainer(Trainer):
-    """The loop of `inlay train`.
+    """The training loop of `inlay train`.
 
     Args:
-        adapter: the trained one.
-        folder: where checkpoints go.
+        adapter: the adapter to train.
+        folder: the run's folder, for checkpoints.
         task: decides what a scored item is: a token or a row.
-        patience: evaluations without a better score after which training ends; None is never.
-        told: called with (rows done, all rows) during evaluations.
-        shrunk: called with the rows a pass has from now on, when memory ran out.
-        serving: gives what the model is called with for a batch, and lasts until its backward pass is over.
+        patience: training ends after so many evaluations without a better score; None is never.
+        told: callback during evaluations: (rows done, all rows).
+        shrunk: callback when memory ran out: (rows of a micro-batch from now on).
+        serving: context manager that yields the arguments of the model's call for a batch; stays open until the
+            backward pass is over.
         skipped: for a base in fp16: losses are scaled, and this is called for each step that overflows.
     """
 
@@ -83,7 +84,7 @@ class AdapterTrainer(Trainer):
         return LengthGroupedOrder(lengths, self.args.train_batch_size, self.args.seed)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The passes of one step, and how many items are scored in all of them (on all devices)."""
+        """The micro-batches of one step, and the number of scored items in all of them (on all devices)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items = torch.tensor(sum(self.items(batch) for batch in batches), device=device)
         if self.args.world_size > 1:
@@ -92,15 +93,15 @@ class AdapterTrainer(Trainer):
         return batches, items
 
     def items(self, batch: dict[str, Tensor]) -> int:
-        """Scored items of a batch: rows of a classifier, tokens that are predicted elsewhere."""
+        """The number of scored items of a batch: rows for a classifier, else predicted tokens."""
         labels = batch["labels"]
         if self.task in ("classification", "regression"):
             return int(labels.shape[0])
-        # A decoder predicts a token from those before it, so it never predicts the first.
+        # A decoder predicts each token from the ones before it, so it never predicts the first.
         return int((labels[:, 1:] if self.task == "causal" else labels).ne(IGNORED).sum())
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One pass, forward and backward; in parts where memory ran out before."""
+        """Forward and backward of one micro-batch, in parts if memory ran out before."""
         step = super().training_step
 
         def run(part: dict[str, Any]) -> Tensor:
@@ -119,12 +120,12 @@ class AdapterTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The pass's share of the step's mean loss.
+        """The micro-batch's share of the step's mean loss.
 
-        Models differ in whether they heed ``num_items_in_batch``; all return the mean over their own items.
+        Models differ in whether they use ``num_items_in_batch``; all return the mean over their own items.
 
         Raises:
-            ConfigError: a loss that is not a number.
+            ConfigError: the loss is NaN or infinite.
         """
         outputs = model(**inputs)
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
@@ -136,7 +137,7 @@ class AdapterTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """Over the adapter alone, each parameter at the rate that its method asks for."""
+        """Create the optimizer over the adapter's parameters only, each at the rate that its method asks for."""
         if self.optimizer is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = self.adapter.parameter_groups(self.args.learning_rate, self.args.weight_decay)
@@ -148,7 +149,7 @@ class AdapterTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Score the held-out rows, note whether they are the best yet, and end training when patience is used up."""
+        """Score the held-out rows, record whether they are the best yet, and end training if patience is used up."""
         with torch.random.fork_rng():
             scores = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
         name, greater = criterion(self.task)
@@ -180,7 +181,7 @@ class AdapterTrainer(Trainer):
         return scores | ({"accuracy": right / items} if self.task == "classification" else {})
 
     def _scored(self, batch: dict[str, Any]) -> tuple[float, int, int]:
-        """Loss summed over the scored items, their number, and how many rows a classifier has right."""
+        """The loss summed over the scored items, their number, and the number of rows a classifier gets right."""
         count = self.items(batch)
         with torch.no_grad(), self.serving(batch) as given:
             outputs = self.model(**given)
@@ -190,12 +191,12 @@ class AdapterTrainer(Trainer):
         return float(outputs["loss"]) * count if count else 0.0, count, right
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's; steps are kept in metrics.jsonl, and only evaluations in the state."""
+        """As in the Trainer, but steps are only kept in metrics.jsonl; the state only keeps evaluations."""
         super().log(logs, start_time)
         self.state.log_history = [entry for entry in self.state.log_history if "eval_loss" in entry]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """None counted: the Trainer goes through every module at each step to guess a number nobody reads."""
+        """Zero: the Trainer would go through every module at each step for an estimate that nobody reads."""
         return 0
 
     # -- checkpoints --------------------------------------------------------------------------------
@@ -225,19 +226,19 @@ class AdapterTrainer(Trainer):
         write_beside(self.folder.best, lambda part: write_tensors(self.adapter, part))
 
     def load_best(self) -> None:
-        """Put the best adapter's values back, where an evaluation found one.
+        """Restore the best adapter's values, if an evaluation found one.
 
         Raises:
-            ConfigError: there is none, and the last step left values that are no numbers.
+            ConfigError: there is none, and the last step left infinite or NaN values.
         """
         if self.state.best_global_step not in (None, self.state.global_step):
             read_tensors(self.adapter, self.folder.best)
         if not_finite(self.adapter):
-            raise diverged(f"step {self.state.global_step} left values in the adapter that are no numbers")
+            raise diverged(f"step {self.state.global_step} left infinite or NaN values in the adapter")
 
 
 def diverged(what: str) -> ConfigError:
-    """The error of a training that gives no numbers any more."""
+    """The error for a training that diverged."""
     return ConfigError(
         f"{what}: training diverged. Lower --learning-rate, or give --precision fp32 if the run computes in 16 bits, "
         "and --overwrite"
@@ -245,12 +246,12 @@ def diverged(what: str) -> ConfigError:
 
 
 def criterion(task: str) -> tuple[str, bool]:
-    """The score that decides which adapter is best, and whether more of it is better."""
+    """The score that decides which adapter is best, and whether higher is better."""
     return ("accuracy", True) if task == "classification" else ("loss", False)
 
 
 def patience_used_up(state: Any, patience: int | None) -> bool:
-    """Whether the last `patience` evaluations brought nothing better; the state tells, so a resumed run knows."""
+    """Whether the last `patience` evaluations brought no better score; the state tells, even in a resumed run."""
     if patience is None or state.best_global_step is None:
         return False
     later = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] > state.best_global_step]
@@ -258,12 +259,12 @@ def patience_used_up(state: Any, patience: int | None) -> bool:
 
 
 def write_tensors(adapter: Adapter, path: Path) -> None:
-    """Every tensor of an adapter as it is in training, encoders of prompts included."""
+    """Write every tensor of an adapter as it is in training, including encoders of prompts."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors().items()}, path)
 
 
 def read_tensors(adapter: Adapter, path: Path) -> None:
-    """The inverse of `write_tensors`, into the attached adapter."""
+    """Read the tensors of `write_tensors` into the attached adapter."""
     stored, targets = load_file(path), adapter.tensors()
     if {n: t.shape for n, t in stored.items()} != {n: t.shape for n, t in targets.items()}:
         raise ConfigError(

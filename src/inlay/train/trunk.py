@@ -1,14 +1,14 @@
-"""The trunk cache: what leaves the layers that nothing is trained in, computed once and kept.
+"""The trunk cache: the output of the layers below the lowest trained one, computed once and kept.
 
-    rows ── before the first step ──▶ states behind the cut, (tokens, hidden) a row ──▶ memory or a file
-    steps, evaluations ─────────────▶ states of a batch's rows are put together; only the layers above run
+    rows ── before the first step ──▶ hidden states at the cut, (tokens, hidden) each ──▶ memory or a file
+    steps, evaluations ─────────────▶ the states of a batch's rows are put together; only the layers above run
 
-Rows are computed in batches of one length each, without padding and in an order that depends on the rows alone, so
-that a resumed run has the very numbers of the run that was stopped. A row is known by its tokens. In a file, the
-states belong to a digest of everything that makes them: every weight below the cut, configuration, dtype, versions.
+Rows are computed in batches of equal length, without padding and in an order that depends only on the rows, so that a
+resumed run has exactly the numbers of the run that was stopped. A row is identified by its tokens. In a file, the
+states belong to a digest of everything they depend on: every weight below the cut, configuration, dtype, versions.
 
-Whether a model may be served this way is tried on rows of the run: outputs must be bit for bit the same where the
-lower layers are passed over, the same in training as in evaluation, and kept states must be those of a padded batch.
+Whether this is exact for a model is tried on rows of the run: outputs must be the same to the bit if the lower layers
+are skipped, the same in training as in evaluation, and the kept states must equal those of a padded batch.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
     from inlay.train.prepare import Prepared
 
 TOKENS_AT_ONCE = 4096
-FEWEST_PASSES = 1.5  # over the rows; in one pass there is nothing to reuse
-CLOSENESS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # relative, of a row's states in a batch
+FEWEST_PASSES = 1.5  # over the rows; with one there is nothing to reuse
+CLOSENESS = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # relative, for a row's states in a batch
 # Model → its open caches: runs that share a base share the states of the same rows.
 _LIVE: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[TrunkCache]] = weakref.WeakKeyDictionary()
 
 
 class TrunkCache:
-    """States of rows behind the cut.
+    """The hidden states of rows at the cut.
 
     Args:
-        model: with the adapter attached.
-        cut: from `find_cut`; the blocks below it listen from now on, until `close`.
+        model: the model with the adapter attached.
+        cut: from `find_cut`; the blocks below it can be skipped until `close` is called.
     """
 
     def __init__(self, model: nn.Module, cut: Cut) -> None:
@@ -62,25 +62,27 @@ class TrunkCache:
         _LIVE.setdefault(model, weakref.WeakSet()).add(self)
 
     def close(self) -> None:
-        """Give the model its whole stack back, and the memory."""
+        """Undo the cut, and free the memory."""
         trunk.close_cut(self.model, self.cut)
         self.states.clear()
 
     @contextmanager
     def serving(self, batch: dict[str, Tensor]) -> Iterator[None]:
-        """Pass over the lower layers while a batch is run, where all its rows are known."""
+        """Skip the lower layers while a batch is run, if the states of all its rows are known."""
         spans = list(spans_of(batch))
         keys = [_key(batch, row, at) for row, at in spans]
         if any(key not in self.states for key in keys):
             yield
             return
         if [p._version for p in self._weights] != self._versions:
-            raise UnsupportedError("weights of the base changed while the trunk cache holds what they gave")
+            raise UnsupportedError(
+                "the base's weights have changed since the trunk cache was filled; use --trunk-cache off"
+            )
         with trunk.replaying(self.cut, _together(batch, spans, [self.states[key] for key in keys])):
             yield
 
     def fill(self, rows: Mapping[bytes, dict[str, list[int]]], into: Tensor) -> None:
-        """Compute the states of rows, (tokens, hidden) each, behind one another in `into`."""
+        """Compute the states of rows, (tokens, hidden) each, one after another in `into`."""
         device = next(self.model.parameters()).device
         done = 0
         for group in _groups(rows):
@@ -93,10 +95,10 @@ class TrunkCache:
 
 
 def open_trunk(prepared: Prepared, say: Callable[[str], None]) -> TrunkCache | None:
-    """The filled cache of a run, or None where it does not have one.
+    """The filled cache of a run; None if it has none.
 
     Raises:
-        ConfigError, UnsupportedError: a cache that was asked for by a path and cannot be.
+        ConfigError, UnsupportedError: a cache was asked for by a path, but is not possible.
     """
     config = prepared.config
     if config.trunk_cache == "off":
@@ -144,7 +146,7 @@ def open_trunk(prepared: Prepared, say: Callable[[str], None]) -> TrunkCache | N
 
 
 def _tried(prepared: Prepared) -> Cut:
-    """The cut, where the layers below it are deterministic."""
+    """Find the cut, and check that the layers below it are deterministic."""
     model = prepared.base.model
     shortest = min(prepared.train["input_ids"], key=len)
     row = next(r for r in prepared.train if len(r["input_ids"]) == len(shortest))
@@ -152,8 +154,8 @@ def _tried(prepared: Prepared) -> Cut:
     random = trunk.random_parts(model, cut)
     if random:
         raise UnsupportedError(
-            f"{random[0]} draws random numbers below the lowest trained layer ({len(random)} such places), so what "
-            "leaves it is another in each step"
+            f"{random[0]} draws random numbers below the lowest trained layer ({len(random)} such places), so the "
+            "states differ in each step"
         )
     return cut
 
@@ -178,7 +180,7 @@ def _alone(row: dict[str, list[int]], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _groups(rows: Mapping[bytes, dict[str, list[int]]]) -> Iterator[list[bytes]]:
-    """Rows of one length, as many as make a batch."""
+    """Rows of equal length, as many as fill a batch."""
     group: list[bytes] = []
     for key, row in rows.items():
         length = len(row["input_ids"])
@@ -191,7 +193,7 @@ def _groups(rows: Mapping[bytes, dict[str, list[int]]]) -> Iterator[list[bytes]]
 
 
 def spans_of(batch: dict[str, Tensor]) -> Iterator[tuple[int, slice]]:
-    """Where each row of a padded or packed batch stands: row of the tensors, and its tokens there."""
+    """Where each row of a padded or packed batch is: the row of the tensors, and its tokens there."""
     mask, positions = batch["attention_mask"].cpu(), batch.get("position_ids")
     if positions is not None:  # packed: every row begins at position zero
         for run in packed.runs_of(positions):
@@ -245,7 +247,7 @@ def _check_room(size: int, limit: str, folder: Path | None) -> None:
 
 def _fill(cache: TrunkCache, rows: dict[bytes, dict[str, list[int]]], like: Tensor, folder: Path | None) -> None:
     hidden = like.shape[-1]
-    for other in _LIVE[cache.model]:  # all of them or none: a row's last bit depends on the rows it was computed with
+    for other in _LIVE[cache.model]:  # all or none: the last bits of a row depend on those beside it
         if other.cut == cache.cut and other.states.keys() == rows.keys():
             cache.states.update(other.states)
             return
@@ -263,7 +265,7 @@ def _fill(cache: TrunkCache, rows: dict[bytes, dict[str, list[int]]], like: Tens
 
 
 def _read(index: Path, like: Tensor) -> dict[bytes, Tensor]:
-    """What a file holds, mapped and not read; nothing where index and file do not fit each other."""
+    """The states in a file, memory-mapped; empty if index and file do not fit each other."""
     try:
         said = json.loads(index.read_text(encoding="utf-8"))
         path, hidden = index.with_name(said["file"]), like.shape[-1]
@@ -276,7 +278,7 @@ def _read(index: Path, like: Tensor) -> dict[bytes, Tensor]:
 
 
 def _write(cache: TrunkCache, index: Path, known: dict[bytes, Tensor], missing: dict[bytes, Any], like: Tensor) -> None:
-    """A new file of known and missing rows, whole or not at all; older ones of the same trunk go."""
+    """Write a new file of known and missing rows, completely or not at all; older files of this trunk are removed."""
     hidden = like.shape[-1]
     path = index.with_name(f"{index.stem}.{secrets.token_hex(4)}.states")
     place, rows = 0, {}
@@ -287,7 +289,7 @@ def _write(cache: TrunkCache, index: Path, known: dict[bytes, Tensor], missing: 
 
     def write(part: Path) -> None:
         with part.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, place * hidden * like.element_size())  # a full disk says so now
+            os.posix_fallocate(file.fileno(), 0, place * hidden * like.element_size())  # to notice a full disk now
         whole = torch.from_file(str(part), shared=True, size=place * hidden, dtype=like.dtype).view(-1, hidden)
         for states, (start, length) in zip(known.values(), rows.values(), strict=False):
             whole[start : start + length] = states
@@ -305,7 +307,7 @@ def _write(cache: TrunkCache, index: Path, known: dict[bytes, Tensor], missing: 
 
 
 def _below(model: nn.Module, cut: Cut) -> list[tuple[str, nn.Module]]:
-    """Every module of the base that could take part below the cut: not the layers above, not a head."""
+    """Every module of the base that may run below the cut: all but the layers above and the heads."""
     above = ModelView(model).stack().blocks[cut.depth :]
     beside = {n for n, child in model.named_children() if child is not getattr(model, "base_model", model)}
     return [
@@ -316,7 +318,7 @@ def _below(model: nn.Module, cut: Cut) -> list[tuple[str, nn.Module]]:
 
 
 def _belongs_to(cache: TrunkCache, like: Tensor) -> str:
-    """A digest of everything that makes the states."""
+    """A digest of everything on which the states depend."""
     import transformers
 
     config = {k: v for k, v in cache.model.config.to_dict().items() if not k.startswith("_")}  # type: ignore[operator, union-attr]
@@ -337,7 +339,7 @@ def _check(cache: TrunkCache, prepared: Prepared) -> None:
     """Try the cache on a ragged batch of the run.
 
     Raises:
-        UnsupportedError: outputs or states are not those of the whole model.
+        UnsupportedError: outputs or states differ from those of the whole model.
     """
     model, train = prepared.base.model, prepared.train
     lengths = [len(ids) for ids in train["input_ids"]]
@@ -346,11 +348,11 @@ def _check(cache: TrunkCache, prepared: Prepared) -> None:
     with packed.serving(batch) as given:
         whole = trunk.states_of(model, cache.cut, given)
         if not torch.equal(whole, trunk.states_of(model, cache.cut, given, training=True)):
-            raise UnsupportedError("the layers below the lowest trained one compute otherwise in training")
+            raise UnsupportedError("the layers below the lowest trained one compute something else in training")
         if not trunk.agrees(model, cache.cut, given):
-            raise UnsupportedError(f"{type(model).__name__} gives other outputs when its lower layers are passed over")
+            raise UnsupportedError(f"{type(model).__name__} has other outputs if its lower layers are skipped")
     for row, at in spans_of(batch):
         expected = whole[row, at].float()
         apart = (cache.states[_key(batch, row, at)].to(expected.device).float() - expected).norm(dim=-1)
         if not bool((apart <= CLOSENESS.get(whole.dtype, 1e-4) * expected.norm(dim=-1).clamp(min=1e-6)).all()):
-            raise UnsupportedError("kept states are not those that the model computes in a padded batch")
+            raise UnsupportedError("kept states differ from those that the model computes in a padded batch")

@@ -1,17 +1,17 @@
-"""Several threads of which one runs at a time, each with the process's random numbers to itself.
+"""Threads that take turns: only one runs at a time, each with its own view of the process's random state.
 
-Threads are used for their stacks, not for speed: a training loop that somebody else wrote can so be left between two
-steps and gone on with later. Whatever such a loop keeps in the process instead of in itself is put away when its
-turn ends and put back when the next begins: the random states, and accelerate's state of the gradients.
+Threads are used for their stacks, not for speed: they make it possible to leave another library's training loop between
+two steps and to continue it later. State that such a loop keeps in the process is saved when its turn ends and restored
+when its next one begins: the random states, and accelerate's gradient state.
 
     order      0 1           1 0           0 1          1
     thread 0   ═══ pass_on ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄ ═══ leave          ═ runs   ┄ waits in `take`
     thread 1   ┄┄┄┄┄┄┄┄┄┄┄┄┄ ═══ pass_on ┄┄┄┄┄┄┄┄┄┄┄┄ ═══
     in force   ambient 0     ambient 1     ambient 0    ambient 1
 
-The first of `order` runs and all others wait, so nothing else here needs a lock. What is in force belongs to the one
-who runs; `ambient` holds that of each of the others. Who has taken a turn must leave in a turn of its own, whatever it
-raises, or the others wait for ever (`several.py`, `_run`).
+The first thread in `order` runs and all others wait, so nothing else here needs a lock. The state in force belongs to
+the running thread; `ambient` holds the state of each of the others. A thread that has taken a turn must call `leave` in
+a turn of its own, whatever it raises, or the others wait for ever (`several.py`, `_run`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from inlay.core.upstream import gradient_state
 
 @dataclass
 class Ambient:
-    """What a training loop keeps in the process."""
+    """State that a training loop keeps in the process."""
 
     numpy: Any
     python: Any
@@ -39,12 +39,12 @@ class Ambient:
 
     @classmethod
     def now(cls) -> Ambient:
-        """What is in force."""
+        """The state in force."""
         devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
         return cls(np.random.get_state(), random.getstate(), torch.get_rng_state(), devices, dict(gradient_state()))
 
     def restore(self) -> None:
-        """Put it in force again."""
+        """Restore this state."""
         np.random.set_state(self.numpy)
         random.setstate(self.python)
         torch.set_rng_state(self.torch)
@@ -56,10 +56,10 @@ class Ambient:
 
 
 class Turns:
-    """Who may run: each in turn, until it leaves.
+    """Decides which thread may run: each in turn, until it leaves.
 
     Args:
-        ambient: of each thread, before its first turn.
+        ambient: the state of each thread before its first turn.
     """
 
     def __init__(self, ambient: list[Ambient]) -> None:
@@ -68,13 +68,13 @@ class Turns:
         self.changed = threading.Condition()
 
     def take(self, me: int) -> None:
-        """Wait for one's turn."""
+        """Wait for this thread's turn."""
         with self.changed:
             self.changed.wait_for(lambda: self.order[0] == me)
         self.ambient[me].restore()
 
     def pass_on(self, me: int) -> None:
-        """Let all others have a turn."""
+        """Let all others take a turn."""
         if len(self.order) == 1:
             return
         self.ambient[me] = Ambient.now()
@@ -84,7 +84,7 @@ class Turns:
         self.take(me)
 
     def leave(self) -> None:
-        """Have no turn any more; called in one's last."""
+        """Take no more turns; called in the last one."""
         with self.changed:
             self.order.pop(0)
             self.changed.notify_all()

@@ -1,20 +1,20 @@
-"""Words of the command line, and of text in YAML, as the values that they stand for: lists, layers, places."""
+"""Parsing words of the command line, and text in YAML: lists, layers, places."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-MOST_LAYERS = 100_000  # in a range; beyond, a number was mistyped
+MOST_LAYERS = 100_000  # in a range; more is a typing mistake
 
 
 def listed(value: Any) -> Any:
-    """``a, b`` as a list; anything but text as it is."""
+    """Text such as ``a, b`` as a list; other values unchanged."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 def layers(value: Any) -> Any:
-    """``0-2,5`` as [0, 1, 2, 5], 3 as [3]; a list as it is.
+    """``0-2,5`` as [0, 1, 2, 5], 3 as [3]; a list unchanged.
 
     Raises:
         ValueError: a part that is neither a number nor a range.
@@ -34,10 +34,10 @@ def layers(value: Any) -> Any:
 
 
 def places(value: Any) -> Any:
-    """Where a method goes, as `inlay.attach` takes it: a keyword, role or name; names (``a,b``); a pattern (``re:``).
+    """Parse `where` for `inlay.attach`: a keyword, role or name; several names (``a,b``); a pattern (``re:``).
 
     Raises:
-        ValueError: what follows ``re:`` is not a regular expression.
+        ValueError: the text after ``re:`` is not a regular expression.
     """
     if not isinstance(value, str):
         return value

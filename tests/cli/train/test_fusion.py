@@ -138,7 +138,7 @@ def test_mistakes(bert: Path, members: list[Path], words: list[Any], command: Co
     )  # fmt: skip
     at = words.index("--set") + 1
     for given, said in (
-        ("adapters=runs/none,runs/neither", "'runs/neither' is no folder or file here"),
+        ("adapters=runs/none,runs/neither", "'runs/neither': no such folder or file"),
         (f"adapters={members[0]}", "expected at least two"),
         (f"adapters={members[0]},{elsewhere / 'adapter'}", "different places"),
         (f"adapters={members[0]},{tmp_path}", "no adapter.safetensors"),

@@ -68,7 +68,7 @@ def test_layers_that_compute_something_else_are_noticed(
         )
 
     monkeypatch.setattr(compiled, "BACKEND", wrong)
-    with pytest.raises(UnsupportedError, match="do not compute what the model computes"):
+    with pytest.raises(UnsupportedError, match="do not compute the same as the model"):
         run(config(completions, steady, tmp_path / "run", compile=True), progress=False)
 
 
@@ -87,7 +87,7 @@ def test_what_it_cannot_be_combined_with(completions: Path, steady: Path, tmp_pa
     with pytest.raises(ConfigError, match="packing and gradient_checkpointing"):
         config(completions, steady, tmp_path / "run", compile=True, packing=True, gradient_checkpointing=True)
     several = [config(completions, steady, tmp_path / name, compile=True) for name in "ab"]
-    with pytest.raises(ConfigError, match="by themselves"):
+    with pytest.raises(ConfigError, match="several runs at once"):
         run_together(several)
 
 

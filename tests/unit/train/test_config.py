@@ -137,7 +137,7 @@ def test_few_rows_are_read_more_often() -> None:
 )
 def test_a_name_given_twice(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=r"(data|rank) stands there more than once"):
+    with pytest.raises(ConfigError, match=r"(data|rank) is given more than once"):
         RunConfig.read(tmp_path / name)
 
 

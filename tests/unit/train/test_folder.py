@@ -142,7 +142,7 @@ def test_a_replaced_run_is_kept_until_the_new_one_is_finished(tmp_path: Path) ->
     write_text(folder.config, "new")
     assert not folder.finished
     folder.check(resume=False, overwrite=True)
-    with pytest.raises(OutputError, match=r"an unfinished run.*was to replace is in .*\.replaced"):
+    with pytest.raises(OutputError, match=r"an unfinished run.*would have replaced is in .*\.replaced"):
         folder.check(resume=False, overwrite=False)
     folder.make_room()  # the next one replaces the finished run, too
     assert contents(folder)[".replaced/adapter/adapter.safetensors"] == "old"

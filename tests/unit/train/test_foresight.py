@@ -69,7 +69,7 @@ def test_nothing_is_traced_where_there_is_room(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(foresight, "plan_of", fails)
     monkeypatch.setattr(foresight, "free_bytes", lambda: 2 * most)
     line = foresight.foresee(run)
-    assert line is not None and line.startswith("plan: below ")
+    assert line is not None and line.startswith("plan: less than ")
 
 
 def test_what_cannot_be_planned_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_what_is_no_base(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has a config\.json but no weights"):
         load_base(copy)
     (copy / "model.safetensors").write_bytes((tmp_path / "weights").read_bytes()[:5000])
-    with pytest.raises(ConfigError, match="damaged or cut short"):
+    with pytest.raises(ConfigError, match="damaged or truncated"):
         load_base(copy)
     (copy / "model.safetensors").write_bytes((tmp_path / "weights").read_bytes())
     (copy / "tokenizer.json").unlink()

@@ -62,12 +62,12 @@ def test_every_option_has_its_flag() -> None:
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("batch_size", "Rows in a forward pass. Default: 16."),
+        ("batch_size", "Rows in a forward pass (micro-batch). Default: 16."),
         ("seed", "Seed of every random draw. Default: 0."),
         ("separator", r'Text between prompt and completion; never scored. Default: "\n".'),
         ("learning_rate", "Peak learning rate. Default: the method's."),
-        ("compile", "Compile the layers first; says after how many steps that pays."),
-        ("steps", "Optimizer steps, in place of epochs."),
+        ("compile", "Compile the layers first; prints after how many steps that pays."),
+        ("steps", "Optimizer steps, instead of epochs."),
         ("report_to", "Trackers to report to. One of tensorboard, wandb, mlflow."),
     ],
 )
@@ -243,7 +243,7 @@ def test_files_that_do_not(text: str, said: str) -> None:
 def test_a_hyper_parameter_is_described_as_in_its_docstring() -> None:
     rank = ROOT["$defs"]["adalora"]["properties"]["target_rank"]
     assert rank == {
-        "type": "integer", "description": "Of every matrix at first, and on average at the end.", "default": 8,
+        "type": "integer", "description": "Rank of every matrix at first, and mean rank at the end.", "default": 8,
     }  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def test_a_signal_finishes_the_step_and_saves(completions: Path, llama: Path, tm
     whole = run(asked, progress=False)
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         other = asked.changed(out=str(tmp_path / f"b{code}"))
-        with _signal_in_step(5, number), pytest.raises(Stopped, match=r"5 steps are saved.*--resume") as caught:
+        with _signal_in_step(5, number), pytest.raises(Stopped, match=r"up to step 5.*--resume") as caught:
             run(other, progress=False)
         assert caught.value.exit_code == code
         again = run(other, resume=True, progress=False)
@@ -209,7 +209,7 @@ def test_real_signals(completions: Path, llama: Path, tmp_path: Path, number: in
     assert process.returncode == code, told
     assert "Traceback" not in told
     if number != signal.SIGKILL:
-        assert told.splitlines()[-1].endswith(f"Go on with: inlay train --out {out} --resume")
+        assert told.splitlines()[-1].endswith(f"Continue with: inlay train --out {out} --resume")
     assert not (out / "result.json").exists(), "the run was over before the signal came"
     subprocess.run([*COMMAND, "--out", str(out), "--resume", "--json"], check=True, capture_output=True)
     again = RunResult.read(out / "result.json")

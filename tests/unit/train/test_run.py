@@ -177,7 +177,7 @@ def test_a_last_step_that_diverges_leaves_no_adapter(
         return loss
 
     monkeypatch.setattr(AdapterTrainer, "training_step", spoilt)
-    with pytest.raises(ConfigError, match="step 1 left values in the adapter that are no numbers"):
+    with pytest.raises(ConfigError, match="step 1 left infinite or NaN values in the adapter"):
         run(config(completions, llama, tmp_path / "run", steps=1), progress=False)
     assert not (tmp_path / "run" / "adapter").exists()
 
@@ -295,7 +295,10 @@ def test_a_run_that_is_stopped_keeps_the_finished_one(
         with pytest.raises(ConfigError, match="training diverged"):
             run(again, overwrite=True, progress=False)
         assert (out / ".replaced" / "adapter" / "adapter.safetensors").read_bytes() == kept
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="keeps the run that was to be replaced"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Stopped, match="still has the run that would have been replaced"),
+    ):
         patch.setattr(AdapterTrainer, "train", stopped)
         run(asked.changed(seed=1), overwrite=True, progress=False)
     assert (out / "adapter" / "adapter.safetensors").read_bytes() == kept

@@ -159,7 +159,7 @@ def test_what_cannot_share_a_base(completions: Path, llama: Path, tmp_path: Path
     with pytest.raises(OutputError):
         run_together(asked)
     values = {"data": str(completions), "out": str(tmp_path / "c")}
-    with pytest.raises(ConfigError, match="out of its own"):
+    with pytest.raises(ConfigError, match="its own out"):
         checked([values, values], resume=False)
     with pytest.raises(ConfigError, match="run 2 of 2"):
         checked([values, {**values, "out": str(tmp_path / "d"), "epoch": 1}], resume=False)

@@ -1,7 +1,7 @@
 """Kernels for GPUs, written in Triton, in the places where `inlay.kernels` has formulas for the CPU.
 
 low_rank.py       dropout(x) Aᵀ and its backward, the mask drawn again from a seed
-labelled_head.py  cross-entropy of a chunk of logits, overwritten by its gradient
+labelled_loss.py  cross-entropy of a chunk of logits, overwritten by its gradient
 gated.py          backward of f(g) ∘ u
 norm.py           backward of an RMS norm
 philox.py         the mask
