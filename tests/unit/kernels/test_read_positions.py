@@ -576,7 +576,8 @@ def fed(model: Any) -> Any:
 ASIDE: dict[str, Callable[[Any], Callable[[], object]]] = {
     "a hook": hook_below, "a hook on a delta": hook_on_a_delta, "a hook on all modules": hook_everywhere,
     "a forward of the user's": own_forward, "a trained base": trained_base, "modes": unequal_modes,
-    "checkpoints": checkpoints, "a merge": merged, "a prompt": prompted, "positions of a prompt": reads_a_span, "inputs of another module": fed,
+    "checkpoints": checkpoints, "a merge": merged, "a prompt": prompted, "positions of a prompt": reads_a_span,
+    "inputs of another module": fed,
 }  # fmt: skip
 
 

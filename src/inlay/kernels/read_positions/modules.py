@@ -27,7 +27,6 @@ from inlay.kernels.dropout import DROPOUTS
 from inlay.kernels.read_positions.index import Index
 
 FEATURE = "read-positions"
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class Asked(Protocol):
