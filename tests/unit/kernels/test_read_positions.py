@@ -213,6 +213,18 @@ def test_without_a_mask_the_last_block_is_shorter(took: Took) -> None:
     assert took.positions > 0 and only is not None and only.first and not only.masked
 
 
+@pytest.mark.parametrize("rows", [2, 20])
+def test_long_rows(rows: int, took: Took) -> None:
+    """A trial has a quarter of the positions at most, in rows of its own length."""
+    model = attached()
+    ids = torch.randint(3, 97, (rows, 64), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(64) < 30 + torch.arange(rows)[:, None]).long()
+    given = {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 5}
+    given["position_ids"] = torch.arange(64)[None]
+    equal(results(model, given), results(model, given, on=False))
+    assert took.positions > 0
+
+
 def test_without_an_adapter(took: Took) -> None:
     model, given = attached(), batch()
     with inlay.use(model, None):
@@ -438,7 +450,7 @@ def test_a_reader_that_comes_later_is_noticed() -> None:
     model, given = encoder("mean"), texts()
     model(**given)["logits"].sum().backward()
     model.pool = "last of all"
-    with pytest.raises(UnsupportedError, match="a gradient came from positions"):
+    with pytest.raises(UnsupportedError, match="read positions that were not computed"):
         model(**given)["logits"].sum().backward()
 
 
@@ -525,6 +537,11 @@ def own_forward(model: Any) -> Any:
     return lambda: delattr(layer, "forward")
 
 
+def unequal_modes(model: Any) -> Any:
+    model.bert.encoder.layer[0].train()
+    return lambda: model.eval()
+
+
 def trained_base(model: Any) -> Any:
     model.bert.embeddings.LayerNorm.weight.requires_grad_(True)
     return lambda: model.bert.embeddings.LayerNorm.weight.requires_grad_(False)
@@ -558,8 +575,9 @@ def fed(model: Any) -> Any:
 
 ASIDE: dict[str, Callable[[Any], Callable[[], object]]] = {
     "a hook": hook_below, "a hook on a delta": hook_on_a_delta, "a hook on all modules": hook_everywhere,
-    "a forward of the user's": own_forward, "a trained base": trained_base, "checkpoints": checkpoints,
-    "a merge": merged, "a prompt": prompted, "positions of a prompt": reads_a_span, "inputs of another module": fed,
+    "a forward of the user's": own_forward, "a trained base": trained_base, "modes": unequal_modes,
+    "checkpoints": checkpoints, "a merge": merged, "a prompt": prompted, "positions of a prompt": reads_a_span,
+    "inputs of another module": fed,
 }  # fmt: skip
 
 
@@ -758,11 +776,11 @@ def test_what_is_handed_over_must_arrive(monkeypatch: pytest.MonkeyPatch) -> Non
         return plain(self, host, *rest) if not host.path.endswith("1.output.dense") else rest[0](*rest[1], **rest[2])
 
     monkeypatch.setattr(modules.Short, "at", lost)
-    with pytest.raises(UnsupportedError, match="a gradient came from positions"):
+    with pytest.raises(UnsupportedError, match="read positions that were not computed"):
         model(**given).loss.backward()
     monkeypatch.undo()
     monkeypatch.setattr(modules.Short, "at", lost)
-    with pytest.raises(UnsupportedError, match="not called in the order"):
+    with pytest.raises(UnsupportedError, match="in another order"):
         model(**given)
 
 
@@ -775,7 +793,7 @@ def test_taking_and_putting_back() -> None:
     torch.autograd.gradgradcheck(lambda t: index.take(t).square(), x)
     y = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda t: index.put(t)[chosen], y)
-    with pytest.raises(UnsupportedError, match="a gradient came from positions"):
+    with pytest.raises(UnsupportedError, match="read positions that were not computed"):
         index.put(index.take(x)).sum().backward()
-    with pytest.raises(UnsupportedError, match="a gradient came from positions"):
+    with pytest.raises(UnsupportedError, match="read positions that were not computed"):
         index.nothing(index.take(x)).sum().backward()

@@ -1,9 +1,9 @@
-"""Layers of a model whose output is pooled, computed at the positions that are read: `calls.py` says which and when.
+"""Models with a pooled output compute their layers only at the positions that are read; `calls.py` says which and when.
 
-calls.py     the root: which calls, and what a trial cannot say
-trial.py     what may be left out, looked for and proved on a copy
-probe.py     the rows that this is tried on
-modules.py   the candidates, and what they do in a forward
+calls.py     at the root: which calls, and what a trial cannot know
+trial.py     which modules can skip what: found and proved on a copy of the model
+probe.py     the batches that this is tried with
+modules.py   the modules that can skip positions, and what they do in a forward
 index.py     positions taken out of a tensor and put back
 """
 

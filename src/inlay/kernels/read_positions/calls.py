@@ -1,26 +1,29 @@
-"""Which calls of a model may go the short way: the root's part.
+"""Which calls of a model may skip positions: the decision at the model's root.
 
-Of a model that pools its states, and returns nothing else, a step need not compute what nobody reads:
+A model that pools its hidden states, and returns nothing else, never uses some of what it computes:
 
-    padding         positions whose mask is 0 reach no output: linear layers and activations compute the rest
-    the last block  what pools only a row's first position needs only that of queries, attention's output and the
-                    feed-forward there: 10 of its 12 products in an encoder whose feed-forward is four times as wide
+    padding         positions whose mask is 0 reach no output, so linear layers and activations need not compute them
+    the last block  if only the first position of a row is pooled, queries, attention output and feed-forward of the
+                    last block need only that: 10 of the 12 products of an encoder block, forward and backward
 
-Attention, norms, residuals and the base's dropout keep every position, so masks of dropout stay the base's own. Which
-modules this holds for is tried on a copy of the model (`trial.py`), at the first call of a form: the names and types of
-its arguments, what kinds of deltas act, whether it trains, its precision, the order of size of its length. A model that
-returns hidden states or scores of tokens is seen to read every position, padding included, of all but keys and values.
+Attention, norms, residuals and the base's dropout still see every position, so dropout masks are the same as without
+this path. Which modules may skip what is tried on a copy of the model (`trial.py`) at the first call of each form:
+names and types of the arguments, kinds of deltas, training or not, precision, order of magnitude of the length. A model
+that returns hidden states or token scores reads every position, so there only keys and values can skip padding.
 
-What a trial cannot say is refused at every call, or noticed:
+A trial that passed could be wrong for a later call. These are the ways, and what happens:
 
-    the configuration, the model's modules   have to be those of the trial; others are tried in their turn
-    a mask that is no 0 or 1, a row of padding only, one token, other devices, several adapters or prompts    refused
-    hooks and forwards of the user's, checkpoints, a base that is trained, a merged adapter, transforms       refused
-    a reader that padding tokens decide (the last token that is none)   refused where mask and padding tokens differ
-    anything else that makes a model read another position later        its gradient arrives where none may, and raises
+    the configuration or a module was replaced                          tried again
+    the model reads where the padding tokens end (`[last token]`)       plain, unless padding tokens and mask agree
+    an argument had one value everywhere in the trial, and now varies   another form, tried by itself
+    a mask other than 0/1, a row of nothing but padding, prompts, several adapters, a merged adapter      plain
+    hooks, replaced forwards, checkpointing, a trained base, modules in unequal modes, torch.func, jit    plain
+    tensors that are not on a CPU (finding the positions would wait for the device), short batches        plain
+    anything else: an attribute of the user's own class, say            the backward pass finds a gradient at a skipped
+                                                                        position and raises
 
-Assumed, then, of a call without gradients only: that no value outside of configuration, modules, mask and tokens (an
-attribute of the user's own class) changes what a model reads, and that no one keeps hidden states on the side.
+What remains assumed, for calls without gradients: nothing but configuration, modules, mask and arguments decides which
+positions are read, and nobody picks up hidden states other than through outputs or hooks.
 """
 
 from __future__ import annotations
@@ -39,30 +42,30 @@ from inlay.core.adapted_modules import hosts_of
 from inlay.core.contracts.adapter import Adapter
 from inlay.core.contracts.pieces import DeltaPiece, PromptPiece
 from inlay.core.forward.host import Host, Storage
-from inlay.core.forward.transforms import transformed
-from inlay.core.upstream import has_any_global_hook
+from inlay.core.forward.transforms import transformed, watched
 from inlay.kernels.lazy import Mode
 from inlay.kernels.read_positions.index import Index
 from inlay.kernels.read_positions.modules import FEATURE, Short, asking, parameters
 from inlay.kernels.read_positions.probe import Batch, with_first
 from inlay.kernels.read_positions.trial import Found, tried
 
-FEWEST = 128  # positions in a batch: below, gathering takes what the products save
-FEWEST_TOKENS = 4  # in a row, so that first and last, masked and not can be told apart
-MOST_READ = 0.95  # share of positions: above, padding is computed with the rest
-MOST_TRIALS = 32  # of one model: one whose configuration never rests is left alone
+FEWEST = 128  # positions in a batch; below, gathering costs what the smaller products save
+FEWEST_TOKENS = 4  # in a row; below, first and last, masked and unmasked cannot be told apart
+MOST_READ = 0.95  # share of positions; above, padding is computed along
+MOST_TRIALS = 32  # of one model; one whose configuration changes all the time is left alone
 
 Form = tuple[Any, ...]
 
 
 @dataclass(eq=False)
 class _Seen:
-    """What is known of a model.
+    """What is known about a model.
 
     Attributes:
-        listens: whether it has candidates at all.
-        found: form of call → what its trial showed.
-        modules, config: as they were at the last trial; what is found holds for these only.
+        listens: whether any of its modules could skip positions.
+        found: form of call → result of its trial, None if nothing can be skipped.
+        modules, config: at the time of the trials; results hold only as long as both are unchanged.
+        trials: how many there were.
     """
 
     listens: bool
@@ -72,7 +75,7 @@ class _Seen:
     trials: int = 0
 
     def holds_for(self, modules: list[nn.Module], config: Any) -> bool:
-        """Whether the model is what it was."""
+        """Whether modules and configuration are those of the trials."""
         return (
             len(modules) == len(self.modules)
             and all(map(operator.is_, modules, (ref() for ref in self.modules)))
@@ -85,9 +88,9 @@ _KINDS: weakref.WeakKeyDictionary[Adapter, frozenset[Any] | None] = weakref.Weak
 
 
 def around(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The model's own forward."""
-    traced = transformed() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    short = None if traced else _short(host, args, kwargs)
+    """The model's own forward; modules skip positions where this call allows it."""
+    rewritten = transformed() or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    short = None if rewritten else _short(host, args, kwargs)
     if short is None:
         return inner(*args, **kwargs)
     with asking(short):
@@ -97,12 +100,12 @@ def around(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 
 def forget(model: nn.Module) -> None:
-    """Let the next calls be tried again."""
+    """Drop what is known about a model, so that its next call is tried again."""
     _SEEN.pop(model, None)
 
 
 def _short(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Short | None:
-    """What the model's modules are asked to do in this call; None for the plain way."""
+    """What the modules do in this call; None if they compute everything."""
     model, roster = host.module, host.roster
     seen = _SEEN.get(model)
     if seen is None:
@@ -127,6 +130,7 @@ def _short(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Short |
 
 
 def _asked(host: Host, found: Found, unmasked: Tensor) -> Short | None:
+    """The modules with the positions that each needs in this batch."""
     needed = with_first(unmasked)
     few = bool(found.masked) and int(needed.sum()) <= MOST_READ * needed.numel()
     if not few and not found.first:
@@ -138,24 +142,25 @@ def _asked(host: Host, found: Found, unmasked: Tensor) -> Short | None:
 def _found(
     seen: _Seen, form: Form, model: Any, adapter: Adapter | None, batch: Batch, modules: list[nn.Module]
 ) -> Found | None:
-    """What a trial of this form showed, of the model as it is."""
-    config = getattr(model, "config", None)
-    if not seen.holds_for(modules, config):
+    """The result of this form's trial, which is made now if there was none or the model has changed."""
+    if not seen.holds_for(modules, getattr(model, "config", None)):
         seen.found = {form: found for form, found in seen.found.items() if found is None}
-    if form not in seen.found:
-        if seen.trials >= MOST_TRIALS:
-            return None
-        seen.trials += 1
-        found, behind = contextvars.Context().run(tried, model, adapter, batch)
-        seen.found[form] = found
-        if found is not None:
-            # A model may complete its configuration in its first call (what kind of problem its labels are).
-            seen.modules, seen.config = list(map(weakref.ref, modules)), behind
-    return seen.found[form]
+    if form in (known := seen.found):
+        return known[form]
+    if seen.trials >= MOST_TRIALS:
+        return None
+    seen.trials += 1
+    # In a context of its own, so that nothing bound here (routes, packed texts, another trial) reaches the copy.
+    found, config = contextvars.Context().run(tried, model, adapter, batch)
+    if found is not None:
+        # The copy's configuration: models complete theirs in their first call (`problem_type`).
+        seen.modules, seen.config = list(map(weakref.ref, modules)), config
+    seen.found[form] = found
+    return found
 
 
 def _batch(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch | None:
-    """The call, where it is one of texts on a CPU that is worth the trouble, with nothing unknown in it."""
+    """The arguments, if this is a batch of texts on the CPU, large enough, and nothing in it is of an unknown kind."""
     given = kwargs if not args else {**dict(zip(parameters(host.original_class.forward), args, strict=False)), **kwargs}
     text = next((n for n in ("input_ids", "inputs_embeds") if given.get(n) is not None), None)
     if text is None:
@@ -178,14 +183,14 @@ def _plain(value: Any) -> bool:
 
 
 def _form(batch: Batch, training: bool, kinds: frozenset[Any]) -> Form:
-    """What calls that one trial speaks for have in common."""
+    """What is equal for all calls that one trial decides about."""
     given = sorted((n, _kind(batch, n, v)) for n, v in batch.given.items() if v is not None)
     autocast = Mode.now(torch.device("cpu")).autocast
     return (*given, training, autocast, kinds, batch.tokens.bit_length())
 
 
 def _kind(batch: Batch, name: str, value: Any) -> str:
-    """Of something with an entry for every position also which one all are, as a trial knows no others then."""
+    """Type of a tensor, and its value if that is the same at every position: a trial has seen no other then."""
     if not isinstance(value, Tensor):
         return repr(value)
     same = name not in (batch.text, batch.mask) and batch.by_position(value) and bool((value == value[0, 0]).all())
@@ -193,7 +198,7 @@ def _kind(batch: Batch, name: str, value: Any) -> str:
 
 
 def _kinds(adapter: Adapter | None) -> frozenset[Any] | None:
-    """What kinds of deltas and copies an adapter is made of; None where some do not act position by position."""
+    """The kinds of deltas and copies in an adapter; None if some piece is a prompt or reads other positions."""
     if adapter is None:
         return frozenset()
     if adapter not in _KINDS:
@@ -207,7 +212,7 @@ def _kinds(adapter: Adapter | None) -> frozenset[Any] | None:
 
 
 def _unmasked(batch: Batch) -> Tensor | None:
-    """Which positions are not masked, (rows, tokens); None where the mask says something else, or masks a whole row."""
+    """Which positions are not masked, (rows, tokens); None if the mask is not 0/1 or masks a whole row."""
     x = batch.given[batch.text]
     if batch.mask is None:
         return torch.ones(x.shape[:2], dtype=torch.bool)
@@ -218,25 +223,22 @@ def _unmasked(batch: Batch) -> Tensor | None:
 
 
 def _agrees(batch: Batch, unmasked: Tensor) -> bool:
+    """Whether exactly the masked positions hold the padding token."""
     return torch.equal(batch.given[batch.text] != batch.padding, unmasked)
 
 
 def _bare(model: nn.Module, name: str | None) -> list[nn.Module] | None:
-    """The modules that a call goes through; None where something of the user's watches or changes what they compute,
-    trains them, or runs them again."""
-    if has_any_global_hook():
-        return None
+    """The base's modules; None if something is in the way: hooks (on the deltas of adapter `name` as well), a replaced
+    forward, checkpointing, a trained base, modules in unequal modes."""
     found: list[nn.Module] = []
     waiting: list[tuple[nn.Module, bool]] = [(model, False)]
     while waiting:
         module, adapted = waiting.pop()
-        own = module.__dict__
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return None
-        if own.get("gradient_checkpointing") or (module is not model and _has_own_forward(own)):
+        if watched(module) or (module is not model and _has_own_forward(module)):
             return None
         if not adapted:
-            if any(p is not None and p.requires_grad for p in module._parameters.values()):
+            trained = any(p is not None and p.requires_grad for p in module._parameters.values())
+            if trained or module.training != model.training or module.__dict__.get("gradient_checkpointing"):
                 return None
             found.append(module)
         for child in module._modules.values():
@@ -247,6 +249,6 @@ def _bare(model: nn.Module, name: str | None) -> list[nn.Module] | None:
     return found
 
 
-def _has_own_forward(own: dict[str, Any]) -> bool:
-    host: Host | None = own.get("_inlay_host")
-    return "forward" in own or (host is not None and host.original_forward is not None)
+def _has_own_forward(module: nn.Module) -> bool:
+    host: Host | None = module.__dict__.get("_inlay_host")
+    return "forward" in module.__dict__ or (host is not None and host.original_forward is not None)

@@ -1,9 +1,9 @@
 """Some positions of a batch, taken out of a tensor and put back.
 
-    x (rows, tokens, …) ── take ──▶ (1, n, …) ── layer ──▶ (1, n, …) ── put ──▶ (rows, tokens, …), zeros elsewhere
+    x (rows, tokens, …) ── take ──▶ (1, n, …) ── layer ──▶ (1, n, …) ── put ──▶ (rows, tokens, …), zero elsewhere
 
-Each is the other's gradient. What was put back is zero where nobody reads, so its gradient must be zero there as well;
-a backward pass that finds anything else has found a reader, and raises.
+Each is the other's gradient. If nobody reads the skipped positions, their gradient is zero; a backward pass that finds
+another one there has found a reader, and raises.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from inlay.core.errors import UnsupportedError
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Positions of a batch of rows.
+    """The positions of a batch that are computed.
 
     Attributes:
         needed: their places among all rows × tokens, ascending, (n,).
-        back: for every position its place among those, n where it is none of them, (rows × tokens,).
-        unread: the positions that are left out.
+        back: place of every position in `needed`, n for those that are not in it, (rows × tokens,).
+        unread: the skipped positions.
     """
 
     rows: int
@@ -44,7 +44,7 @@ class Index:
         return Index(chosen.shape[0], chosen.shape[1], needed, back, flat.logical_not().nonzero().squeeze(1))
 
     def fits(self, x: Any) -> bool:
-        """Whether x is a plain tensor on the CPU with one entry for every position of the batch."""
+        """Whether x is a plain tensor on the CPU with an entry for every position of the batch."""
         return (
             type(x) is Tensor
             and x.dim() >= 3
@@ -59,28 +59,31 @@ class Index:
         return made
 
     def put(self, y: Tensor) -> Tensor:
-        """(1, n, …) → (rows, tokens, …), zero at the positions that are left out.
+        """(1, n, …) → (rows, tokens, …), zero at the skipped positions.
 
         Raises:
-            UnsupportedError: in the backward pass, where a gradient comes from those.
+            UnsupportedError: in the backward pass, if these have a gradient.
         """
         made: Tensor = _Put.apply(y, self, True)  # type: ignore[no-untyped-call]
         return made
 
     def nothing(self, y: Tensor) -> Tensor:
-        """Zeros in the place of `put(y)`, where y is handed over; they take no memory, and nobody may read them."""
+        """Stands for `put(y)` where nobody looks at it: zeros without memory. Raises like `put`, at any position."""
         made: Tensor = _Nothing.apply(y, (self.rows, self.tokens, *y.shape[2:]))  # type: ignore[no-untyped-call]
         return made
 
 
 def check(grad: Tensor) -> None:
-    """Raise unless the gradient of what nobody reads is zero, or not finite."""
+    """Raise if the gradient of something that nobody reads is not zero.
+
+    If it is not finite, training has diverged, and nan · 0 says nothing about readers.
+    """
     size = float(torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32)))
-    if size and math.isfinite(size):  # a training that diverged has nan everywhere
+    if size and math.isfinite(size):
         raise UnsupportedError(
-            "a gradient came from positions that no output was seen to read when this model was tried (padding, or "
-            "all but a row's first in the last block), so this step's loss is wrong: what the model reads depends on "
-            'more than was tried. Call inlay.fast_paths(False, "read-positions") before training, and start again'
+            "this model read positions that were not computed (padding, or all but the first position in its last "
+            "block), so the loss of this step is wrong: when the model was tried, no output depended on them. Call "
+            'inlay.fast_paths(False, "read-positions") before the first step and start again'
         )
 
 
@@ -98,7 +101,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Put(torch.autograd.Function):
-    """See `Index.put`; `checked` is whether nobody may read the rest."""
+    """See `Index.put`; `checked`: whether the skipped positions must have no gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, index: Index, checked: bool) -> Tensor:

@@ -1,9 +1,9 @@
-"""The modules that may compute some positions only, and what they are asked to do in a forward.
+"""The modules that can compute some positions only, and what they are asked to do in a forward.
 
-    linear layers, activations, and modules made of nothing else (a feed-forward) that are called with one tensor
+    linear layers, activations, and modules made of nothing else (a feed-forward), if called with a single tensor
 
-A module gathers what enters it before its adapters see it, so they compute those positions too. Of modules in one
-another the outermost gathers; those inside see fewer positions than the batch has and take no notice.
+A module gathers its input before its adapters see it, so these compute fewer positions too. Of nested modules the
+outermost one gathers; the inner ones see fewer positions than the batch has, and change nothing.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FEATURE = "read-positions"
 
 
 class Asked(Protocol):
-    """What the candidates of one model do while it is in force.
+    """What the candidates of one model do during a forward.
 
     Attributes:
-        roster: of the model; another one may be called inside of its forward, with modules at the same paths.
+        roster: the model's; a second model may run inside this one's forward, with modules at the same paths.
     """
 
     roster: Roster
@@ -48,7 +48,7 @@ _ASKED: ContextVar[Asked | None] = ContextVar("inlay_read_positions", default=No
 
 @contextmanager
 def asking(asked: Asked) -> Iterator[None]:
-    """Put something in force for this context's forwards."""
+    """Let candidates do this in the forwards of this context."""
     token = _ASKED.set(asked)
     try:
         yield
@@ -57,7 +57,7 @@ def asking(asked: Asked) -> Iterator[None]:
 
 
 def candidate(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The forward of a module that may compute some positions only."""
+    """The forward of a module that can skip positions."""
     asked = None if torch.compiler.is_compiling() else _ASKED.get()
     if asked is None or asked.roster is not host.roster:
         return inner(*args, **kwargs)
@@ -65,21 +65,21 @@ def candidate(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 
 def only(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a module is called with, where that is one thing; else None."""
+    """The only argument of a call; None if there are several."""
     if len(args) + len(kwargs) != 1:
         return None
     return args[0] if args else next(iter(kwargs.values()))
 
 
 class Short:
-    """Modules compute the positions that are needed of them.
+    """Modules compute only the positions that are needed of them.
 
-    What several modules read (query, key and value) is gathered once. What leaves a module of `handed` enters another
-    one and nothing else, so it is not put back between them.
+    The input that several modules share (query, key and value) is gathered once. The output of a module in `handed` is
+    the input of another one and is used nowhere else, so it goes there as it is, without being put back in between.
 
     Args:
         wanted: path → the positions needed there.
-        handed: paths of the modules of which only another one reads.
+        handed: paths of modules whose output only another module reads.
     """
 
     def __init__(self, roster: Roster, wanted: Mapping[str, Index], handed: Collection[str]) -> None:
@@ -111,16 +111,16 @@ class Short:
         return self.taken
 
     def finish(self) -> None:
-        """Raise unless everything that was handed over has arrived: then this model's calls differ from its trial."""
+        """Raise if an output that was handed over never arrived."""
         if self.waiting:
             raise UnsupportedError(
-                "this model's modules were not called in the order in which they were when it was tried; call "
+                "this model called its modules in another order than when it was tried, so its output is wrong; call "
                 'inlay.fast_paths(False, "read-positions")'
             )
 
 
 def is_candidate(module: nn.Module, view: ModelView) -> bool:
-    """A linear layer, an activation or what is made of those, in a model of texts that returns no scores of tokens."""
+    """A linear layer, an activation, or a module made of these, in a text model without scores over the vocabulary."""
     config: Any = view.config
     return (
         module is not view.model
@@ -144,7 +144,7 @@ def _linear(module: nn.Module) -> bool:
 
 
 def _activation(module: nn.Module) -> bool:
-    """Something that keeps nothing of its own and draws nothing; whether it goes entry by entry is tried."""
+    """A module that holds nothing and is no dropout; whether it works position by position is tried."""
     holds = module._parameters or module._buffers or module._modules
     return not holds and not isinstance(module, (*DROPOUTS, nn.Identity))
 

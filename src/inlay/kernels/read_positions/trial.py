@@ -1,16 +1,16 @@
-"""Which modules of a model may compute some positions only: found by looking, and proved on a copy of the model.
+"""Which modules of a model can skip positions: found and proved on a copy.
 
-The copy shares the base's frozen values and has trained ones of its own, moved at random, so that a head or a gate that
-is still zero hides no reader; it is run in a context of its own, so neither the model nor what it is used for sees
-anything of it. It is given a few rows of the caller's in which everything but the mask is put into another order
-(`probe.py`), so that what the model is seen to read depends on nothing else.
+The copy shares the base's frozen parameters. Its trained ones are its own and moved at random, because a head or a gate
+that starts at zero would hide a reader. It runs in a context of its own, so the trial leaves no trace in the model, in
+the random state or in anything bound to the caller's context. Its batches (`probe.py`) are rearranged rows of the
+caller's.
 
-    look    a backward pass tells at which positions of a module's output the outputs depend on it: at a row's first
-            only, or at none that is masked (the first is never left out); and each module is tried on some positions
-            alone, which must give what it gave among all
-    prove   on other rows: outputs with garbage at the unread positions of all these modules, with zeros there and as
-            they are must be equal to the bit; with garbage at the others, every row's must differ; and outputs and
-            gradients of the short way must be those of the plain one
+    look    one backward pass from all outputs: at which positions of a module's output do they depend on it? At the
+            first of each row only, or at no masked one (the first always counts as read)? And each module must give
+            for some positions alone what it gives for them among all.
+    prove   on another batch. With garbage at the skipped positions of all these modules, with zeros, and as computed,
+            the outputs must be equal bit for bit. With garbage at the other positions every row must change. Outputs
+            and gradients of the short way must be those of the plain one.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 
 @dataclass(frozen=True)
 class Found:
-    """What was found out about a model, for one form of call.
+    """What modules can skip, for one form of call.
 
     Attributes:
-        masked: paths of the modules of which nobody reads masked positions, but for a row's first.
-        first: paths of those of which nobody reads any but a row's first.
-        handed: paths of those whose output another one of the same kind reads, and nothing else.
-        agreeing: whether that holds only where the padding token is what is masked, and nothing else is.
+        masked: paths of modules of which no masked position is read, except perhaps the first of a row.
+        first: paths of modules of which only the first position of each row is read.
+        handed: paths of those whose output goes into another one of the same kind, and nowhere else.
+        agreeing: whether this holds only if exactly the masked positions hold the padding token.
     """
 
     masked: frozenset[str]
@@ -60,42 +60,43 @@ class Found:
         return self.masked | self.first
 
     def wanted(self, unmasked: Index | None, first: Index) -> dict[str, Index]:
-        """Module → what is needed of it.
+        """Module → the positions needed of it.
 
         Args:
-            unmasked: every row's first position and those that are not masked; None where too few are left out.
-            first: every row's first position.
+            unmasked: the first of each row, and all that are not masked; None if too few could be skipped.
+            first: the first of each row.
         """
         return dict.fromkeys(self.first, first) | ({} if unmasked is None else dict.fromkeys(self.masked, unmasked))
 
 
 def tried(model: nn.Module, adapter: Adapter | None, batch: Batch) -> tuple[Found | None, dict[str, Any]]:
-    """What a copy of the model shows, and its configuration behind that.
+    """What can be skipped, and the model's configuration after a call.
 
     Args:
-        adapter: that acts.
+        adapter: the active one.
 
     Returns:
-        None and nothing where it cannot be copied, or nothing can be left out.
+        None and an empty dictionary if nothing can be skipped, or the model cannot be copied.
     """
-    drawing_apart = torch.random.fork_rng(devices=[])
-    try:
-        with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(_same, _same), drawing_apart:
+    with (
+        torch.inference_mode(False),
+        torch.autograd.graph.saved_tensors_hooks(_same, _same),
+        torch.random.fork_rng(devices=[]),
+    ):
+        try:
             twin = twin_of(model, adapter)
-            found, complete = _Trial(twin, adapter, batch).found()
-            if not complete and batch.padding is not None:
-                other, _ = _Trial(twin, adapter, batch, agreeing=True).found()
-                if other is not None and (found is None or len(other.modules) > len(found.modules)):
-                    found = other
-            if found is not None:
-                return found, getattr(getattr(twin, "config", None), "__dict__", {})
-    except Exception:  # whatever a model does when it is copied, or reads tokens in another order
-        pass
-    return None, {}
+        except Exception:  # a model may hold anything, things that cannot be copied among them
+            return None, {}
+        found, complete = _Trial(twin, adapter, batch).found()
+        if not complete and batch.padding is not None:
+            other, _ = _Trial(twin, adapter, batch, agreeing=True).found()
+            if other is not None and (found is None or len(other.modules) > len(found.modules)):
+                found = other
+        return found, {} if found is None else getattr(getattr(twin, "config", None), "__dict__", {})
 
 
 def twin_of(model: nn.Module, adapter: Adapter | None) -> nn.Module:
-    """A copy that shares every value but one adapter's, which are moved at random."""
+    """A copy that shares every parameter with the model but those of one adapter, which are moved at random."""
     own = set() if adapter is None else {id(p) for p in adapter.parameters()}
     hosts = hosts_of(model)
     others = {name for name in hosts.roster.adapters if adapter is None or name != adapter.name}
@@ -120,7 +121,11 @@ def _stores(module: nn.Module) -> bool:
 
 
 class _Trial:
-    """Looks at a twin, and proves what it saw."""
+    """One trial.
+
+    Attributes:
+        tolerance: relative, by the lowest precision that any module computes in.
+    """
 
     def __init__(self, twin: nn.Module, adapter: Adapter | None, batch: Batch, agreeing: bool = False) -> None:
         self.twin, self.batch, self.agreeing = twin, batch, agreeing
@@ -131,18 +136,21 @@ class _Trial:
         self.tolerance = 0.0
 
     def found(self) -> tuple[Found | None, bool]:
-        """What both agree in, None where that is nothing; and whether it is all that could be."""
+        """What can be skipped, None if nothing; and whether every module that works by position can skip something."""
         config = getattr(self.twin, "config", None)
-        with self.roster.bind(Route((self.name,)), None):
-            given, unmasked = drawn(self.batch, config, self.agreeing, seed=0)
-            self.quieten(given)
-            found, complete = self.look(given, unmasked)
-            given, unmasked = drawn(self.batch, config, self.agreeing, seed=1)
-            proved = bool(found.modules) and self.proves(found, given, unmasked)
+        try:
+            with self.roster.bind(Route((self.name,)), None):
+                given, unmasked = drawn(self.batch, config, self.agreeing, seed=0)
+                self.quieten(given)
+                found, complete = self.look(given, unmasked)
+                given, unmasked = drawn(self.batch, config, self.agreeing, seed=1)
+                proved = bool(found.modules) and self.proves(found, given, unmasked)
+        except Exception:  # a model may refuse rearranged tokens in any way it likes
+            return None, False
         return (found, complete) if proved else (None, False)
 
     def quieten(self, given: Mapping[str, Any]) -> None:
-        """Leave deltas that draw (dropout) in evaluation, where they can be compared; all others stay as they are."""
+        """Put deltas with random draws (dropout) into evaluation mode, where two runs can be compared."""
         inside = [m for module in (self.adapter.modules() if self.adapter else ()) for m in module.modules()]
         modes, states = [m.training for m in inside], []
         for training in (modes, [False] * len(inside)):
@@ -156,10 +164,10 @@ class _Trial:
                 module.training = mode
 
     def run(self, given: Mapping[str, Any], asked: Asked | None = None) -> list[Tensor]:
-        """Every tensor of what the model returns, the same entries dropped every time.
+        """Every tensor that the model returns; dropout is the same in each run.
 
         Raises:
-            TypeError: it returns something that may hold tensors which cannot be seen.
+            TypeError: among the outputs is something that may contain tensors we cannot find.
         """
         torch.default_generator.manual_seed(0)
         if asked is None:
@@ -173,8 +181,7 @@ class _Trial:
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def look(self, given: Mapping[str, Any], unmasked: Tensor) -> tuple[Found, bool]:
-        """What is read of which modules, by a backward pass from everything that the model returns; and whether
-        something can be left out of all that go by position."""
+        """What is read of which modules, and whether all that work by position can skip something."""
         needed = with_first(unmasked)
         seen = _Look(self.roster, Index.of(needed))
         with torch.enable_grad():
@@ -191,13 +198,14 @@ class _Trial:
                 first.add(path)
             elif self.batch.mask is not None and not (read & ~needed).any():
                 masked.add(path)
-        alone = self.by_position(seen)
+        with torch.no_grad():
+            alone = self.by_position(seen)
         whole, beginning = frozenset(masked & alone), frozenset(first & alone)
         handed = seen.handed(whole) | seen.handed(beginning)
         return Found(whole, beginning, handed, self.agreeing), alone <= masked | first
 
     def by_position(self, seen: _Look) -> set[str]:
-        """The modules that give the same for some positions alone, but for those inside of another one."""
+        """The modules that give the same for some positions alone; the outermost of nested ones."""
         chosen: set[str] = set()
         for path in sorted(seen.calls, key=lambda p: p.count(".")):
             inside = any(path.startswith(f"{other}.") for other in chosen)
@@ -206,7 +214,7 @@ class _Trial:
         return chosen
 
     def same_alone(self, seen: _Look, path: str) -> Any:
-        """Whether a module gives for the needed positions what it gave for them among all."""
+        """A test of one call: does the module give the same for the needed positions alone?"""
         module = self.twin.get_submodule(path)
 
         def same(call: _Call) -> bool:
@@ -218,7 +226,7 @@ class _Trial:
         return same
 
     def proves(self, found: Found, given: Mapping[str, Any], unmasked: Tensor) -> bool:
-        """Whether nothing reads what is left out, something reads the rest, and the short way gives the same."""
+        """Whether nothing reads skipped positions, every row depends on the others, and the short way is exact."""
         first = torch.zeros_like(unmasked).index_fill(1, torch.tensor(0), True)
         needed = with_first(unmasked)
         read = dict.fromkeys(found.masked, needed) | dict.fromkeys(found.first, first)
@@ -237,13 +245,13 @@ class _Trial:
             return self.close(*(self.with_gradients(given, asked) for asked in (short, None)))
 
     def with_gradients(self, given: Mapping[str, Any], asked: Asked | None) -> list[Tensor]:
-        """What the model returns, and what is trained gets, from a backward pass outside of what is asked."""
+        """The outputs, and the adapter's gradients from a backward pass outside of `asked`, as in training."""
         outs = self.run(given, asked)
         grads = torch.autograd.grad(_sum(outs), self.trained, allow_unused=True) if self.trained else ()
         return [*outs, torch.cat([grad.flatten() for grad in grads if grad is not None])] if grads else outs
 
     def close(self, found: list[Tensor], expected: list[Tensor]) -> bool:
-        """Whether tensors are the same up to the precision seen in this trial."""
+        """Whether tensors are equal within the tolerance."""
         return len(found) == len(expected) and all(
             a.shape == b.shape and bool((a - b).float().norm() <= self.tolerance * b.float().norm())
             for a, b in zip(found, expected, strict=True)
@@ -252,8 +260,14 @@ class _Trial:
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of a module: what entered, by which name, what left and where its gradient arrives, and the module that
-    made what entered."""
+    """One call of a module.
+
+    Attributes:
+        x: its input.
+        keyword: the input's name, None if it was positional.
+        tap: zeros added to the output, whose gradient is the output's.
+        source: path of the candidate whose output x is.
+    """
 
     x: Tensor
     keyword: str | None
@@ -264,7 +278,13 @@ class _Call:
 
 @dataclass(eq=False)
 class _Look:
-    """Notes the calls of candidates: of those with one tensor for another, by position and without a random draw."""
+    """Records the calls of candidates that take and give one tensor of all positions and draw no random numbers.
+
+    Attributes:
+        calls: path → its calls.
+        spoiled: paths with some other call.
+        made: id of an output → the output and the path of its module.
+    """
 
     roster: Roster
     index: Index
@@ -273,7 +293,7 @@ class _Look:
     made: dict[int, tuple[Tensor, str]] = field(default_factory=dict)
 
     def handed(self, among: frozenset[str]) -> frozenset[str]:
-        """The modules of which every output enters another one of them, as often as they are called."""
+        """The modules whose every output is the input of one other module among these."""
         pairs = {path: {call.source for call in self.calls[path]} for path in among}
         sources = {path: next(iter(found)) for path, found in pairs.items() if len(found) == 1}
         return frozenset(
@@ -298,7 +318,7 @@ class _Look:
 
 @dataclass(eq=False)
 class _Fill:
-    """Lets modules compute, and puts garbage of a size at the positions that are not kept."""
+    """Overwrites outputs at the positions that are not kept with random numbers of a given size."""
 
     roster: Roster
     kept: Mapping[str, Tensor]
@@ -313,7 +333,7 @@ class _Fill:
 
 
 def _sum(outs: list[Tensor]) -> Tensor:
-    """One number that every entry of the outputs has a part in."""
+    """A number that depends on every entry of the outputs."""
     generator = torch.Generator().manual_seed(0)
     floats = [out for out in outs if out.is_floating_point()]
     return torch.stack([(out.float() * _normal(out, generator)).sum() for out in floats]).sum()
