@@ -38,3 +38,14 @@ def test_a_predicate_comes_back_as_the_layers_it_chose(tmp_path: Path) -> None:
     loaded = inlay.load(model, tmp_path)
     assert loaded.digest == adapter.digest
     assert torch.equal(model(x), expected)
+
+
+def test_an_adapter_tells_itself_in_three_lines() -> None:
+    model = Nested()
+    adapter = inlay.attach(model, inlay.LoRA(rank=300), name="poems", where=["proj"])
+    first, places, size = repr(adapter).splitlines()
+    assert first.startswith("Adapter 'poems': lora(rank=300, ") and first.endswith(")")
+    assert places.split() == ["at", "2", "places", "(proj)"]
+    assert size == f"  {adapter.count:,} trained parameters" and "," in size
+    one = inlay.attach(model, inlay.LoRA(rank=2), where=lambda path, _: path == "proj")
+    assert "\n  at 1 place (" in repr(one) and repr(one).count("\n") == 2

@@ -100,7 +100,7 @@ class Adapter:
         saved = f", and {', '.join(self.modules_to_save)} whole" if self.modules_to_save else ""
         return (
             f"Adapter {self.name!r}: {type(self.method).name}({said})\n"
-            f"  at {len(self.pieces):,} places ({where}){saved}\n"
+            f"  at {len(self.pieces):,} place{'s' * (len(self.pieces) != 1)} ({where}){saved}\n"
             f"  {self.count:,} trained parameters"
         )
 
