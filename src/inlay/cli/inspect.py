@@ -100,7 +100,7 @@ def _account(header: dict[str, Any]) -> dict[str, Any]:
     from inlay.methods._listed import listed
 
     row = listed(header["method"]["method"])
-    if row is not None and not row.accounts:
+    if row is not None and not row.accounts and _usual(header["method"], row.settings):
         return {}
     from safetensors import SafetensorError, safe_open
 
@@ -114,6 +114,24 @@ def _account(header: dict[str, Any]) -> dict[str, Any]:
             return method.account(_Stored(file))
     except (ConfigError, SafetensorError, *CRASHES) as error:
         raise AdapterFileError(f"{header['path']}: its header cannot be used ({error})") from error
+
+
+def _usual(values: dict[str, Any], settings: Mapping[str, tuple[str, Any]]) -> bool:
+    """Whether hyper-parameters are beyond doubt without the method's own check: its defaults, or positive sizes."""
+    for name, value in values.items():
+        if name == "method":
+            continue
+        hint, default = settings.get(name, ("", None))
+        plain: Any = {"int": int, "float": (int, float), "bool": bool}.get(hint.removesuffix(" | None"))
+        size = plain is not None and isinstance(value, plain) and (hint == "bool" or not isinstance(value, bool))
+        if name not in settings or not (value == _listed(default) or (size and 0 < value < math.inf)):
+            return False
+    return True
+
+
+def _listed(value: Any) -> Any:
+    """A default as JSON has it."""
+    return list(map(_listed, value)) if isinstance(value, tuple) else value
 
 
 class _Stored(Mapping[str, Any]):
