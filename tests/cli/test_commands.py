@@ -208,7 +208,7 @@ def test_methods_are_readable_in_80_columns(command: Command, base: Path, monkey
     assert [method.strip() for method, _ in cells] == [*inlay.methods(), "features", "in-context", "prompt-text"]
     assert {family.strip() for _, family in cells} == families
     assert max(map(len, settings.splitlines())) <= 80
-    assert all(f"  {name} " in settings for name in inlay.methods())
+    assert all(f"│ {name} " in settings for name in inlay.methods())
 
 
 def test_an_adapter_of_another_base(command: Command, make_adapter: Make, base: Path, tmp_path: Path) -> None:
