@@ -118,15 +118,24 @@ def _account(header: dict[str, Any]) -> dict[str, Any]:
 
 def _usual(values: dict[str, Any], settings: Mapping[str, tuple[str, Any]]) -> bool:
     """Whether hyper-parameters are beyond doubt without the method's own check: its defaults, or positive sizes."""
-    for name, value in values.items():
-        if name == "method":
-            continue
-        hint, default = settings.get(name, ("", None))
-        plain: Any = {"int": int, "float": (int, float), "bool": bool}.get(hint.removesuffix(" | None"))
-        size = plain is not None and isinstance(value, plain) and (hint == "bool" or not isinstance(value, bool))
-        if name not in settings or not (value == _listed(default) or (size and 0 < value < math.inf)):
-            return False
-    return True
+    given = {name: value for name, value in values.items() if name != "method"}
+    return given.keys() <= settings.keys() and all(
+        value == _listed(settings[name][1]) or _is_a_size(value, settings[name][0]) for name, value in given.items()
+    )
+
+
+def _is_a_size(value: Any, hint: str) -> bool:
+    """Whether a value is of the type that the method's file says, and positive: a number, or a pattern of numbers."""
+    if hint.startswith("Mapping[str, "):
+        pairs = value if isinstance(value, list) else [None]
+        number = hint.removeprefix("Mapping[str, ").partition("]")[0]
+        return all(
+            isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) and _is_a_size(p[1], number) for p in pairs
+        )
+    if isinstance(value, bool):
+        return hint == "bool"
+    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
+    return isinstance(value, types.get(hint.removesuffix(" | None"), ())) and 0 < value < math.inf
 
 
 def _listed(value: Any) -> Any:
