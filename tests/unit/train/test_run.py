@@ -226,7 +226,7 @@ def test_a_plain_run_gives_the_same_without_fast_paths(completions: Path, llama:
         assert one == pytest.approx(other, rel=1e-4)
     saved = RunConfig.read(plain.out / "run.yaml")
     assert saved.plain and saved.packing is False and all(path.on for path in inlay.fast_paths().values())
-    with pytest.raises(ConfigError, match="plain switches packing off, which is asked for"):
+    with pytest.raises(ConfigError, match="plain switches packing off, which you asked for"):
         asked.changed(plain=True, packing=True)
     with (
         inlay.fast_paths(False, "packing"),
