@@ -45,7 +45,7 @@ from inlay.core.forward.host import Host, Storage
 from inlay.core.forward.transforms import transformed, watched
 from inlay.kernels.lazy import Mode
 from inlay.kernels.read_positions.index import Index
-from inlay.kernels.read_positions.modules import FEATURE, Short, asking, parameters
+from inlay.kernels.read_positions.modules import FEATURE, Short, asked_already, asking, parameters
 from inlay.kernels.read_positions.probe import Batch, with_first
 from inlay.kernels.read_positions.trial import Found, tried
 
@@ -90,7 +90,7 @@ _KINDS: weakref.WeakKeyDictionary[Adapter, frozenset[Any] | None] = weakref.Weak
 def around(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The model's own forward; modules skip positions where this call allows it."""
     rewritten = transformed() or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-    short = None if rewritten else _short(host, args, kwargs)
+    short = None if rewritten or asked_already(host.roster) else _short(host, args, kwargs)
     if short is None:
         return inner(*args, **kwargs)
     with asking(short):

@@ -56,6 +56,12 @@ def asking(asked: Asked) -> Iterator[None]:
         _ASKED.reset(token)
 
 
+def asked_already(roster: Roster) -> bool:
+    """Whether a forward of this model is under way in this context, for which something is asked."""
+    asked = _ASKED.get()
+    return asked is not None and asked.roster is roster
+
+
 def candidate(host: Host, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a module that can skip positions."""
     asked = None if torch.compiler.is_compiling() else _ASKED.get()

@@ -170,11 +170,8 @@ class _Trial:
             TypeError: among the outputs is something that may contain tensors we cannot find.
         """
         torch.default_generator.manual_seed(0)
-        if asked is None:
+        with asking(asked or Short(self.roster, {}, ())):  # or the copy would be tried in its turn
             out = self.twin(**given)
-        else:
-            with asking(asked):
-                out = self.twin(**given)
         leaves = tree_leaves(out)
         if not all(leaf is None or isinstance(leaf, (Tensor, bool, int, float, str)) for leaf in leaves):
             raise TypeError("an output of an unknown kind")
