@@ -134,8 +134,9 @@ def _is_a_size(value: Any, hint: str) -> bool:
         )
     if isinstance(value, bool):
         return hint == "bool"
-    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
-    return isinstance(value, types.get(hint.removesuffix(" | None"), ())) and 0 < value < math.inf
+    kind = hint.removesuffix(" | None")
+    numeric = isinstance(value, int) or (kind == "float" and isinstance(value, float))
+    return kind in ("int", "float") and numeric and bool(0 < value < math.inf)
 
 
 def _listed(value: Any) -> Any:
