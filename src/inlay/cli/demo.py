@@ -42,7 +42,7 @@ class Row:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and results.")] = Path("runs/demo"),
     base: Annotated[str | None, typer.Option(help="Default: the embedded base.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the training records.")] = 4.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the training records.")] = 3.0,
     rows: Annotated[int, typer.Option(min=10, help="Training records; a tenth as many are held out.")] = 2000,
     as_json: flags.AsJson = False,
 ) -> None:
